@@ -1,0 +1,515 @@
+"""Pairs of a query and the same query with an instruction, and sets of them.
+
+    without_i = query_i        with_i = query_i + " " + instruction_i
+
+An instruction vector is the mean difference of activations over such pairs, and an evaluation compares responses to
+the two sides (Stolfo et al., "Improving Instruction-Following in Language Models through Activation Steering", ICLR
+2025). `load_pairs("format")` gives the bundled set: base queries written for this project x the paper's twelve format
+instructions. Files of IFEval, of the paper's authors and of Split-IFEval load by their path.
+
+Splits are made by base query: a query (up to case and white space) is in one split only, whatever its instruction, so
+that a vector, its layer and its score never share a prompt. A split does not make two *similar* queries independent.
+
+Everything drawn here depends on a seed and on the text alone, through sha256: it is the same in every process, and for
+a pair it stays the same when other pairs come or go.
+"""
+
+import difflib
+import hashlib
+import importlib.resources
+import json
+import math
+import os
+import random
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import cache
+from itertools import pairwise
+from pathlib import Path
+from typing import Any, Literal, get_args, overload
+
+from steerlens.errors import DataError, SteerlensError, nearest
+from steerlens.instructions import check_arguments, format_instructions, instruction_types
+
+Condition = Literal["none", "vector", "text", "text+vector", "random"]
+"""A cell of the evaluation: what asks for the instruction. "random" is the control, a random vector of equal norm."""
+CONDITIONS: tuple[Condition, ...] = get_args(Condition)
+WITH_TEXT: frozenset[Condition] = frozenset({"text", "text+vector"})
+"""The conditions whose prompt carries the instruction."""
+
+
+@dataclass(frozen=True)
+class InstructionPair:
+    """A base query and the same query with an instruction.
+
+    >>> pair = InstructionPair("Describe rain.", "Use capitals.", "change_case:english_capital")
+    >>> pair.text("none"), pair.text("text")
+    ('Describe rain.', 'Describe rain. Use capitals.')
+    """
+
+    query: str | None
+    """The base query; None where only the full prompt is known (official IFEval)."""
+    instruction: str
+    """The instruction's text as it stands in `prompt`; "" where it cannot be separated from the query."""
+    instruction_ids: tuple[str, ...]
+    """IFEval ids, usually one. A bare string is taken as one id."""
+    kwargs: tuple[Mapping[str, Any], ...] = ()
+    """The arguments of each id's check; None values are dropped. Default: no arguments."""
+    prompt: str = ""
+    """The full text, query and instruction. Default: "{query} {instruction}"."""
+    prompt_id: str = ""
+    """Names the pair in tables. Default: 12 hex digits of a sha256 over query, prompt, ids and kwargs."""
+    source: str = ""
+    """Where it comes from: "format" or a file's name."""
+
+    def __post_init__(self) -> None:
+        given_ids: object = self.instruction_ids
+        ids = (given_ids,) if isinstance(given_ids, str) else tuple(self.instruction_ids)
+        kwargs = tuple(_without_none(arguments) for arguments in self.kwargs) or ({},) * len(ids)
+        prompt = self.prompt or (f"{self.query} {self.instruction}" if self.query and self.instruction else "")
+        if not ids or not all(ids) or len(kwargs) != len(ids):
+            raise DataError(
+                f"a pair needs one id or more, and one dict of arguments for each; got ids {ids} and {len(kwargs)} "
+                "dicts; leave kwargs out for instructions without arguments"
+            )
+        if not prompt.strip() or (self.query is not None and not self.query.strip()):
+            raise DataError(
+                "a pair needs a query and an instruction, or a prompt, none of them empty; "
+                f"got query {self.query!r}, instruction {self.instruction!r}, prompt {self.prompt!r}"
+            )
+        content = _digest(self.query, prompt, ids, kwargs)
+        values = {
+            "instruction_ids": ids,
+            "kwargs": kwargs,
+            "prompt": prompt,
+            "prompt_id": self.prompt_id or content[:12],
+        }
+        for name, value in values.items():
+            object.__setattr__(self, name, value)
+
+    def __hash__(self) -> int:
+        return hash((self.prompt_id, self.prompt))  # kwargs are dicts
+
+    @property
+    def instruction_id(self) -> str:
+        """The ids joined by "+": the `instruction` column of every table."""
+        return "+".join(self.instruction_ids)
+
+    def text(self, condition: str) -> str:
+        """What the model is asked under `condition`: `prompt` if the text carries the instruction, else `query`."""
+        if condition not in CONDITIONS:
+            raise DataError(f"unknown condition {condition!r}; {nearest(condition, CONDITIONS)}")
+        if condition in WITH_TEXT:
+            return self.prompt
+        if self.query is None:
+            raise DataError(
+                f"condition {condition!r} needs the base query, and pair {self.prompt_id} has only its full prompt; "
+                "join the queries with load_pairs(file, queries='ifeval_wo_instructions.jsonl')"
+            )
+        return self.query
+
+
+class PairSet(Sequence[InstructionPair]):
+    """An immutable sequence of pairs whose `prompt_id`s differ.
+
+    >>> pairs = load_pairs("format", instructions=["punctuation:no_comma"])
+    >>> train, valid, test = pairs.split(seed=0)
+    """
+
+    def __init__(self, pairs: Iterable[InstructionPair]) -> None:
+        self._pairs = tuple(pairs)
+        seen: dict[str, InstructionPair] = {}
+        for pair in self._pairs:
+            if (first := seen.setdefault(pair.prompt_id, pair)) is not pair:
+                raise DataError(
+                    f"prompt_ids of a set must differ, and {pair.prompt_id!r} comes twice: {first.prompt!r} and "
+                    f"{pair.prompt!r}; drop one, or give it another prompt_id"
+                )
+
+    def __len__(self) -> int:
+        return len(self._pairs)
+
+    def __iter__(self) -> Iterator[InstructionPair]:
+        return iter(self._pairs)
+
+    @overload
+    def __getitem__(self, index: int) -> InstructionPair: ...
+    @overload
+    def __getitem__(self, index: slice) -> "PairSet": ...
+    def __getitem__(self, index: int | slice) -> "InstructionPair | PairSet":
+        return PairSet(self._pairs[index]) if isinstance(index, slice) else self._pairs[index]
+
+    def __add__(self, other: "PairSet") -> "PairSet":
+        return PairSet((*self, *other)) if isinstance(other, PairSet) else NotImplemented
+
+    def __eq__(self, other: object) -> bool:
+        return self._pairs == other._pairs if isinstance(other, PairSet) else NotImplemented
+
+    def __hash__(self) -> int:
+        return hash(self._pairs)
+
+    def __repr__(self) -> str:
+        queries = len({_query_key(pair) for pair in self})
+        counts = ((len(self), "pair"), (queries, "query"), (len(self.instructions), "instruction"))
+        return f"PairSet({', '.join(_count(n, noun) for n, noun in counts)})"
+
+    @property
+    def instructions(self) -> tuple[str, ...]:
+        """The distinct `instruction_id`s, in the order in which they first come."""
+        return tuple(dict.fromkeys(pair.instruction_id for pair in self))
+
+    @property
+    def content_hash(self) -> str:
+        """16 hex digits over the pairs in their order (without `source`): equal for equal content."""
+        return _digest([{**asdict(pair), "source": None} for pair in self])[:16]
+
+    def filter(self, instructions: str | Iterable[str]) -> "PairSet":
+        """The pairs with one of these instruction ids, in their order."""
+        wanted = _known_ids(instructions, self.instructions)
+        return PairSet(pair for pair in self if pair.instruction_id in wanted)
+
+    def by_instruction(self) -> dict[str, "PairSet"]:
+        """A set for each instruction id."""
+        groups: dict[str, list[InstructionPair]] = {}
+        for pair in self:
+            groups.setdefault(pair.instruction_id, []).append(pair)
+        return {name: PairSet(pairs) for name, pairs in groups.items()}
+
+    def prompts(self, condition: str) -> list[str]:
+        """What the model is asked under `condition`, pair by pair."""
+        return [pair.text(condition) for pair in self]
+
+    def split(self, *, seed: int = 0, fractions: Sequence[float] = (0.6, 0.2, 0.2)) -> tuple["PairSet", ...]:
+        """Sets that share no base query, one per fraction of the queries; by default train, validation and test.
+
+        The order of the pairs, and which instructions they carry, do not change where a query goes. A pair without a
+        base query counts by its prompt.
+
+        Raises:
+            DataError: for an empty set, fractions that are not positive or do not sum to 1, or too few queries.
+        """
+        if not fractions or min(fractions) <= 0 or not math.isclose(sum(fractions), 1):
+            raise DataError(f"fractions must be positive and sum to 1, got {tuple(fractions)}")
+        queries = _ranked({_query_key(pair) for pair in self}, seed)
+        ends = [round(sum(fractions[:i]) * len(queries)) for i in range(len(fractions) + 1)]
+        parts = [set(queries[start:end]) for start, end in pairwise(ends)]
+        if not all(parts):
+            raise DataError(
+                f"each split needs a base query, and {_count(len(queries), 'query')} split by {tuple(fractions)} gives "
+                f"{[len(part) for part in parts]}; use more queries or fewer splits"
+            )
+        return tuple(PairSet(pair for pair in self if _query_key(pair) in part) for part in parts)
+
+    def sample(self, n: int, *, seed: int = 0) -> "PairSet":
+        """`n` pairs in their order; a smaller sample with the same seed is part of a larger one."""
+        if not 1 <= n <= len(self):
+            raise DataError(f"n must be in [1, {len(self)}], the number of pairs; got {n}")
+        chosen = set(_ranked({pair.prompt_id for pair in self}, seed)[:n])
+        return PairSet(pair for pair in self if pair.prompt_id in chosen)
+
+    def sample_per_instruction(self, n: int, *, seed: int = 0) -> "PairSet":
+        """`n` pairs of every instruction, all in their order."""
+        groups = self.by_instruction()
+        if short := [name for name, group in groups.items() if len(group) < n]:
+            raise DataError(f"n is {n}, and {short[0]} has {_count(len(groups[short[0]]), 'pair')}; lower n")
+        chosen = {pair.prompt_id for group in groups.values() for pair in group.sample(n, seed=seed)}
+        return PairSet(pair for pair in self if pair.prompt_id in chosen)
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write one JSON object a line, all or nothing; `load_pairs(path)` gives an equal set."""
+        path = Path(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        lines = [json.dumps(_plain(asdict(pair)), ensure_ascii=False) + "\n" for pair in self]
+        scratch = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+        try:
+            scratch.write_text("".join(lines), encoding="utf-8", newline="\n")
+            scratch.replace(path)
+        finally:
+            scratch.unlink(missing_ok=True)
+
+
+def load_pairs(
+    source: str | os.PathLike[str],
+    *,
+    instructions: str | Iterable[str] | None = None,
+    n_queries: int | None = None,
+    seed: int = 0,
+    queries: str | os.PathLike[str] | None = None,
+) -> PairSet:
+    """Pairs from the bundled set or from a file.
+
+    Args:
+        source: "format", or a JSONL file. Each line is recognised by its keys: `PairSet.save`'s own; llm-steer-instruct
+            (`prompt_without_instruction`); Split-IFEval (`separated_prompt`); official IFEval (`prompt`,
+            `instruction_id_list`, `kwargs`), whose base query is unknown.
+        instructions: Keep these instruction ids only. Default: all.
+        n_queries: Keep this many base queries, drawn by `seed`; the draws of two numbers are nested.
+        seed: For `n_queries`, and for each bundled pair's phrasing and arguments.
+        queries: For official IFEval, a JSONL file with `key` and `model_output`, the prompt without its instructions
+            (llm-steer-instruct's ifeval_wo_instructions.jsonl), which gives the base queries.
+
+    A file's `prompt_id` is its `key`, where it has one, and the default hash, since some files share a key between rows.
+    Two lines that agree in query, prompt, ids, arguments and key are an error, not dropped: a prompt would count twice.
+    Where `instruction_id_list` and `instruction_id_list_for_eval` differ, the id that IFEval knows is taken, the
+    former first.
+
+    Raises:
+        DataError: for an unknown name, a missing or empty file, or a broken line, with its number.
+
+    >>> load_pairs("format", instructions="punctuation:no_comma", n_queries=8)
+    PairSet(8 pairs, 8 queries, 1 instruction)
+    """
+    if source == "format":
+        if queries is not None:
+            raise DataError('queries= joins base queries to an IFEval file; "format" has its own; remove it')
+        pairs = _format_pairs(instructions, seed)
+    else:
+        pairs = _file_pairs(_existing(source), queries)
+        pairs = pairs if instructions is None else pairs.filter(instructions)
+    return pairs if n_queries is None else _keep_queries(pairs, n_queries, seed)
+
+
+@cache
+def format_queries() -> tuple[str, ...]:
+    """The bundled base queries."""
+    file = importlib.resources.files("steerlens") / "bundled" / "queries.txt"
+    return tuple(file.read_text(encoding="utf-8").splitlines())
+
+
+def _format_pairs(instructions: str | Iterable[str] | None, seed: int) -> PairSet:
+    catalogue = format_instructions()
+    ids = _known_ids(catalogue if instructions is None else instructions, catalogue)
+    return PairSet(_format_pair(query, name, seed) for query in format_queries() for name in catalogue if name in ids)
+
+
+def _format_pair(query: str, instruction_id: str, seed: int) -> InstructionPair:
+    rng = random.Random(int(_digest(seed, query, instruction_id), 16))
+    text, kwargs = format_instructions()[instruction_id].render(rng)
+    return InstructionPair(query, text, (instruction_id,), (kwargs,), source="format")
+
+
+def _keep_queries(pairs: PairSet, n_queries: int, seed: int) -> PairSet:
+    keys = {_query_key(pair) for pair in pairs}
+    if not 1 <= n_queries <= len(keys):
+        raise DataError(f"n_queries must be in [1, {len(keys)}], the number of base queries; got {n_queries}")
+    kept = set(_ranked(keys, seed)[:n_queries])
+    return PairSet(pair for pair in pairs if _query_key(pair) in kept)
+
+
+# Files. A row becomes the arguments of an InstructionPair; a ValueError on the way gets the file and the line.
+
+_Row = dict[str, Any]
+
+
+def _file_pairs(path: Path, queries: str | os.PathLike[str] | None) -> PairSet:
+    joined = None if queries is None else _queries_by_key(_existing(queries))
+    lines: dict[str, int] = {}
+    pairs: list[InstructionPair] = []
+
+    def read(row: _Row) -> None:
+        pairs.append(_pair(row, path.name, joined))
+
+    for number, row in _rows(path):
+        _at_line(path, number, read, row)
+        if (first := lines.setdefault(pairs[-1].prompt_id, number)) != number:
+            raise DataError(
+                f"{path}, line {number}: repeats line {first} (prompt_id {pairs[-1].prompt_id!r}), and its prompt "
+                "would count twice; remove one of them"
+            )
+    return PairSet(pairs)
+
+
+def _pair(row: _Row, source: str, joined: Mapping[Any, str] | None) -> InstructionPair:
+    if "instruction_ids" in row:
+        pair = _own_pair(row, source)
+    elif "instruction_id_list" in row and "kwargs" in row:
+        pair = _ifeval_pair(row, source, _base_query(row, joined))
+    else:
+        hint = "; pass this file as queries= beside the IFEval file" if "model_output" in row else ""
+        raise DataError(
+            f"keys {sorted(row)} are of no known schema; a row needs instruction_ids (own format), or prompt, "
+            f"instruction_id_list and kwargs (IFEval){hint}"
+        )
+    for name, arguments in zip(pair.instruction_ids, pair.kwargs, strict=True):
+        if name in instruction_types():  # an own file may hold instructions that nothing checks
+            check_arguments(name, arguments)
+    return pair
+
+
+def _own_pair(row: _Row, source: str) -> InstructionPair:
+    return InstructionPair(
+        query=None if row.get("query") is None else _field(row, "query", str),
+        instruction=_field(row, "instruction", str, default=""),
+        instruction_ids=_strings(row, "instruction_ids"),
+        kwargs=_dicts(row, "kwargs"),
+        prompt=_field(row, "prompt", str, default=""),
+        prompt_id=_field(row, "prompt_id", str, default=""),
+        source=_field(row, "source", str, default="") or source,
+    )
+
+
+def _ifeval_pair(row: _Row, source: str, query: str | None) -> InstructionPair:
+    prompt = _field(row, "prompt", str)
+    pair = InstructionPair(
+        query=query,
+        instruction="" if query is None else _instruction_in(prompt, query),
+        instruction_ids=_checkable_ids(row),
+        kwargs=_dicts(row, "kwargs"),
+        prompt=prompt,
+        source=source,
+    )
+    key = row.get("key")
+    return pair if key is None else replace(pair, prompt_id=f"{key}-{pair.prompt_id}")
+
+
+def _base_query(row: _Row, joined: Mapping[Any, str] | None) -> str | None:
+    own = next((name for name in ("prompt_without_instruction", "separated_prompt") if name in row), None)
+    if joined is None:
+        return None if own is None else str(_field(row, own, str))
+    if own is not None:
+        raise DataError(f"{own} is this row's base query; remove queries=, which is for official IFEval files")
+    if row.get("key") not in joined:
+        raise DataError(f"key {row.get('key')!r} is not in the file of queries; are both of one data set?")
+    return joined[row["key"]]
+
+
+def _instruction_in(prompt: str, query: str) -> str:
+    """What `prompt` says before or after `query`; "" where the instruction is woven into it."""
+    if prompt.startswith(query):
+        return prompt[len(query) :].strip()
+    return prompt[: -len(query)].strip() if prompt.endswith(query) else ""
+
+
+def _checkable_ids(row: _Row) -> tuple[str, ...]:
+    ids = _strings(row, "instruction_id_list")
+    fallback = _strings(row, "instruction_id_list_for_eval") if "instruction_id_list_for_eval" in row else ids
+    known = instruction_types()
+    if len(fallback) != len(ids):
+        raise DataError(f"instruction_id_list has {len(ids)} ids and instruction_id_list_for_eval {len(fallback)}")
+    chosen = tuple(a if a in known else b for a, b in zip(ids, fallback, strict=True))
+    if unknown := [name for name in chosen if name not in known]:
+        raise DataError(f"unknown instruction id {unknown[0]!r}; {nearest(unknown[0], known)}")
+    return chosen
+
+
+def _queries_by_key(path: Path) -> dict[Any, str]:
+    queries: dict[Any, str] = {}
+
+    def read(row: _Row) -> None:
+        key = row.get("key")
+        if key is None or isinstance(key, list | dict):
+            raise DataError(f"needs a key (a number or a text) and model_output; got the keys {sorted(row)}")
+        if key in queries:
+            raise DataError(f"key {key!r} comes twice, so that its query is ambiguous; remove one of the lines")
+        queries[key] = _field(row, "model_output", str)
+
+    for number, row in _rows(path):
+        _at_line(path, number, read, row)
+    return queries
+
+
+def _at_line(path: Path, number: int, read: Callable[[_Row], None], row: _Row) -> None:
+    try:
+        read(row)
+    except SteerlensError as error:
+        raise DataError(f"{path}, line {number}: {error}") from error
+
+
+def _rows(path: Path) -> Iterator[tuple[int, _Row]]:
+    """Line numbers, from one, and the objects on them; blank lines are skipped."""
+    try:
+        with path.open(encoding="utf-8-sig") as file:
+            lines = [(number, line) for number, line in enumerate(file, start=1) if line.strip()]
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path} must be UTF-8 text, and byte {error.start} is not; save it as UTF-8") from error
+    if not lines:
+        raise DataError(f"{path} is empty; a file of pairs has one JSON object a line")
+    for number, line in lines:
+        try:
+            row = json.loads(line)
+        except ValueError as error:
+            raise DataError(f"{path}, line {number}: not JSON ({error}); each line must be one JSON object") from error
+        if not isinstance(row, dict):
+            raise DataError(f"{path}, line {number}: must be a JSON object, got {type(row).__name__}; one row a line")
+        yield number, row
+
+
+def _existing(source: str | os.PathLike[str]) -> Path:
+    path = Path(source)
+    if path.is_file():
+        return path
+    if path.is_dir():
+        raise DataError(f"{path} is a folder; name a .jsonl file in it")
+    if path.suffix or len(path.parts) > 1 or not isinstance(source, str):
+        beside = [item.name for item in path.parent.glob("*.jsonl")]
+        close = difflib.get_close_matches(path.name, beside, n=1)
+        raise DataError(f"no file {path}; " + (f"did you mean {close[0]!r} beside it?" if close else "check the path"))
+    raise DataError(f"unknown set of pairs {source!r}; {nearest(source, ['format'])}, or the path of a .jsonl file")
+
+
+def _field(row: _Row, name: str, kind: type, default: Any = None) -> Any:
+    value = row.get(name, default)
+    if not isinstance(value, kind):
+        came = f"{value!r} ({type(value).__name__})" if name in row else f"only the keys {sorted(row)}"
+        raise DataError(f"{name} must be a {kind.__name__}; got {came}")
+    return value
+
+
+def _strings(row: _Row, name: str) -> tuple[str, ...]:
+    values = _field(row, name, list)
+    if not values or not all(isinstance(value, str) for value in values):
+        raise DataError(f"{name} must be a list of texts, not empty; got {values!r}")
+    return tuple(values)
+
+
+def _dicts(row: _Row, name: str) -> tuple[_Row, ...]:
+    values = _field(row, name, list)
+    if not all(isinstance(value, dict) for value in values):
+        raise DataError(f"{name} must be a list of JSON objects, one per instruction id; got {values!r}")
+    return tuple(values)
+
+
+# Small helpers.
+
+
+def _query_key(pair: InstructionPair) -> str:
+    """The base query up to case and white space; without one, the prompt."""
+    return " ".join((pair.prompt if pair.query is None else pair.query).casefold().split())
+
+
+def _ranked(names: Iterable[str], seed: int) -> list[str]:
+    """The names in an order that depends on the seed alone: two sets rank the names they share alike."""
+    return sorted(names, key=lambda name: _digest(seed, name))
+
+
+def _known_ids(wanted: str | Iterable[str], known: Iterable[str]) -> set[str]:
+    ids = [wanted] if isinstance(wanted, str) else list(wanted)
+    known = list(known)
+    if not ids:
+        raise DataError(f"instructions must name at least one id, got none; known: {', '.join(known)}")
+    if unknown := [name for name in ids if name not in known]:
+        raise DataError(f"unknown instruction id {unknown[0]!r}; {nearest(unknown[0], known)}")
+    return set(ids)
+
+
+def _digest(*values: Any) -> str:
+    return hashlib.sha256(json.dumps(_plain(values), sort_keys=True).encode()).hexdigest()
+
+
+def _plain(value: Any) -> Any:
+    """JSON types only, with whole floats and NumPy numbers as Python integers, so that 3 and 3.0 are one content."""
+    if isinstance(value, Mapping):
+        return {name: _plain(item) for name, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    value = value.item() if hasattr(value, "item") else value
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+def _without_none(arguments: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in arguments.items() if value is not None}
+
+
+def _count(n: int, noun: str) -> str:
+    plural = noun[:-1] + "ies" if noun.endswith("y") else noun + "s"
+    return f"{n} {noun if n == 1 else plural}"

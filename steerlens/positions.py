@@ -1,0 +1,76 @@
+"""Position rules: which absolute token positions of a row are steered.
+
+A position counts real tokens, so the first token of a prompt is 0 whatever the padding, and the first generated token is at
+the prompt's length. Every rule is one half-open window `[start, stop)`, so a rule for a whole batch is two integers per row,
+worked out once on the host, and holds unchanged while a key-value cache is decoded one token at a time:
+
+    "all"        every token, prompt and generated (the paper's rule)
+    "prompt"     the prompt's tokens
+    "generated"  the generated tokens
+    "last"       the last prompt token
+    Window(start, stop, anchor)   anything else, counted from the first token or from the first generated one
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from steerlens.errors import SteerlensError, nearest
+
+FOREVER = 2**31 - 1
+"""Past any position a model can reach."""
+
+
+@dataclass(frozen=True)
+class Window:
+    """The half-open window `[start, stop)` of positions; None leaves that end open."""
+
+    start: int | None = None
+    stop: int | None = None
+    anchor: Literal["start", "generation"] = "start"
+    """Count from the row's first token, or from its first generated token (negative numbers reach into the prompt)."""
+
+    def __post_init__(self) -> None:
+        if self.anchor not in ("start", "generation"):
+            raise SteerlensError(f'anchor must be "start" or "generation", got {self.anchor!r}')
+        if self.anchor == "start" and min(self.start or 0, self.stop or 0) < 0:
+            raise SteerlensError(
+                f"a window from the start counts from 0, got [{self.start}, {self.stop}); "
+                'use anchor="generation" to count back from the end of the prompt'
+            )
+        if self.start is not None and self.stop is not None and self.start >= self.stop:
+            raise SteerlensError(f"a window needs start < stop, got [{self.start}, {self.stop})")
+
+    def bounds(self, prompt_length: int) -> tuple[int, int]:
+        """The absolute `[low, high)` for a row whose prompt has `prompt_length` tokens."""
+        origin = prompt_length if self.anchor == "generation" else 0
+        low = 0 if self.start is None else max(0, origin + self.start)
+        high = FOREVER if self.stop is None else max(0, origin + self.stop)
+        return low, high
+
+    def __str__(self) -> str:
+        name = next((name for name, window in RULES.items() if window == self), None)
+        ends = ["" if end is None else str(end) for end in (self.start, self.stop)]
+        return name or f"{self.anchor}[{ends[0]}:{ends[1]}]"
+
+
+RULES: dict[str, Window] = {
+    "all": Window(),
+    "prompt": Window(None, 0, "generation"),
+    "generated": Window(0, None, "generation"),
+    "last": Window(-1, 0, "generation"),
+}
+
+PositionRule = Literal["all", "prompt", "generated", "last"] | Window
+
+
+def as_window(rule: str | Window) -> Window:
+    """The window a rule stands for.
+
+    Raises:
+        SteerlensError: for a name that is no rule.
+    """
+    if isinstance(rule, Window):
+        return rule
+    if rule not in RULES:
+        raise SteerlensError(f"positions must be a rule's name or a Window, got {rule!r}; {nearest(rule, RULES)}")
+    return RULES[rule]
