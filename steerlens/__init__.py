@@ -1,0 +1,62 @@
+"""steerlens: find, read and apply the directions that instructions write into a language model's residual stream.
+
+Names are imported when they are first used, so `import steerlens` is quick and loads no torch.
+"""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from steerlens.capture import ActivationMeans, Activations, record_activations, record_means
+    from steerlens.data import InstructionPair, PairSet, load_pairs
+    from steerlens.errors import DataError, ModelError, SteerlensError
+    from steerlens.estimators import MeanDifference, fit_steering_vector
+    from steerlens.evaluate import Evaluation, evaluate
+    from steerlens.generate import Generation, SamplingConfig, generate, stream
+    from steerlens.instructions import check, format_instructions
+    from steerlens.model import load_model
+    from steerlens.plan import Intervention, Plan
+    from steerlens.positions import Window
+    from steerlens.prompts import PromptFormat
+    from steerlens.records import RunConfig
+    from steerlens.report import write_report
+    from steerlens.run import RunResult, run
+    from steerlens.steer import steer
+    from steerlens.sweep import Best, Sweep, sweep
+    from steerlens.vectors import SteeringVector
+
+_HOME = {
+    "capture": ("ActivationMeans", "Activations", "record_activations", "record_means"),
+    "data": ("InstructionPair", "PairSet", "load_pairs"),
+    "errors": ("DataError", "ModelError", "SteerlensError"),
+    "estimators": ("MeanDifference", "fit_steering_vector"),
+    "evaluate": ("Evaluation", "evaluate"),
+    "generate": ("Generation", "SamplingConfig", "generate", "stream"),
+    "instructions": ("check", "format_instructions"),
+    "model": ("load_model",),
+    "plan": ("Intervention", "Plan"),
+    "positions": ("Window",),
+    "prompts": ("PromptFormat",),
+    "records": ("RunConfig",),
+    "report": ("write_report",),
+    "run": ("RunResult", "run"),
+    "steer": ("steer",),
+    "sweep": ("Best", "Sweep", "sweep"),
+    "vectors": ("SteeringVector",),
+}
+_MODULE_OF = {name: module for module, names in _HOME.items() for name in names}
+
+__version__ = "0.1.0"
+__all__ = sorted(_MODULE_OF)
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULE_OF:
+        raise AttributeError(f"module 'steerlens' has no attribute {name!r}")
+    value = getattr(importlib.import_module(f"steerlens.{_MODULE_OF[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return [*globals(), *__all__]

@@ -21,7 +21,8 @@ import json
 import math
 import os
 import random
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import cache
 from itertools import pairwise
@@ -38,7 +39,7 @@ WITH_TEXT: frozenset[Condition] = frozenset({"text", "text+vector"})
 """The conditions whose prompt carries the instruction."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, init=False)
 class InstructionPair:
     """A base query and the same query with an instruction.
 
@@ -52,40 +53,48 @@ class InstructionPair:
     instruction: str
     """The instruction's text as it stands in `prompt`; "" where it cannot be separated from the query."""
     instruction_ids: tuple[str, ...]
-    """IFEval ids, usually one. A bare string is taken as one id."""
-    kwargs: tuple[Mapping[str, Any], ...] = ()
-    """The arguments of each id's check; None values are dropped. Default: no arguments."""
-    prompt: str = ""
+    """IFEval ids, usually one; a bare string is taken as one id."""
+    kwargs: tuple[Mapping[str, Any], ...]
+    """The arguments of each id's check, without None values. Default: no arguments."""
+    prompt: str
     """The full text, query and instruction. Default: "{query} {instruction}"."""
-    prompt_id: str = ""
+    prompt_id: str
     """Names the pair in tables. Default: 12 hex digits of a sha256 over query, prompt, ids and kwargs."""
-    source: str = ""
+    source: str
     """Where it comes from: "format" or a file's name."""
 
-    def __post_init__(self) -> None:
-        given_ids: object = self.instruction_ids
-        ids = (given_ids,) if isinstance(given_ids, str) else tuple(self.instruction_ids)
-        kwargs = tuple(_without_none(arguments) for arguments in self.kwargs) or ({},) * len(ids)
-        prompt = self.prompt or (f"{self.query} {self.instruction}" if self.query and self.instruction else "")
-        if not ids or not all(ids) or len(kwargs) != len(ids):
+    def __init__(
+        self,
+        query: str | None,
+        instruction: str,
+        instruction_ids: str | Iterable[str],
+        kwargs: Iterable[Mapping[str, Any]] = (),
+        prompt: str = "",
+        prompt_id: str = "",
+        source: str = "",
+    ) -> None:
+        ids = (instruction_ids,) if isinstance(instruction_ids, str) else tuple(instruction_ids)
+        arguments = tuple(_without_none(values) for values in kwargs) or ({},) * len(ids)
+        prompt = prompt or (f"{query} {instruction}" if query and instruction else "")
+        if not ids or not all(ids) or len(arguments) != len(ids):
             raise DataError(
-                f"a pair needs one id or more, and one dict of arguments for each; got ids {ids} and {len(kwargs)} "
+                f"a pair needs one id or more, and one dict of arguments for each; got ids {ids} and {len(arguments)} "
                 "dicts; leave kwargs out for instructions without arguments"
             )
-        if not prompt.strip() or (self.query is not None and not self.query.strip()):
+        if not prompt.strip() or (query is not None and not query.strip()):
             raise DataError(
                 "a pair needs a query and an instruction, or a prompt, none of them empty; "
-                f"got query {self.query!r}, instruction {self.instruction!r}, prompt {self.prompt!r}"
+                f"got query {query!r}, instruction {instruction!r}, prompt {prompt!r}"
             )
-        content = _digest(self.query, prompt, ids, kwargs)
-        values = {
-            "instruction_ids": ids,
-            "kwargs": kwargs,
-            "prompt": prompt,
-            "prompt_id": self.prompt_id or content[:12],
-        }
-        for name, value in values.items():
-            object.__setattr__(self, name, value)
+        vars(self).update(  # the class is frozen
+            query=query,
+            instruction=instruction,
+            instruction_ids=ids,
+            kwargs=arguments,
+            prompt=prompt,
+            prompt_id=prompt_id or _digest(query, prompt, ids, arguments)[:12],
+            source=source,
+        )
 
     def __hash__(self) -> int:
         return hash((self.prompt_id, self.prompt))  # kwargs are dicts
@@ -120,11 +129,12 @@ class PairSet(Sequence[InstructionPair]):
         self._pairs = tuple(pairs)
         seen: dict[str, InstructionPair] = {}
         for pair in self._pairs:
-            if (first := seen.setdefault(pair.prompt_id, pair)) is not pair:
+            if pair.prompt_id in seen:
                 raise DataError(
-                    f"prompt_ids of a set must differ, and {pair.prompt_id!r} comes twice: {first.prompt!r} and "
-                    f"{pair.prompt!r}; drop one, or give it another prompt_id"
+                    f"prompt_ids of a set must differ, and {pair.prompt_id!r} comes twice: {seen[pair.prompt_id].prompt!r} "
+                    f"and {pair.prompt!r}; drop one, or give it another prompt_id"
                 )
+            seen[pair.prompt_id] = pair
 
     def __len__(self) -> int:
         return len(self._pairs)
@@ -149,7 +159,7 @@ class PairSet(Sequence[InstructionPair]):
         return hash(self._pairs)
 
     def __repr__(self) -> str:
-        queries = len({_query_key(pair) for pair in self})
+        queries = len({query_key(pair) for pair in self})
         counts = ((len(self), "pair"), (queries, "query"), (len(self.instructions), "instruction"))
         return f"PairSet({', '.join(_count(n, noun) for n, noun in counts)})"
 
@@ -190,7 +200,7 @@ class PairSet(Sequence[InstructionPair]):
         """
         if not fractions or min(fractions) <= 0 or not math.isclose(sum(fractions), 1):
             raise DataError(f"fractions must be positive and sum to 1, got {tuple(fractions)}")
-        queries = _ranked({_query_key(pair) for pair in self}, seed)
+        queries = _ranked({query_key(pair) for pair in self}, seed)
         ends = [round(sum(fractions[:i]) * len(queries)) for i in range(len(fractions) + 1)]
         parts = [set(queries[start:end]) for start, end in pairwise(ends)]
         if not all(parts):
@@ -198,7 +208,7 @@ class PairSet(Sequence[InstructionPair]):
                 f"each split needs a base query, and {_count(len(queries), 'query')} split by {tuple(fractions)} gives "
                 f"{[len(part) for part in parts]}; use more queries or fewer splits"
             )
-        return tuple(PairSet(pair for pair in self if _query_key(pair) in part) for part in parts)
+        return tuple(PairSet(pair for pair in self if query_key(pair) in part) for part in parts)
 
     def sample(self, n: int, *, seed: int = 0) -> "PairSet":
         """`n` pairs in their order; a smaller sample with the same seed is part of a larger one."""
@@ -254,7 +264,8 @@ def load_pairs(
     former first.
 
     Raises:
-        DataError: for an unknown name, a missing or empty file, or a broken line, with its number.
+        DataError: for an unknown name or instruction id, a missing or empty file, more queries than there are, and for
+            a broken line, with its number: not JSON, of no known schema, or an instruction that cannot be checked.
 
     >>> load_pairs("format", instructions="punctuation:no_comma", n_queries=8)
     PairSet(8 pairs, 8 queries, 1 instruction)
@@ -289,14 +300,14 @@ def _format_pair(query: str, instruction_id: str, seed: int) -> InstructionPair:
 
 
 def _keep_queries(pairs: PairSet, n_queries: int, seed: int) -> PairSet:
-    keys = {_query_key(pair) for pair in pairs}
+    keys = {query_key(pair) for pair in pairs}
     if not 1 <= n_queries <= len(keys):
         raise DataError(f"n_queries must be in [1, {len(keys)}], the number of base queries; got {n_queries}")
     kept = set(_ranked(keys, seed)[:n_queries])
-    return PairSet(pair for pair in pairs if _query_key(pair) in kept)
+    return PairSet(pair for pair in pairs if query_key(pair) in kept)
 
 
-# Files. A row becomes the arguments of an InstructionPair; a ValueError on the way gets the file and the line.
+# Files. Each row becomes a pair; what is wrong with it is said with the file and the line.
 
 _Row = dict[str, Any]
 
@@ -306,11 +317,9 @@ def _file_pairs(path: Path, queries: str | os.PathLike[str] | None) -> PairSet:
     lines: dict[str, int] = {}
     pairs: list[InstructionPair] = []
 
-    def read(row: _Row) -> None:
-        pairs.append(_pair(row, path.name, joined))
-
     for number, row in _rows(path):
-        _at_line(path, number, read, row)
+        with _at_line(path, number):
+            pairs.append(_pair(row, path.name, joined))
         if (first := lines.setdefault(pairs[-1].prompt_id, number)) != number:
             raise DataError(
                 f"{path}, line {number}: repeats line {first} (prompt_id {pairs[-1].prompt_id!r}), and its prompt "
@@ -321,6 +330,8 @@ def _file_pairs(path: Path, queries: str | os.PathLike[str] | None) -> PairSet:
 
 def _pair(row: _Row, source: str, joined: Mapping[Any, str] | None) -> InstructionPair:
     if "instruction_ids" in row:
+        if joined is not None:
+            raise DataError("own pairs have what base query there is; remove queries=, which is for IFEval files")
         pair = _own_pair(row, source)
     elif "instruction_id_list" in row and "kwargs" in row:
         pair = _ifeval_pair(row, source, _base_query(row, joined))
@@ -344,7 +355,7 @@ def _own_pair(row: _Row, source: str) -> InstructionPair:
         kwargs=_dicts(row, "kwargs"),
         prompt=_field(row, "prompt", str, default=""),
         prompt_id=_field(row, "prompt_id", str, default=""),
-        source=_field(row, "source", str, default="") or source,
+        source=_field(row, "source", str, default=source),
     )
 
 
@@ -394,23 +405,21 @@ def _checkable_ids(row: _Row) -> tuple[str, ...]:
 
 def _queries_by_key(path: Path) -> dict[Any, str]:
     queries: dict[Any, str] = {}
-
-    def read(row: _Row) -> None:
-        key = row.get("key")
-        if key is None or isinstance(key, list | dict):
-            raise DataError(f"needs a key (a number or a text) and model_output; got the keys {sorted(row)}")
-        if key in queries:
-            raise DataError(f"key {key!r} comes twice, so that its query is ambiguous; remove one of the lines")
-        queries[key] = _field(row, "model_output", str)
-
     for number, row in _rows(path):
-        _at_line(path, number, read, row)
+        with _at_line(path, number):
+            key = row.get("key")
+            if key is None or isinstance(key, list | dict):
+                raise DataError(f"needs a key (a number or a text) and model_output; got the keys {sorted(row)}")
+            if key in queries:
+                raise DataError(f"key {key!r} comes twice, so that its query is ambiguous; remove one of the lines")
+            queries[key] = _field(row, "model_output", str)
     return queries
 
 
-def _at_line(path: Path, number: int, read: Callable[[_Row], None], row: _Row) -> None:
+@contextmanager
+def _at_line(path: Path, number: int) -> Iterator[None]:
     try:
-        read(row)
+        yield
     except SteerlensError as error:
         raise DataError(f"{path}, line {number}: {error}") from error
 
@@ -472,7 +481,7 @@ def _dicts(row: _Row, name: str) -> tuple[_Row, ...]:
 # Small helpers.
 
 
-def _query_key(pair: InstructionPair) -> str:
+def query_key(pair: InstructionPair) -> str:
     """The base query up to case and white space; without one, the prompt."""
     return " ".join((pair.prompt if pair.query is None else pair.query).casefold().split())
 

@@ -311,7 +311,7 @@ def _registry() -> Mapping[str, Any]:
 
 @functools.cache
 def _import_registry() -> Mapping[str, Any]:
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), _random_state():  # importing nltk draws from the global generator
         warnings.simplefilter("ignore")
         import langdetect.detector_factory
         import pysbd  # noqa: F401
@@ -346,6 +346,15 @@ def _environment(name: str, value: str) -> Iterator[None]:
         os.environ.pop(name)
         if before is not None:
             os.environ[name] = before
+
+
+@contextmanager
+def _random_state() -> Iterator[None]:
+    state = random.getstate()
+    try:
+        yield
+    finally:
+        random.setstate(state)
 
 
 @functools.cache

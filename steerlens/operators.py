@@ -14,13 +14,10 @@ The change is computed in float32 and added in the residual's own dtype. `c = 0`
 back bit for bit. These functions say nothing about where or when; see `positions` and `plan`.
 """
 
-from typing import Literal, get_args
-
 from jaxtyping import Float
 from torch import Tensor
 
-Operator = Literal["add", "set_projection", "ablate"]
-OPERATORS: tuple[Operator, ...] = get_args(Operator)
+from steerlens._typing import Operator
 
 
 def add(

@@ -13,8 +13,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from steerlens._typing import OPERATORS, Operator
 from steerlens.errors import SteerlensError, nearest
-from steerlens.operators import OPERATORS, Operator, affine
+from steerlens.operators import affine
 from steerlens.positions import Window, as_window
 
 UNIT_TOLERANCE = 1e-3

@@ -149,8 +149,7 @@ def layer_curve(search: pd.DataFrame, *, title: str | None = None, columns: int 
     groups = _by_instruction(search)
     fig, cells = _small_multiples([*groups], columns=columns, panels=(140, 44), legend=True)
     colors = _series_colors(search)
-    layers = search["layer"].dropna().astype(int)
-    span = [float(layers.min()) - 0.6, float(layers.max()) + 0.6] if len(layers) else [-0.5, 0.5]
+    span = _layer_span(search)
     for name, (top, bottom) in zip(groups, cells, strict=True):
         label, rows = short_label(name), groups[name]
         unsteered = rows[rows["layer"].isna()]
@@ -230,7 +229,7 @@ class _Series:
 
 
 # Pixels: a line of the name above a panel, the tick labels below it, the gap to the panel that shares its x axis.
-_LINE, _FOOTER, _GAP = 16, 26, 8
+_LINE, _FOOTER, _GAP = 16, 26, 14
 _NAME_WIDTH = 22  # characters: what a third of a narrow page holds
 
 
@@ -245,9 +244,11 @@ def _small_multiples(
     columns = min(columns, len(instructions))
     blocks, depth = math.ceil(len(instructions) / columns), len(panels)
     names = ["<br>".join(textwrap.wrap(short_label(name), _NAME_WIDTH)) for name in instructions]
-    header = 14 + _LINE * max(name.count("<br>") + 1 for name in names) if any(names) else 4
-    block_height = header + sum(panels) + _GAP * (depth - 1) + _FOOTER
-    total = blocks * block_height
+    tops, total = [], 0
+    for block in range(blocks):
+        lines = max(name.count("<br>") + 1 if name else 0 for name in names[block * columns :][:columns])
+        tops.append(total + 12 + _LINE * lines)
+        total = tops[-1] + sum(panels) + _GAP * (depth - 1) + _FOOTER
     filled = [[block * columns + col < len(instructions) for col in range(columns)] for block in range(blocks)]
     fig = make_subplots(
         rows=blocks * depth,
@@ -259,7 +260,7 @@ def _small_multiples(
     cells: list[list[_Cell]] = []
     for index, name in enumerate(names):
         block, col = divmod(index, columns)
-        top = block * block_height + header
+        top = tops[block]
         stack = []
         for level, height in enumerate(panels):
             lowest = level == depth - 1
@@ -437,6 +438,13 @@ def _style_curve_axes(fig: go.Figure, top: _Cell, bottom: _Cell, span: list[floa
     fig.update_yaxes(**_PERCENT_TICKS, **shared, title_text="follow (%)" if first else None, **top.place)
     ticks = {**_PERCENT_TICKS, "tickvals": [0, 1]}
     fig.update_yaxes(**ticks, **shared, title_text="degen.<br>(%)" if first else None, **bottom.place)
+
+
+def _layer_span(search: pd.DataFrame) -> list[float]:
+    """From the first layer to the last, with room for half a bar, whose width is the step between layers."""
+    layers = np.unique(search["layer"].dropna().astype(int))
+    room = 0.6 * float(np.diff(layers).min()) if len(layers) > 1 else 0.6
+    return [float(layers[0]) - room, float(layers[-1]) + room] if len(layers) else [-0.5, 0.5]
 
 
 def _show_each_name_once(fig: go.Figure) -> None:

@@ -60,8 +60,6 @@ RULES: dict[str, Window] = {
     "last": Window(-1, 0, "generation"),
 }
 
-PositionRule = Literal["all", "prompt", "generated", "last"] | Window
-
 
 def as_window(rule: str | Window) -> Window:
     """The window a rule stands for.

@@ -8,12 +8,13 @@ Batches are padded on the left with an explicit mask, so the last column is the 
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from jaxtyping import Int
 from torch import Tensor
 
+from steerlens._typing import Style
 from steerlens.errors import ModelError, SteerlensError
 
 
@@ -21,7 +22,7 @@ from steerlens.errors import ModelError, SteerlensError
 class PromptFormat:
     """How a prompt's text becomes what the model reads."""
 
-    style: Literal["auto", "chat", "plain"] = "auto"
+    style: Style = "auto"
     """ "chat" renders one user turn with the tokenizer's template; "plain" feeds the text; "auto" is chat where it can be."""
     system: str | None = None
     """A system message for the chat template; None leaves the template's own default."""

@@ -30,6 +30,7 @@ _NEEDED = (
     "prompt_id", "instruction", "condition", "prompt", "response", "finish_reason", "followed", "followed_strict",
     "n_words", "repetition", "distinct_2", "perplexity",
 )  # fmt: skip
+_EXACT_WORDS = 300
 _IN_WORDS = {
     "none": "without steering",
     "random": "with a random vector of equal norm",
@@ -130,7 +131,7 @@ def _over_instructions(table: pd.DataFrame) -> str:
     if len(both) < 2:
         return ""
     gain = both["vector"] - both["none"]
-    higher = f"It is higher with the vector than without on {int((gain > 0).sum())} of {len(gain)} instructions"
+    higher = f"The rate is higher with the vector than without on {int((gain > 0).sum())} of {len(gain)} instructions"
     best = str(gain.abs().idxmax())
     from_to = f"{percent(float(both['none'][best]))} to {percent(float(both['vector'][best]))}"
     lower = f", lower on {int((gain < 0).sum())}" if (gain < 0).any() else ""
@@ -142,15 +143,15 @@ def _quality_change(rows: Mapping[str, Mapping[Any, Any]]) -> str:
         return ""
     before, after = rows["none"], rows["vector"]
     changes = [
-        f"{what} goes from {form(before[column])} to {form(after[column])}"
+        f"{what} {form(after[column])} ({form(before[column])})"
         for column, what, form in (
             ("median_perplexity", "median perplexity", _number),
             ("mean_repetition", "mean repetition", _share),
-            ("cut", "the share of responses cut at the length limit", percent),
+            ("cut", "responses cut at the length limit", percent),
         )
         if not (math.isnan(before[column]) or math.isnan(after[column]))
     ]
-    return f"Under the vector, {', '.join(changes)}" if changes else ""
+    return f"With the vector (in brackets: without steering) {', '.join(changes)}" if changes else ""
 
 
 def _rates_and_quality(scores: pd.DataFrame, by: list[str]) -> pd.DataFrame:
@@ -184,7 +185,7 @@ def _search_section(search: pd.DataFrame | None, order: list[str]) -> str:
     rank = {name: index for index, name in enumerate(order)}
     ordered = search.sort_values("instruction", key=lambda names: names.map(rank).fillna(len(rank)), kind="stable")
     note = (
-        "Scored on validation prompts, which none of the rates above use. The ring marks the chosen layer, the dashed"
+        "Scored on validation prompts. The ring marks the chosen layer, the dashed"
         " line the rate without steering; the bars below show the share of degenerate texts at each layer."
     )
     return _note(note) + _figure(layer_curve(ordered), "search-figure")
@@ -256,14 +257,16 @@ def _card(row: Mapping[Any, Any], unsteered: str | None) -> str:
 def mark_changes(before: str, after: str) -> str:
     """`after` as HTML, with runs of words that are not in `before`, in order, inside <mark>.
 
-    Case counts, since some instructions change nothing else.
+    Case counts, since some instructions change nothing else. Long texts are compared by difflib's quick heuristic,
+    which may mark a frequent word that did not change: the exact search takes minutes on a text that repeats itself.
 
     Example:
         >>> mark_changes("rain falls down", "rain FALLS down")
         'rain <mark>FALLS</mark> down'
     """
-    matches = list(WORD.finditer(after))
-    matcher = difflib.SequenceMatcher(None, WORD.findall(before), [match.group() for match in matches], autojunk=False)
+    old, matches = WORD.findall(before), list(WORD.finditer(after))
+    new = [match.group() for match in matches]
+    matcher = difflib.SequenceMatcher(None, old, new, autojunk=max(len(old), len(new)) > _EXACT_WORDS)
     pieces, end = [], 0
     for tag, _, _, start_word, end_word in matcher.get_opcodes():
         if tag in ("replace", "insert"):
@@ -283,7 +286,7 @@ def _rates(table: pd.DataFrame) -> str:
         "strict rate": lambda row: percent(row["strict"]),
         "mean words": lambda row: _number(row["mean_words"]),
         "mean repetition": lambda row: _share(row["mean_repetition"]),
-        "distinct-2": lambda row: _share(row["mean_distinct_2"]),
+        "distinct&#8209;2": lambda row: _share(row["mean_distinct_2"]),
         "median perplexity": lambda row: _number(row["median_perplexity"]),
         "cut at length limit": lambda row: percent(row["cut"]),
     }
@@ -320,13 +323,13 @@ def _fact(name: str, value: Any) -> str:
 
 def _figure(fig: Any, name: str) -> str:
     """A figure without its title, which the section's heading says already; plotly.js is in the page's head."""
-    top = fig.layout.margin.t - 40
+    label, top = fig.layout.title.text, fig.layout.margin.t - 40
     fig.update_layout(title_text=None, margin_t=top, height=fig.layout.height - 40)
     config = {"responsive": True, "displaylogo": False, "displayModeBar": False}
     drawn = fig.to_html(
         full_html=False, include_plotlyjs=False, div_id=name, config=config, default_height=f"{fig.layout.height}px"
     )
-    return f'<div class="figure">{drawn}</div>'
+    return f'<div class="figure" role="figure" aria-label="{html.escape(label)}">{drawn}</div>'
 
 
 def _note(text: str) -> str:
@@ -342,10 +345,11 @@ def _is_missing(value: Any) -> bool:
 
 
 def _number(value: float) -> str:
-    """Three significant digits, or all digits before the point."""
+    """About three significant digits, with as many decimals for every value of the same size."""
     if _is_missing(value):
         return MISSING
-    return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"
+    decimals = 0 if abs(value) >= 100 else 1 if abs(value) >= 10 else 2
+    return f"{value:,.{decimals}f}"
 
 
 def _share(value: float) -> str:

@@ -7,11 +7,9 @@ It is valid only in the coordinates of the model it was fitted in, and its metad
 """
 
 import json
-import os
-import tempfile
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from numbers import Integral
 from pathlib import Path
 from typing import Any, Protocol, cast
@@ -22,11 +20,12 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from steerlens._typing import Operator
 from steerlens.errors import ModelError, SteerlensError
 from steerlens.model import check_layer, coordinate_frame, model_id, resid_post
-from steerlens.operators import Operator
 from steerlens.plan import Intervention, Plan
 from steerlens.positions import Window
+from steerlens.records import atomic_path
 
 FORMAT_VERSION = "1"
 PROJECTIONS = ("proj_with", "proj_without", "std_with", "std_without", "resid_norm")
@@ -218,6 +217,10 @@ class SteeringVector:
     def __neg__(self) -> "SteeringVector":
         return -1 * self
 
+    def with_metadata(self, **entries: str) -> "SteeringVector":
+        """The same vector with more metadata."""
+        return replace(self, metadata={**self.metadata, **entries})
+
     def check_fits(self, model: Any) -> None:
         """Refuse a model of another width, depth or coordinate frame; warn of another model.
 
@@ -259,14 +262,8 @@ class SteeringVector:
             "d_model": str(self.d_model),
             "layers": json.dumps(list(self.layers)),
         }
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle, scratch = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}-")
-        os.close(handle)
-        try:
+        with atomic_path(path) as scratch:
             save_file(tensors, scratch, metadata=metadata)
-            os.replace(scratch, path)
-        finally:
-            Path(scratch).unlink(missing_ok=True)
         return path
 
     @classmethod

@@ -1,0 +1,271 @@
+"""The command line: one command per step of the main job, and `run` for all of it.
+
+Everything heavy is imported inside the commands, so that `--help` answers at once. Bad input ends with exit code 2 and one
+sentence on standard error; Ctrl-C with 130, and what was finished is saved.
+"""
+
+import contextlib
+import os
+import shlex
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import tyro
+
+from steerlens._typing import Operator, RuleName
+from steerlens.errors import SteerlensError
+from steerlens.records import RunConfig
+
+if TYPE_CHECKING:
+    from steerlens.plan import Plan
+
+OUT = "Folder of the run; made if need be, gone on with if it was cut short."
+
+
+def run(
+    config: Annotated[RunConfig, tyro.conf.arg(name="")],
+    out: Annotated[Path, tyro.conf.arg(help=OUT)] = Path("runs/latest"),
+) -> None:
+    """Fit vectors, search layers, evaluate the four cells and the control, write a report.
+
+    Examples:
+      steerlens run --out runs/demo --n-test 4
+      steerlens run --model smollm2-135m --pairs format --data prompts.jsonl --out runs/real
+      steerlens run --instructions change_case:english_lowercase punctuation:no_comma --layers 12 16 20
+    """
+    from steerlens.run import run as run_job
+
+    result = run_job(config, out, command=shlex.join(["steerlens", *sys.argv[1:]]))
+    print(result.evaluation)
+    print(f"\nreport: {result.report}")
+
+
+def fit(
+    instruction: str,
+    out: Path,
+    model: str = "smollm2-135m",
+    pairs: str = "format",
+    n_pairs: int | None = None,
+    seed: int = 0,
+    batch_size: int = 32,
+) -> None:
+    """Fit one instruction's vector at every layer, and save it.
+
+    Example:
+      steerlens fit --instruction change_case:english_lowercase --out lowercase.safetensors
+
+    Args:
+        instruction: An instruction id; see `steerlens instructions`.
+        out: The vector file to write.
+        model: A local folder, a named model, or a hub id.
+        pairs: "format" (bundled) or a JSONL file.
+        n_pairs: Use this many pairs; default all.
+        seed: For phrasings and the choice of pairs.
+        batch_size: Pairs per batch.
+    """
+    from steerlens.capture import record_activations
+    from steerlens.data import load_pairs
+    from steerlens.estimators import fit_steering_vector
+    from steerlens.model import load_model
+
+    chosen = load_pairs(pairs, instructions=[instruction], seed=seed)
+    chosen = chosen if n_pairs is None else chosen.sample(n_pairs, seed=seed)
+    activations = record_activations(load_model(model), chosen, batch_size=batch_size, progress=True)
+    vector = fit_steering_vector(activations)
+    print(f"{vector.save(out)}: {vector!r}")
+
+
+def generate(
+    prompt: tuple[str, ...],
+    model: str = "smollm2-135m",
+    vector: Path | None = None,
+    layer: int | None = None,
+    coeff: float = 1.0,
+    operator: Operator = "set_projection",
+    positions: RuleName = "all",
+    max_new_tokens: int = 128,
+    temperature: float = 0.0,
+    top_p: float = 1.0,
+    top_k: int | None = None,
+    seed: int = 0,
+) -> None:
+    """Answer prompts, steered by a saved vector or not.
+
+    Example:
+      steerlens generate --prompt "Describe rain." --vector lowercase.safetensors --layer 18
+
+    Args:
+        prompt: One prompt or more.
+        model: A local folder, a named model, or a hub id.
+        vector: A file made by `steerlens fit`; without it nothing is steered.
+        layer: Where to steer; needed with a vector.
+        coeff: Share of the full change, or for add the length of the step.
+        operator: set_projection, add, or ablate.
+        positions: Which tokens to steer.
+        max_new_tokens: At most this many new tokens for each prompt.
+        temperature: 0 is greedy.
+        top_p: Sample among the fewest tokens whose probabilities reach this.
+        top_k: Sample among this many most likely tokens.
+        seed: Of the first prompt; the next ones count on from it.
+    """
+    from steerlens.generate import generate as sample
+    from steerlens.model import load_model
+    from steerlens.plan import Plan
+
+    loaded = load_model(model)
+    plan = Plan() if vector is None else _plan(loaded, vector, layer, coeff, operator, positions)
+    for row in sample(
+        loaded,
+        list(prompt),
+        steering=plan,
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        top_p=top_p,
+        top_k=top_k,
+        seed=[seed + index for index in range(len(prompt))],
+        progress=True,
+    ):
+        print(f"> {prompt[row.index]}\n{row.text}\n[{len(row.tokens)} tokens, stopped by {row.finish_reason}]\n")
+
+
+def evaluate(
+    vector: Path,
+    layer: int,
+    model: str = "smollm2-135m",
+    data: str = "format",
+    coeff: float = 1.0,
+    operator: Operator = "set_projection",
+    positions: RuleName = "all",
+    n_test: int | None = None,
+    max_new_tokens: int = 128,
+    seed: int = 0,
+    batch_size: int = 16,
+) -> None:
+    """The four cells and the control for one saved vector at one layer.
+
+    Example:
+      steerlens evaluate --vector lowercase.safetensors --layer 18 --n-test 8
+
+    Args:
+        vector: A file made by `steerlens fit`.
+        layer: Where to steer.
+        model: The model that the vector was fitted in.
+        data: Test prompts of the vector's instruction: "format" (bundled) or a JSONL file.
+        coeff: Share of the full change, or for add the length of the step.
+        operator: set_projection, add, or ablate.
+        positions: Which tokens to steer.
+        n_test: At most this many prompts; default all.
+        max_new_tokens: At most this many new tokens for each response.
+        seed: For the choice of prompts and the random direction.
+        batch_size: Rows per batch.
+    """
+    from steerlens.data import load_pairs
+    from steerlens.evaluate import evaluate as run_evaluation
+    from steerlens.model import load_model
+    from steerlens.vectors import SteeringVector
+
+    instruction = SteeringVector.load(vector).metadata.get("instruction", "")
+    pairs = load_pairs(data, instructions=[instruction], seed=seed)
+    pairs = pairs if n_test is None else pairs.sample(n_test, seed=seed)
+    loaded = load_model(model)
+    plan = _plan(loaded, vector, layer, coeff, operator, positions)
+    print(
+        run_evaluation(
+            loaded, plan, pairs, max_new_tokens=max_new_tokens, seed=seed, batch_size=batch_size, progress=True
+        )
+    )
+
+
+def info(path: Annotated[Path, tyro.conf.Positional]) -> None:
+    """What a vector file, or the folder of a run, holds.
+
+    Example:
+      steerlens info runs/demo
+
+    Args:
+        path: A vector file or a run's folder.
+    """
+    if path.is_dir():
+        import pandas as pd
+
+        if not (path / "table.csv").is_file():
+            raise SteerlensError(
+                f"a run's folder must hold table.csv, got {str(path)!r} without it; let the run finish"
+            )
+        print((path / "config.json").read_text())
+        print(pd.read_csv(path / "table.csv").to_string(index=False, float_format="{:.3f}".format))
+        return
+    from steerlens.vectors import SteeringVector
+
+    vector = SteeringVector.load(path)
+    print(vector)
+    for key, value in sorted(vector.metadata.items()):
+        print(f"  {key}: {value}")
+    print("  layer   norm   with  without  mean residual norm")
+    for layer, direction in vector.directions.items():
+        values = (vector.proj_with, vector.proj_without, vector.resid_norm)
+        columns = "  ".join(f"{value.get(layer, float('nan')):7.2f}" for value in values)
+        print(f"  {layer:5d}  {direction.norm():7.2f}  {columns}")
+
+
+def models() -> None:
+    """The models that have a name here, and where each would be loaded from."""
+    from steerlens.model import NAMED_MODELS, where
+
+    for name, model in NAMED_MODELS.items():
+        print(f"{name}: {model.summary}\n    {where(name)}")
+    print("\nA local folder in Hugging Face format, or a hub id, works as well.")
+
+
+def instructions() -> None:
+    """The bundled instructions, with an example of each."""
+    import random
+
+    from steerlens.instructions import format_instructions
+
+    for name, instruction in format_instructions().items():
+        text, kwargs = instruction.render(random.Random(0))
+        print(f"{name}  ({len(instruction.phrasings)} phrasings)\n    {text}{f'  {kwargs}' if kwargs else ''}")
+
+
+COMMANDS: dict[str, Callable[..., Any]] = {
+    "run": run,
+    "fit": fit,
+    "generate": generate,
+    "evaluate": evaluate,
+    "info": info,
+    "models": models,
+    "instructions": instructions,
+}
+
+
+def main() -> None:
+    """Entry point of the `steerlens` command."""
+    try:
+        tyro.extras.subcommand_cli_from_dict(
+            COMMANDS,
+            prog="steerlens",
+            description="Instruction vectors: fit, search, steer, evaluate, report.",
+            config=(tyro.conf.OmitArgPrefixes,),
+        )
+    except SteerlensError as error:
+        print(f"steerlens: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("steerlens: interrupted; what was finished is saved, the same command goes on", file=sys.stderr)
+        sys.exit(130)
+    except BrokenPipeError:  # `steerlens instructions | head`
+        with contextlib.suppress(OSError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def _plan(model: Any, path: Path, layer: int | None, coeff: float, operator: Operator, positions: RuleName) -> "Plan":
+    from steerlens.vectors import SteeringVector
+
+    vector = SteeringVector.load(path)
+    vector.check_fits(model)
+    if layer is None:
+        raise SteerlensError(f"steering with a vector needs --layer, one of {list(vector.layers)}")
+    return vector.at(layer, coeff=coeff, operator=operator, positions=positions)

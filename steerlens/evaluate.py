@@ -1,0 +1,326 @@
+"""The four cells and their control: does a vector make a model follow an instruction?
+
+For each pair and condition one response is generated and judged by the instruction's check:
+
+    none          the bare query                         vector        the bare query, steered
+    text          the query with its instruction         text+vector   that, steered
+    random        the bare query, changed by the same amount at every token along a random direction
+
+`followed` is IFEval's loose verdict over all of a pair's instructions, as in Stolfo et al. (2025) for format instructions;
+`followed_strict` stands beside it. Quality is measured on the same responses: words, repetition, distinct bigrams, and the
+perplexity of the response under the unsteered model given the bare query. A high rate with repetition is a broken model, and
+a rate that the random direction shares is not the vector's.
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, cast
+
+import pandas as pd
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from tqdm import tqdm
+
+from steerlens.data import CONDITIONS, Condition, InstructionPair, PairSet
+from steerlens.errors import DataError, nearest
+from steerlens.generate import Generation, SamplingConfig, stream
+from steerlens.instructions import check_all
+from steerlens.metrics import distinct_n, quality_table, rate_table, repetition, words
+from steerlens.model import model_device, weights_digest
+from steerlens.plan import Plan
+from steerlens.prompts import PromptFormat, encode, left_pad, length_sorted_batches, pad_id, template_digest
+from steerlens.records import Journal, content_key, derived_seed
+
+STEERED: frozenset[str] = frozenset({"vector", "text+vector", "random"})
+"""Conditions that run with a plan."""
+
+
+@dataclass(frozen=True)
+class Request:
+    """One response to be had: a pair under a condition, with the plan that steers it."""
+
+    pair: InstructionPair
+    condition: Condition
+    plan: Plan
+    trial: int
+    seed: int
+
+    @property
+    def prompt(self) -> str:
+        return self.pair.text(self.condition)
+
+
+def requests_for(
+    pairs: Iterable[InstructionPair],
+    plans: Plan | Mapping[str, Plan],
+    *,
+    conditions: Sequence[Condition] = CONDITIONS,
+    trials: int = 1,
+    seed: int = 0,
+) -> list[Request]:
+    """One request per pair, condition and trial.
+
+    A row's seed depends on the run's seed, the query and the trial, so conditions of one pair share their random numbers.
+
+    Args:
+        plans: One plan for all pairs, or one per instruction id.
+
+    Raises:
+        DataError: for an unknown condition, or an instruction without a plan.
+    """
+    for condition in conditions:
+        if condition not in CONDITIONS:
+            raise DataError(
+                f"a condition must be one of the cells, got {condition!r}; {nearest(condition, CONDITIONS)}"
+            )
+    requests = []
+    for pair in pairs:
+        plan = plans if isinstance(plans, Plan) else plans.get(pair.instruction_id)
+        if plan is None:
+            known = cast(Mapping[str, Plan], plans)
+            raise DataError(
+                f"every instruction needs a plan, got none for {pair.instruction_id!r}; plans: {', '.join(known)}"
+            )
+        placebo = plan.placebo(seed=derived_seed(seed, "random", pair.instruction_id))
+        for condition in conditions:
+            used = placebo if condition == "random" else plan if condition in STEERED else Plan()
+            for trial in range(trials):
+                row_seed = derived_seed(seed, pair.query or pair.prompt, trial)
+                requests.append(Request(pair, condition, used, trial, row_seed))
+    return requests
+
+
+class Sampler:
+    """A model with fixed settings that answers requests, keeps what it answered, and never answers one twice.
+
+    Args:
+        journal: Where generations are kept; None keeps them in memory.
+        batch_size: Rows per batch. A batch is written once all of its rows have stopped.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        *,
+        sampling: SamplingConfig = SamplingConfig(),
+        prompt_format: PromptFormat = PromptFormat(),
+        batch_size: int = 16,
+        journal: Journal | None = None,
+        progress: bool = False,
+    ) -> None:
+        self.model, self.sampling, self.prompt_format = model, sampling, prompt_format
+        self.batch_size, self.journal, self.progress = batch_size, journal, progress
+        self.records: dict[str, dict[str, Any]] = {} if journal is None else journal.records
+        self._settings = {
+            "weights": weights_digest(model),
+            "template": template_digest(model, prompt_format),
+            "format": asdict(prompt_format),
+            "sampling": asdict(sampling),
+            "dtype": str(model.cfg.dtype),
+        }
+
+    def key(self, request: Request) -> str:
+        """The hash of all that decides a request's text."""
+        seed = request.seed if self.sampling.temperature > 0 else None  # greedy text does not depend on it
+        return content_key([self._settings, request.prompt, request.plan.digest, seed])
+
+    def generate(self, requests: Sequence[Request]) -> list[dict[str, Any]]:
+        """The record of each request, in order; what is missing is generated, batch by batch.
+
+        Batches are formed over all requests, also those that are already answered, so that a run that was cut short and
+        goes on sees the same batches, and so the same rounding, as one that was not.
+        """
+        by_key = {self.key(request): request for request in requests}
+        keys = list(by_key)
+        lengths = [len(encode(self.model, by_key[key].prompt, self.prompt_format)) for key in keys]
+        batches = [
+            [keys[index] for index in batch if keys[index] not in self.records]
+            for batch in length_sorted_batches(lengths, self.batch_size)
+        ]
+        missing = [batch for batch in batches if batch]
+        total = sum(map(len, missing))
+        with tqdm(total=total, desc="generate", unit="row", disable=not self.progress or not total) as bar:
+            n_tokens = 0
+            for batch in missing:
+                found = self._batch([by_key[key] for key in batch])
+                self._keep({"key": key, **record} for key, record in zip(batch, found, strict=True))
+                n_tokens += sum(len(record["tokens"]) for record in found)
+                bar.update(len(batch))
+                bar.set_postfix_str(f"{n_tokens / max(bar.format_dict['elapsed'], 1e-9):.0f} tok/s")
+        return [self.records[self.key(request)] for request in requests]
+
+    def _batch(self, requests: Sequence[Request]) -> list[dict[str, Any]]:
+        rows: list[Generation] = list(
+            stream(
+                self.model,
+                [request.prompt for request in requests],
+                steering=[request.plan for request in requests],
+                sampling=self.sampling,
+                seed=[request.seed for request in requests],
+                batch_size=len(requests),
+                prompt_format=self.prompt_format,
+            )
+        )
+        rows.sort(key=lambda row: row.index)
+        return [
+            {
+                "prompt": request.prompt,
+                "text": row.text,
+                "finish_reason": row.finish_reason,
+                "seed": row.seed,
+                "n_steered": row.n_steered,
+                "plan": [step.record() for step in request.plan.active],
+                "prompt_tokens": list(row.prompt_tokens),
+                "tokens": list(row.tokens),
+            }
+            for request, row in zip(requests, rows, strict=True)
+        ]
+
+    def _keep(self, records: Iterable[dict[str, Any]]) -> None:
+        if self.journal is not None:
+            self.journal.append(records)
+        else:
+            self.records.update((record["key"], record) for record in records)
+
+
+@dataclass(frozen=True, eq=False)
+class Evaluation:
+    """Scored responses."""
+
+    scores: pd.DataFrame
+    """One row per response."""
+
+    @property
+    def table(self) -> pd.DataFrame:
+        """Rates with Wilson intervals and quality, per instruction and condition, then over all instructions."""
+        overall = self.scores.assign(instruction="all")
+        frame = pd.concat([self.scores, overall]) if self.scores["instruction"].nunique() > 1 else self.scores
+        keys = ["instruction", "condition"]
+        return rate_table(frame, by=keys).merge(quality_table(frame, by=keys), on=keys)
+
+    def _repr_html_(self) -> str:
+        return str(self.table.to_html(index=False, float_format="{:.3f}".format))
+
+    def __repr__(self) -> str:
+        return str(self.table.to_string(index=False, float_format="{:.3f}".format))
+
+
+def evaluate(
+    model: Any,
+    steering: Plan | Mapping[str, Plan],
+    pairs: PairSet,
+    *,
+    conditions: Sequence[Condition] = CONDITIONS,
+    max_new_tokens: int = 128,
+    temperature: float = 0.0,
+    top_k: int | None = None,
+    top_p: float = 1.0,
+    trials: int = 1,
+    seed: int = 0,
+    batch_size: int = 16,
+    prompt_format: PromptFormat = PromptFormat(),
+    perplexity: bool = True,
+    progress: bool = False,
+) -> Evaluation:
+    """Responses of every pair under every condition, with verdicts and quality.
+
+    Args:
+        steering: One plan for all pairs, or one per instruction id.
+        pairs: Prompts that neither the vector nor its layer was chosen on.
+        perplexity: Also run the unsteered model over each response.
+
+    Raises:
+        DataError: if there are no pairs, or an instruction has no plan.
+
+    Example:
+        >>> evaluate(model, vector.at(12), test).table                    # doctest: +SKIP
+    """
+    sampling = SamplingConfig(max_new_tokens, temperature, top_k, top_p)
+    sampler = Sampler(model, sampling=sampling, prompt_format=prompt_format, batch_size=batch_size, progress=progress)
+    requests = requests_for(pairs, steering, conditions=conditions, trials=trials, seed=seed)
+    return Evaluation(score(sampler, requests, perplexity=perplexity))
+
+
+def score(sampler: Sampler, requests: Sequence[Request], *, perplexity: bool = True) -> pd.DataFrame:
+    """The scores of requests, one row each; missing generations are made first.
+
+    Raises:
+        DataError: if there is nothing to score.
+    """
+    if not requests:
+        raise DataError("an evaluation needs at least one prompt, got none; check the instructions and the filter")
+    records = sampler.generate(requests)
+    frame = pd.DataFrame(
+        _score(request, record, sampler.key(request)) for request, record in zip(requests, records, strict=True)
+    )
+    frame["layer"] = frame["layer"].astype("Int64")
+    values = response_perplexities(sampler, requests, records) if perplexity else float("nan")
+    return frame.assign(perplexity=values)
+
+
+def _score(request: Request, record: Mapping[str, Any], key: str) -> dict[str, Any]:
+    pair, text = request.pair, record["text"]
+    verdicts = check_all(text, pair.instruction_ids, pair.kwargs, prompt=pair.prompt)
+    steps = request.plan.interventions
+    first = steps[0] if steps else None
+    return {
+        "prompt_id": pair.prompt_id,
+        "instruction": pair.instruction_id,
+        "condition": request.condition,
+        "layer": None if first is None else first.layer,
+        "operator": "" if first is None else first.operator,
+        "coeff": float("nan") if first is None else first.coeff,
+        "coeff_in_norms": float("nan") if first is None or first.operator != "add" else first.coeff_in_norms,
+        "positions": "" if first is None else str(first.positions),
+        "n_interventions": len(steps),
+        "trial": request.trial,
+        "seed": request.seed,
+        "followed": all(verdict.loose for verdict in verdicts),
+        "followed_strict": all(verdict.strict for verdict in verdicts),
+        "n_words": len(words(text)),
+        "repetition": repetition(text),
+        "distinct_2": distinct_n(text),
+        "n_tokens": len(record["tokens"]),
+        "finish_reason": record["finish_reason"],
+        "prompt": request.prompt,
+        "response": text,
+        "key": key,
+    }
+
+
+def response_perplexities(
+    sampler: Sampler, requests: Sequence[Request], records: Sequence[Mapping[str, Any]]
+) -> list[float]:
+    """Perplexity of each response under the unsteered model, given the bare query; nan for a response without tokens.
+
+    The bare query is given in every condition, so that conditions are compared on the same footing; where a pair has none, the
+    full prompt is. The stopping token is part of the response.
+    """
+    model = sampler.model
+    contexts = [request.pair.query or request.pair.prompt for request in requests]
+    unique = {
+        (context, tuple(record["tokens"])): encode(model, context, sampler.prompt_format)
+        for context, record in zip(contexts, records, strict=True)
+    }
+    pairs = [(prompt, list(tokens)) for (_, tokens), prompt in unique.items()]
+    values = dict(zip(unique, (-mean_log_probabilities(model, pairs, sampler.batch_size)).exp().tolist(), strict=True))
+    return [values[context, tuple(record["tokens"])] for context, record in zip(contexts, records, strict=True)]
+
+
+def mean_log_probabilities(
+    model: Any, rows: Sequence[tuple[list[int], list[int]]], batch_size: int = 8
+) -> Float[Tensor, " row"]:
+    """Mean log probability, in nats, of each row's second part after its first; nan where the second part is empty."""
+    found = torch.full((len(rows),), float("nan"))
+    device = model_device(model)
+    for indices in length_sorted_batches([len(a) + len(b) for a, b in rows], batch_size):
+        batch = left_pad([rows[index][0] + rows[index][1] for index in indices], pad_id=pad_id(model))
+        with torch.inference_mode():
+            logits = model(batch.tokens.to(device), attention_mask=batch.attention_mask.to(device))
+        for place, index in enumerate(indices):
+            new = rows[index][1]
+            if new:
+                scores = logits[place, -len(new) - 1 : -1].float().log_softmax(-1)
+                found[index] = scores.cpu().gather(-1, torch.tensor(new)[:, None]).mean()
+    return found

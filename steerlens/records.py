@@ -1,0 +1,180 @@
+"""Generations on disk: written before they are scored, found again by what they depend on.
+
+A generation's key is a hash of all that decides its text: model weights, prompt, format, sampling settings, seed, and the plan
+with the numbers of its vectors. The file is a journal of JSON lines, one batch at a time, flushed to the disk; a line cut short
+by a kill is dropped when the file is opened again. So a rerun finds exactly what is missing, and a changed setting finds nothing
+stale, because it asks for other keys.
+"""
+
+import fcntl
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Self
+
+from steerlens._typing import Operator, RuleName, Style
+from steerlens.errors import DataError
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """Everything that a run depends on, besides the model's weights and the prompts themselves."""
+
+    model: str = "smollm2-135m"
+    """A local folder, a named model (see `steerlens models`), or a hub id."""
+    pairs: str = "format"
+    """Where vectors come from: "format" (bundled) or a JSONL file."""
+    data: str | None = None
+    """A JSONL file of test prompts; default: the test split of `pairs`."""
+    instructions: tuple[str, ...] = ()
+    """Instruction ids; default: all that both `pairs` and `data` have."""
+    n_train: int = 48
+    """Training pairs per instruction, at most."""
+    n_valid: int = 8
+    """Validation prompts per instruction, at most (the paper uses 8 to 10)."""
+    n_test: int | None = None
+    """Test prompts per instruction, at most; default: all."""
+    layers: tuple[int, ...] = ()
+    """Layers to search; default: the paper's, every second one from a fifth of the depth on."""
+    coeffs: tuple[float, ...] = (1.0,)
+    """Coefficients to search; for set_projection and ablate the share of the full change, for add the step's length."""
+    operator: Operator = "set_projection"
+    """What to do with a vector: set_projection (the paper's format steering), add, or ablate."""
+    positions: RuleName = "all"
+    """Which tokens to steer; the paper steers all."""
+    max_new_tokens: int = 128
+    """At most this many new tokens for each test response."""
+    search_tokens: int = 64
+    """max_new_tokens of the search."""
+    temperature: float = 0.0
+    """0 is greedy."""
+    trials: int = 1
+    """Responses per prompt and condition; more than one only differ when sampling."""
+    seed: int = 0
+    """For splits, phrasings, samples and the random direction."""
+    batch_size: int = 16
+    """Rows per batch; pairs per batch when recording."""
+    system: str | None = None
+    """A system message for the chat template."""
+    style: Style = "auto"
+    """Chat template or plain text; auto takes the template where the model has one."""
+    dtype: str = "float32"
+    """Of the weights: float32, bfloat16 or float16."""
+    device: str | None = None
+    """As in PyTorch; default: the best one present."""
+
+
+def content_key(content: Any) -> str:
+    """16 hex digits of plain data (numbers, strings, lists, dicts), whatever the order of its keys."""
+    return hashlib.sha256(json.dumps(content, sort_keys=True, ensure_ascii=False).encode()).hexdigest()[:16]
+
+
+def derived_seed(*parts: Any) -> int:
+    """A seed below 2**31 that depends on all of its parts, and on nothing else."""
+    return int(content_key([str(part) for part in parts])[:8], 16) >> 1
+
+
+def writable_folder(path: str | Path) -> Path:
+    """The folder, made if need be.
+
+    Raises:
+        DataError: if it cannot be made or written to.
+    """
+    folder = Path(path)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        reason = error.strerror or type(error).__name__
+        raise DataError(f"an output folder must be writable, got {str(folder)!r}: {reason}; choose another") from error
+    return folder
+
+
+@contextmanager
+def atomic_path(path: str | Path) -> Iterator[Path]:
+    """A scratch path beside `path`, whose file takes its place if the block succeeds and is gone if it does not."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    scratch = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        yield scratch
+        os.replace(scratch, path)
+    finally:
+        scratch.unlink(missing_ok=True)
+
+
+def write_atomically(path: str | Path, text: str) -> Path:
+    """Write a text file that appears whole or not at all."""
+    with atomic_path(path) as scratch:
+        scratch.write_text(text, encoding="utf-8", newline="\n")
+    return Path(path)
+
+
+class Journal:
+    """A JSONL file of records by key, open for appending by one process at a time.
+
+    Example:
+        >>> with Journal(folder / "generations.jsonl") as journal:          # doctest: +SKIP
+        ...     journal.append([{"key": "a", "text": "..."}])
+        ...     journal.records["a"]
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        self.records: dict[str, dict[str, Any]] = {}
+        self._file = open(self.path, "a+b")  # noqa: SIM115 (closed by close)
+        try:
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            self._file.close()
+            raise DataError(
+                f"one run writes to {str(self.path)!r} at a time, and another holds it; wait for it, or choose another folder"
+            ) from error
+        try:
+            self._recover()
+        except BaseException:
+            self._file.close()
+            raise
+
+    def _recover(self) -> None:
+        """Read what is whole; cut off a last line that a kill left unfinished."""
+        self._file.seek(0)
+        end = 0
+        for number, line in enumerate(self._file, start=1):
+            if not line.endswith(b"\n"):
+                break
+            try:
+                record = json.loads(line)
+                self.records[record["key"]] = record
+            except (ValueError, KeyError, TypeError) as error:
+                raise DataError(
+                    f"{self.path}, line {number}: every line must be a record with a key, got {line[:60]!r}; "
+                    "restore the file, or start in another folder"
+                ) from error
+            end += len(line)
+        self._file.truncate(end)
+        self._file.seek(0, os.SEEK_END)
+
+    def append(self, records: Iterable[Mapping[str, Any]]) -> None:
+        """Add records and wait until they are on the disk; a key that is already there is not written again."""
+        new = [dict(record) for record in records if record["key"] not in self.records]
+        lines = [json.dumps(record, ensure_ascii=False) + "\n" for record in new]
+        self._file.write("".join(lines).encode())
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        self.records.update((record["key"], record) for record in new)
+
+    def close(self) -> None:
+        self._file.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()

@@ -1,0 +1,263 @@
+"""The main job, in one resumable folder: pairs, vectors, layer search, four cells, report.
+
+    load the model -> record both sides of the training pairs -> one vector per instruction, at every layer
+    -> search the layer on validation prompts -> answer the test prompts in all cells -> score -> tables and report.html
+
+Training, validation and test prompts share no base query. Every generation is in `generations.jsonl` before it is scored, under
+a key that covers all it depends on (`records`), so the same command goes on where a killed one stopped, and a changed setting
+never finds an old answer.
+"""
+
+import contextlib
+import json
+import sys
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from steerlens.capture import record_activations
+from steerlens.data import CONDITIONS, PairSet, load_pairs, query_key
+from steerlens.errors import DataError, SteerlensError
+from steerlens.estimators import fit_steering_vector
+from steerlens.evaluate import Evaluation, Sampler, requests_for, score
+from steerlens.generate import SamplingConfig
+from steerlens.instructions import sentence_splitter
+from steerlens.model import library_versions, load_model, model_facts, weights_digest
+from steerlens.plan import Plan
+from steerlens.prompts import PromptFormat, template_digest
+from steerlens.records import Journal, RunConfig, content_key, derived_seed, writable_folder, write_atomically
+from steerlens.report import write_report
+from steerlens.sweep import Sweep, candidate_layers, search
+from steerlens.vectors import SteeringVector
+
+
+@dataclass(frozen=True, eq=False)
+class RunResult:
+    """What a run made."""
+
+    folder: Path
+    evaluation: Evaluation
+    search: Sweep
+    vectors: Mapping[str, SteeringVector]
+    report: Path
+    facts: Mapping[str, Any] = field(default_factory=dict)
+
+
+def run(
+    config: RunConfig, out: str | Path, *, model: Any = None, progress: bool = True, command: str = ""
+) -> RunResult:
+    """Run the main job in a folder, or go on with it.
+
+    Args:
+        model: A loaded model, in place of `config.model`.
+        command: What to print in the report as the way to repeat the run.
+
+    Raises:
+        SteerlensError: before anything is generated, if a setting, a file or the folder will not do.
+    """
+    folder = writable_folder(out)
+    train, valid, test, notes = select_pairs(config)
+    model = model if model is not None else load_model(config.model, dtype=config.dtype, device=config.device)
+    _say(progress, f"{model_facts(model)['model']}: {train!r} to fit, {valid!r} to search, {test!r} to test")
+    identity = run_identity(config, model, train, valid, test)
+    _write_config(folder, config, identity)
+    vectors = _vectors(folder, config, model, train, progress=progress)
+    with Journal(folder / "generations.jsonl") as journal:
+
+        def sampler(tokens: int) -> Sampler:
+            return Sampler(
+                model,
+                sampling=SamplingConfig(tokens, config.temperature),
+                prompt_format=_prompt_format(config),
+                batch_size=config.batch_size,
+                journal=journal,
+                progress=progress,
+            )
+
+        _say(progress, "search: every candidate layer on the validation prompts")
+        found = search(
+            sampler(config.search_tokens),
+            vectors,
+            valid,
+            layers=config.layers or candidate_layers(int(model.cfg.n_layers)),
+            coeffs=config.coeffs,
+            operator=config.operator,
+            positions=config.positions,
+            seed=config.seed,
+        )
+        plans = {name: vector.at(found.best(name), positions=config.positions) for name, vector in vectors.items()}
+        _say(progress, "evaluate: the test prompts under every condition")
+        requests = requests_for(test, plans, conditions=CONDITIONS, trials=config.trials, seed=config.seed)
+        evaluation = Evaluation(score(sampler(config.max_new_tokens), requests))
+    facts = _facts(config, model, identity, (train, valid, test), found, plans, notes, command)
+    report = _write_results(folder, config, evaluation, found, facts)
+    return RunResult(folder, evaluation, found, vectors, report, facts)
+
+
+def select_pairs(config: RunConfig) -> tuple[PairSet, PairSet, PairSet, list[str]]:
+    """Training, validation and test pairs without a common base query, and notes on what was left out.
+
+    Raises:
+        DataError: if nothing is left to test.
+    """
+    wanted = config.instructions or None
+    pairs = load_pairs(config.pairs, instructions=wanted, seed=config.seed)
+    notes: list[str] = []
+    if config.data is None:
+        train, valid, test = pairs.split(seed=config.seed)
+    else:
+        train, valid = pairs.split(seed=config.seed, fractions=(0.75, 0.25))
+        test = _test_pairs(config, pairs, notes)
+        train, valid = (_without_queries(part, test, notes) for part in (train, valid))
+        kept = set(test.instructions)
+        train, valid = (PairSet(pair for pair in part if pair.instruction_id in kept) for part in (train, valid))
+    train, valid = (_at_most(part, n, config.seed) for part, n in ((train, config.n_train), (valid, config.n_valid)))
+    test = test if config.n_test is None else _at_most(test, config.n_test, config.seed)
+    for name, part in (("training", train), ("validation", valid), ("test", test)):
+        missing = [one for one in test.instructions if one not in part.instructions]
+        if len(part) == 0 or missing:
+            raise DataError(
+                f"every instruction needs {name} prompts, got none for {', '.join(missing) or 'any'}; use more queries"
+            )
+    return train, valid, test, notes
+
+
+def _test_pairs(config: RunConfig, pairs: PairSet, notes: list[str]) -> PairSet:
+    data = load_pairs(str(config.data), seed=config.seed)
+    known = set(pairs.instructions)
+    test = PairSet(pair for pair in data if pair.instruction_id in known and pair.query is not None)
+    if len(test) == 0:
+        raise DataError(
+            f"no test prompts are left: {config.data!r} has {', '.join(data.instructions)}, and the vectors are for "
+            f"{', '.join(pairs.instructions)}; test prompts also need a base query"
+        )
+    if len(test) < len(data):
+        others = sorted({pair.instruction_id for pair in data} - known)
+        notes.append(
+            f"{len(data) - len(test)} of {len(data)} test prompts left out ({', '.join(others) or 'no base query'})"
+        )
+    return test
+
+
+def _without_queries(pairs: PairSet, test: PairSet, notes: list[str]) -> PairSet:
+    tested = {query_key(pair) for pair in test}
+    kept = PairSet(pair for pair in pairs if query_key(pair) not in tested)
+    if len(kept) < len(pairs):
+        notes.append(f"{len(pairs) - len(kept)} fitting pairs left out, because their queries are test prompts")
+    return kept
+
+
+def _at_most(pairs: PairSet, n: int, seed: int) -> PairSet:
+    if n < 1:
+        raise SteerlensError(f"numbers of prompts must be at least 1, got {n}")
+    groups = pairs.by_instruction().values()
+    return PairSet(pair for group in groups for pair in group.sample(min(n, len(group)), seed=seed))
+
+
+def run_identity(config: RunConfig, model: Any, *parts: PairSet) -> str:
+    """A hash of the settings, the model's weights and the prompts: equal for runs with equal results."""
+    settings = {key: value for key, value in asdict(config).items() if key not in ("model", "pairs", "data", "device")}
+    return content_key([settings, weights_digest(model), [part.content_hash for part in parts]])
+
+
+def _write_config(folder: Path, config: RunConfig, identity: str) -> None:
+    content = {"identity": identity, "config": asdict(config), "versions": library_versions()}
+    write_atomically(folder / "config.json", json.dumps(content, indent=2) + "\n")
+
+
+def _vectors(
+    folder: Path, config: RunConfig, model: Any, train: PairSet, *, progress: bool
+) -> dict[str, SteeringVector]:
+    """One vector per instruction, from the folder where it holds the one that this run would fit."""
+    vectors: dict[str, SteeringVector] = {}
+    missing = PairSet([])
+    for name, pairs in train.by_instruction().items():
+        path = folder / "vectors" / f"{name.replace(':', '.')}.safetensors"
+        digest = _fit_digest(config, model, pairs)
+        with contextlib.suppress(SteerlensError):  # none yet
+            vectors[name] = SteeringVector.load(path)
+        if name not in vectors or vectors[name].metadata.get("fit") != digest:
+            vectors.pop(name, None)
+            missing += pairs
+    if len(missing):
+        _say(progress, f"record: {len(missing)} pairs")
+        activations = record_activations(
+            model, missing, batch_size=config.batch_size, prompt_format=_prompt_format(config), progress=progress
+        )
+        for name, part in activations.by_instruction().items():
+            fitted = fit_steering_vector(part)
+            digest = _fit_digest(config, model, missing.filter(name))
+            vectors[name] = fitted.with_metadata(fit=digest, seed=str(config.seed))
+            vectors[name].save(folder / "vectors" / f"{name.replace(':', '.')}.safetensors")
+    return {name: vectors[name] for name in train.instructions}
+
+
+def _fit_digest(config: RunConfig, model: Any, pairs: PairSet) -> str:
+    return content_key(
+        [weights_digest(model), template_digest(model, _prompt_format(config)), config.dtype, pairs.content_hash]
+    )
+
+
+def _facts(
+    config: RunConfig,
+    model: Any,
+    identity: str,
+    parts: tuple[PairSet, PairSet, PairSet],
+    found: Sweep,
+    plans: Mapping[str, Plan],
+    notes: list[str],
+    command: str,
+) -> dict[str, Any]:
+    train, valid, test = parts
+    choices = {name: found.best(name) for name in plans}
+    return {
+        **model_facts(model),
+        "vectors from": f"{config.pairs}: {train!r}",
+        "searched on": f"{config.pairs}: {valid!r}",
+        "tested on": f"{config.data or config.pairs}: {test!r}",
+        "left out": "; ".join(notes) or "nothing",
+        "operator": f"{config.operator} at {config.positions} positions",
+        "layers searched": ", ".join(str(x) for x in found.table["layer"].dropna().unique()),
+        "coefficients searched": ", ".join(f"{x:g}" for x in config.coeffs),
+        "chosen": "; ".join(
+            f"{name}: {'no steering' if best.layer is None else f'layer {best.layer}, coeff {best.coeff:g}'}"
+            for name, best in choices.items()
+        ),
+        "sampling": f"{'greedy' if config.temperature == 0 else f'temperature {config.temperature:g}'}, "
+        f"at most {config.max_new_tokens} new tokens ({config.search_tokens} in the search), {config.trials} per prompt",
+        "seed": config.seed,
+        "random direction seed": derived_seed(config.seed, "random", next(iter(plans)))
+        if len(plans) == 1
+        else "per instruction",
+        "sentences split by": sentence_splitter(),
+        "identity": identity,
+        "versions": ", ".join(f"{name} {version}" for name, version in library_versions().items()),
+        "command": command,
+    }
+
+
+def _write_results(
+    folder: Path, config: RunConfig, evaluation: Evaluation, found: Sweep, facts: dict[str, Any]
+) -> Path:
+    write_atomically(folder / "scores.jsonl", _json_lines(evaluation.scores))
+    write_atomically(folder / "search_scores.jsonl", _json_lines(found.scores))
+    write_atomically(folder / "table.csv", evaluation.table.to_csv(index=False))
+    write_atomically(folder / "search.csv", found.table.to_csv(index=False))
+    title = f"{facts['model']}: instruction vectors from {Path(config.pairs).name}"
+    return write_report(folder / "report.html", scores=evaluation.scores, search=found.table, facts=facts, title=title)
+
+
+def _json_lines(frame: pd.DataFrame) -> str:
+    return str(frame.to_json(orient="records", lines=True, force_ascii=False))
+
+
+def _prompt_format(config: RunConfig) -> PromptFormat:
+    return PromptFormat(style=config.style, system=config.system)
+
+
+def _say(progress: bool, text: str) -> None:
+    if progress:
+        print(text, file=sys.stderr, flush=True)
