@@ -1,6 +1,7 @@
 """steerlens: find, read and apply the directions that instructions write into a language model's residual stream.
 
-Names are imported when they are first used, so `import steerlens` is quick and loads no torch.
+Names are imported when they are first used, so `import steerlens` is quick and loads no torch. No module has the name of a
+public function: importing such a module would put it in the function's place.
 """
 
 import importlib
@@ -11,18 +12,18 @@ if TYPE_CHECKING:
     from steerlens.data import InstructionPair, PairSet, load_pairs
     from steerlens.errors import DataError, ModelError, SteerlensError
     from steerlens.estimators import MeanDifference, fit_steering_vector
-    from steerlens.evaluate import Evaluation, evaluate
-    from steerlens.generate import Generation, SamplingConfig, generate, stream
+    from steerlens.evaluation import Evaluation, evaluate
     from steerlens.instructions import check, format_instructions
+    from steerlens.job import RunResult, run
     from steerlens.model import load_model
     from steerlens.plan import Intervention, Plan
     from steerlens.positions import Window
     from steerlens.prompts import PromptFormat
     from steerlens.records import RunConfig
     from steerlens.report import write_report
-    from steerlens.run import RunResult, run
-    from steerlens.steer import steer
-    from steerlens.sweep import Best, Sweep, sweep
+    from steerlens.sampling import Generation, SamplingConfig, generate, stream
+    from steerlens.steering import steer
+    from steerlens.sweeps import Best, Sweep, sweep
     from steerlens.vectors import SteeringVector
 
 _HOME = {
@@ -30,8 +31,8 @@ _HOME = {
     "data": ("InstructionPair", "PairSet", "load_pairs"),
     "errors": ("DataError", "ModelError", "SteerlensError"),
     "estimators": ("MeanDifference", "fit_steering_vector"),
-    "evaluate": ("Evaluation", "evaluate"),
-    "generate": ("Generation", "SamplingConfig", "generate", "stream"),
+    "evaluation": ("Evaluation", "evaluate"),
+    "sampling": ("Generation", "SamplingConfig", "generate", "stream"),
     "instructions": ("check", "format_instructions"),
     "model": ("load_model",),
     "plan": ("Intervention", "Plan"),
@@ -39,9 +40,9 @@ _HOME = {
     "prompts": ("PromptFormat",),
     "records": ("RunConfig",),
     "report": ("write_report",),
-    "run": ("RunResult", "run"),
-    "steer": ("steer",),
-    "sweep": ("Best", "Sweep", "sweep"),
+    "job": ("RunResult", "run"),
+    "steering": ("steer",),
+    "sweeps": ("Best", "Sweep", "sweep"),
     "vectors": ("SteeringVector",),
 }
 _MODULE_OF = {name: module for module, names in _HOME.items() for name in names}

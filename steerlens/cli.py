@@ -35,7 +35,7 @@ def run(
       steerlens run --model smollm2-135m --pairs format --data prompts.jsonl --out runs/real
       steerlens run --instructions change_case:english_lowercase punctuation:no_comma --layers 12 16 20
     """
-    from steerlens.run import run as run_job
+    from steerlens.job import run as run_job
 
     result = run_job(config, out, command=shlex.join(["steerlens", *sys.argv[1:]]))
     print(result.evaluation)
@@ -110,9 +110,9 @@ def generate(
         top_k: Sample among this many most likely tokens.
         seed: Of the first prompt; the next ones count on from it.
     """
-    from steerlens.generate import generate as sample
     from steerlens.model import load_model
     from steerlens.plan import Plan
+    from steerlens.sampling import generate as sample
 
     loaded = load_model(model)
     plan = Plan() if vector is None else _plan(loaded, vector, layer, coeff, operator, positions)
@@ -162,7 +162,7 @@ def evaluate(
         batch_size: Rows per batch.
     """
     from steerlens.data import load_pairs
-    from steerlens.evaluate import evaluate as run_evaluation
+    from steerlens.evaluation import evaluate as run_evaluation
     from steerlens.model import load_model
     from steerlens.vectors import SteeringVector
 

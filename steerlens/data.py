@@ -55,7 +55,7 @@ class InstructionPair:
     instruction_ids: tuple[str, ...]
     """IFEval ids, usually one; a bare string is taken as one id."""
     kwargs: tuple[Mapping[str, Any], ...]
-    """The arguments of each id's check, without None values. Default: no arguments."""
+    """The arguments of each id's check, without None values; a bare dict is taken as one. Default: no arguments."""
     prompt: str
     """The full text, query and instruction. Default: "{query} {instruction}"."""
     prompt_id: str
@@ -68,13 +68,14 @@ class InstructionPair:
         query: str | None,
         instruction: str,
         instruction_ids: str | Iterable[str],
-        kwargs: Iterable[Mapping[str, Any]] = (),
+        kwargs: Mapping[str, Any] | Iterable[Mapping[str, Any]] = (),
         prompt: str = "",
         prompt_id: str = "",
         source: str = "",
     ) -> None:
         ids = (instruction_ids,) if isinstance(instruction_ids, str) else tuple(instruction_ids)
-        arguments = tuple(_without_none(values) for values in kwargs) or ({},) * len(ids)
+        given = (kwargs,) if isinstance(kwargs, Mapping) else kwargs
+        arguments = tuple(_without_none(values) for values in given) or ({},) * len(ids)
         prompt = prompt or (f"{query} {instruction}" if query and instruction else "")
         if not ids or not all(ids) or len(arguments) != len(ids):
             raise DataError(
@@ -379,9 +380,10 @@ def _base_query(row: _Row, joined: Mapping[Any, str] | None) -> str | None:
         return None if own is None else str(_field(row, own, str))
     if own is not None:
         raise DataError(f"{own} is this row's base query; remove queries=, which is for official IFEval files")
-    if row.get("key") not in joined:
-        raise DataError(f"key {row.get('key')!r} is not in the file of queries; are both of one data set?")
-    return joined[row["key"]]
+    key = row.get("key")
+    if isinstance(key, list | dict) or key not in joined:
+        raise DataError(f"key {key!r} is not in the file of queries; are both of one data set?")
+    return joined[key]
 
 
 def _instruction_in(prompt: str, query: str) -> str:

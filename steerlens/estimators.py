@@ -5,7 +5,7 @@ classifies, by the side of the midpoint on which a projection falls, so that `cr
 activations are along that direction. `fit_steering_vector` runs an estimator at every layer of recorded activations.
 """
 
-from typing import Any, Self
+from typing import Any
 
 import numpy as np
 import torch
@@ -34,7 +34,7 @@ class MeanDifference(ClassifierMixin, TransformerMixin, BaseEstimator):
         array([0., 2.])
     """
 
-    def fit(self, X: ArrayLike, y: ArrayLike) -> Self:  # noqa: N803 (scikit-learn's name)
+    def fit(self, X: ArrayLike, y: ArrayLike) -> "MeanDifference":  # noqa: N803 (scikit-learn's name)
         """Fit on activations `[n_samples, n_features]` and two labels.
 
         Raises:

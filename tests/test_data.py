@@ -107,6 +107,7 @@ def test_ids_of_several_instructions_are_joined_and_none_arguments_dropped():
     pair = InstructionPair("Describe rain.", "Do.", (COMMA, BULLETS), ({}, {"num_bullets": 3, "relation": None}))
     assert pair.instruction_id == f"{COMMA}+{BULLETS}"
     assert pair.kwargs == ({}, {"num_bullets": 3})
+    assert InstructionPair("Describe rain.", "Do.", BULLETS, {"num_bullets": 3}).kwargs == ({"num_bullets": 3},)
 
 
 @pytest.mark.parametrize(

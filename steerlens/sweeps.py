@@ -19,13 +19,13 @@ import pandas as pd
 from steerlens._typing import Operator
 from steerlens.data import Condition, PairSet
 from steerlens.errors import DataError, SteerlensError, nearest
-from steerlens.evaluate import Request, Sampler, requests_for, score
-from steerlens.generate import SamplingConfig
+from steerlens.evaluation import Request, Sampler, requests_for, score
 from steerlens.metrics import quality_table, rate_table
 from steerlens.model import check_layer
 from steerlens.plan import Plan
 from steerlens.positions import Window
 from steerlens.prompts import PromptFormat
+from steerlens.sampling import SamplingConfig
 from steerlens.vectors import SteeringVector
 
 DEGENERATE_REPETITION = 0.5

@@ -24,13 +24,13 @@ from tqdm import tqdm
 
 from steerlens.data import CONDITIONS, Condition, InstructionPair, PairSet
 from steerlens.errors import DataError, nearest
-from steerlens.generate import Generation, SamplingConfig, stream
 from steerlens.instructions import check_all
 from steerlens.metrics import distinct_n, quality_table, rate_table, repetition, words
 from steerlens.model import model_device, weights_digest
 from steerlens.plan import Plan
 from steerlens.prompts import PromptFormat, encode, left_pad, length_sorted_batches, pad_id, template_digest
 from steerlens.records import Journal, content_key, derived_seed
+from steerlens.sampling import Generation, SamplingConfig, stream
 
 STEERED: frozenset[str] = frozenset({"vector", "text+vector", "random"})
 """Conditions that run with a plan."""

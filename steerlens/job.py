@@ -22,15 +22,15 @@ from steerlens.capture import record_activations
 from steerlens.data import CONDITIONS, PairSet, load_pairs, query_key
 from steerlens.errors import DataError, SteerlensError
 from steerlens.estimators import fit_steering_vector
-from steerlens.evaluate import Evaluation, Sampler, requests_for, score
-from steerlens.generate import SamplingConfig
+from steerlens.evaluation import Evaluation, Sampler, requests_for, score
 from steerlens.instructions import sentence_splitter
 from steerlens.model import library_versions, load_model, model_facts, weights_digest
 from steerlens.plan import Plan
 from steerlens.prompts import PromptFormat, template_digest
 from steerlens.records import Journal, RunConfig, content_key, derived_seed, writable_folder, write_atomically
 from steerlens.report import write_report
-from steerlens.sweep import Sweep, candidate_layers, search
+from steerlens.sampling import SamplingConfig
+from steerlens.sweeps import Sweep, candidate_layers, search
 from steerlens.vectors import SteeringVector
 
 

@@ -22,7 +22,7 @@ from steerlens.errors import SteerlensError
 from steerlens.model import forward, model_device, stop_ids
 from steerlens.plan import Plan
 from steerlens.prompts import PromptFormat, encode_all, left_pad, length_sorted_batches, pad_id
-from steerlens.steer import Steering, build_tables, check_plan, token_positions
+from steerlens.steering import Steering, build_tables, check_plan, token_positions
 
 FinishReason = Literal["eos", "stop", "length"]
 

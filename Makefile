@@ -1,0 +1,39 @@
+# make demo: set up, run the main job on the default model, write runs/demo/report.html
+# make test: set up, then lint, types and tests
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet
+
+.PHONY: demo test setup lint types unit clean
+
+setup: $(READY)
+
+$(READY): requirements.lock pyproject.toml
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "steerlens needs Python 3.11 or newer; set PYTHON=")'
+	$(PYTHON) -m venv $(VENV)
+	@echo "installing pinned dependencies (a few minutes the first time) ..."
+	$(PIP) $$(grep '^torch==' requirements.lock)
+	$(PIP) --no-deps -r requirements.lock
+	$(PIP) --no-deps --no-build-isolation -e .
+	@touch $(READY)
+
+demo: $(READY)
+	$(BIN)/steerlens run --out runs/demo
+
+test: lint types unit
+
+lint: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: $(READY)
+	$(BIN)/mypy
+
+unit: $(READY)
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest --durations=15
+
+clean:
+	rm -rf $(VENV) runs .mypy_cache .pytest_cache .ruff_cache

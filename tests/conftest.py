@@ -1,0 +1,102 @@
+"""Fixtures: tiny seeded models of two families, the real small model where it can be had, and a guard against left hooks."""
+
+import os
+
+# Before torch and transformers are imported: tests never reach for the network, and one thread is fastest at this size.
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import pytest
+from transformers import AutoModelForCausalLM
+
+from steerlens.errors import ModelError
+from steerlens.model import cache_folder, load_model
+from tests.near_ties import LEDGER
+from tests.tiny_models import save_tiny_gpt2, save_tiny_llama
+
+BUILDERS = {"llama": save_tiny_llama, "gpt2": save_tiny_gpt2}
+LOADED: list[Any] = []
+"""Every model that a fixture handed out; the guard below looks at all of them."""
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A model under test: its folder, its bridge, and the same weights as a raw Hugging Face model for the oracle."""
+
+    name: str
+    folder: Path
+    model: Any
+
+    @cached_property
+    def hf(self) -> Any:
+        return AutoModelForCausalLM.from_pretrained(self.folder, local_files_only=True).eval()
+
+
+def _subject(name: str, folder: Path, **options: Any) -> Subject:
+    subject = Subject(name, folder, load_model(folder, **options))
+    LOADED.append(subject.model)
+    return subject
+
+
+@pytest.fixture(scope="session")
+def tiny_folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    root = tmp_path_factory.mktemp("models")
+    return {name: build(root / name) for name, build in BUILDERS.items()}
+
+
+@pytest.fixture(scope="session")
+def subjects(tiny_folders: dict[str, Path]) -> dict[str, Subject]:
+    return {name: _subject(name, folder) for name, folder in tiny_folders.items()}
+
+
+@pytest.fixture(params=BUILDERS)
+def tiny(request: pytest.FixtureRequest, subjects: dict[str, Subject]) -> Subject:
+    """Each tiny model in turn."""
+    return subjects[request.param]
+
+
+@pytest.fixture
+def llama(subjects: dict[str, Subject]) -> Subject:
+    return subjects["llama"]
+
+
+@pytest.fixture
+def gpt2(subjects: dict[str, Subject]) -> Subject:
+    return subjects["gpt2"]
+
+
+@pytest.fixture(scope="session")
+def smollm2() -> Subject:
+    """The real 135M model, or a skip that says why not."""
+    try:
+        model = load_model("smollm2-135m", progress=False)
+    except ModelError as error:
+        pytest.skip(f"smollm2-135m cannot be had here: {error}")
+    LOADED.append(model)
+    return Subject("smollm2-135m", cache_folder() / "models" / "smollm2-135m", model)
+
+
+def hooks_on(model: Any) -> list[str]:
+    """Names of the hook points that carry a hook."""
+    return [name for name, point in model.hook_dict.items() if point.fwd_hooks or point.bwd_hooks]
+
+
+@pytest.fixture(autouse=True)
+def models_are_clean() -> Iterator[None]:
+    """After every test, whatever happened in it, no model has a hook left."""
+    yield
+    left = {str(model.cfg.model_name): hooks_on(model) for model in LOADED if hooks_on(model)}
+    for model in LOADED:
+        model.reset_hooks()  # one test's leak is not the next one's failure
+    assert not left, f"hooks are left on {left}"
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    if LEDGER.rows:
+        terminalreporter.write_line(f"greedy rows against the plain loop: {LEDGER}")
