@@ -30,7 +30,7 @@ def run(
 ) -> None:
     """Fit vectors, search layers, evaluate the four cells and the control, write a report.
 
-    Examples:
+    For example:
       steerlens run --out runs/demo --n-test 4
       steerlens run --model smollm2-135m --pairs format --data prompts.jsonl --out runs/real
       steerlens run --instructions change_case:english_lowercase punctuation:no_comma --layers 12 16 20
@@ -53,7 +53,7 @@ def fit(
 ) -> None:
     """Fit one instruction's vector at every layer, and save it.
 
-    Example:
+    For example:
       steerlens fit --instruction change_case:english_lowercase --out lowercase.safetensors
 
     Args:
@@ -93,7 +93,7 @@ def generate(
 ) -> None:
     """Answer prompts, steered by a saved vector or not.
 
-    Example:
+    For example:
       steerlens generate --prompt "Describe rain." --vector lowercase.safetensors --layer 18
 
     Args:
@@ -145,7 +145,7 @@ def evaluate(
 ) -> None:
     """The four cells and the control for one saved vector at one layer.
 
-    Example:
+    For example:
       steerlens evaluate --vector lowercase.safetensors --layer 18 --n-test 8
 
     Args:
@@ -181,7 +181,7 @@ def evaluate(
 def info(path: Annotated[Path, tyro.conf.Positional]) -> None:
     """What a vector file, or the folder of a run, holds.
 
-    Example:
+    For example:
       steerlens info runs/demo
 
     Args:

@@ -22,7 +22,7 @@ from jaxtyping import Float
 from torch import Tensor
 from tqdm import tqdm
 
-from steerlens.data import CONDITIONS, Condition, InstructionPair, PairSet
+from steerlens.data import CONDITIONS, InstructionPair, PairSet
 from steerlens.errors import DataError, nearest
 from steerlens.instructions import check_all
 from steerlens.metrics import distinct_n, quality_table, rate_table, repetition, words
@@ -41,7 +41,7 @@ class Request:
     """One response to be had: a pair under a condition, with the plan that steers it."""
 
     pair: InstructionPair
-    condition: Condition
+    condition: str
     plan: Plan
     trial: int
     seed: int
@@ -55,7 +55,7 @@ def requests_for(
     pairs: Iterable[InstructionPair],
     plans: Plan | Mapping[str, Plan],
     *,
-    conditions: Sequence[Condition] = CONDITIONS,
+    conditions: Sequence[str] = CONDITIONS,
     trials: int = 1,
     seed: int = 0,
 ) -> list[Request]:
@@ -211,7 +211,7 @@ def evaluate(
     steering: Plan | Mapping[str, Plan],
     pairs: PairSet,
     *,
-    conditions: Sequence[Condition] = CONDITIONS,
+    conditions: Sequence[str] = CONDITIONS,
     max_new_tokens: int = 128,
     temperature: float = 0.0,
     top_k: int | None = None,

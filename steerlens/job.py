@@ -60,7 +60,11 @@ def run(
     """
     folder = writable_folder(out)
     train, valid, test, notes = select_pairs(config)
-    model = model if model is not None else load_model(config.model, dtype=config.dtype, device=config.device)
+    model = (
+        model
+        if model is not None
+        else load_model(config.model, dtype=config.dtype, device=config.device, progress=progress)
+    )
     _say(progress, f"{model_facts(model)['model']}: {train!r} to fit, {valid!r} to search, {test!r} to test")
     identity = run_identity(config, model, train, valid, test)
     _write_config(folder, config, identity)

@@ -15,9 +15,11 @@ import inspect
 import json
 import os
 import shutil
+import sys
 import tempfile
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,6 +30,7 @@ from platformdirs import user_cache_dir
 from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.utils import logging as transformers_logging
 
 from steerlens.errors import ModelError, SteerlensError, nearest
 
@@ -79,11 +82,24 @@ def load_model(
         device: As in PyTorch. Default: TransformerLens' choice of the best device present.
         device_map: Placement over several devices, passed to the bridge; excludes `device`.
         n_devices: Split over this many GPUs, passed to the bridge.
-        progress: Show progress while weights are converted.
+        progress: Show progress while weights are converted and read.
 
     Raises:
         ModelError: if the model cannot be found or read; the message says what was tried and the usual fix.
     """
+    with _progress_bars(progress):
+        return _load(name, dtype=dtype, device=device, device_map=device_map, n_devices=n_devices, progress=progress)
+
+
+def _load(
+    name: str | Path,
+    *,
+    dtype: str | torch.dtype,
+    device: str | torch.device | None,
+    device_map: str | dict[str, str | int] | None,
+    n_devices: int | None,
+    progress: bool,
+) -> TransformerBridge:
     options: dict[str, Any] = {"dtype": as_dtype(dtype), "device_map": device_map, "n_devices": n_devices}
     if device is not None:
         options["device"] = device
@@ -96,6 +112,19 @@ def load_model(
         folder = _named_folder(str(name), progress=progress)
         return _boot(folder, **options) if folder else _boot_hub(NAMED_MODELS[str(name)].hub_id, **options)
     return _boot_hub(str(name), **options)
+
+
+@contextmanager
+def _progress_bars(shown: bool) -> Iterator[None]:
+    """Hide transformers' progress bars inside the block, unless they are to be shown."""
+    hide = not shown and transformers_logging.is_progress_bar_enabled()
+    if hide:
+        transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if hide:
+            transformers_logging.enable_progress_bar()
 
 
 def as_dtype(dtype: str | torch.dtype) -> torch.dtype:
@@ -185,12 +214,8 @@ def where(name: str) -> str:
 
 def _convert_gguf(gguf: Path, folder: Path, *, progress: bool) -> None:
     """Dequantise a GGUF file to a Hugging Face folder. The folder appears whole or not at all."""
-    from transformers.utils import logging as transformers_logging
-
     if progress:
-        print(f"converting {gguf.name} once to {folder} ...", flush=True)
-    else:
-        transformers_logging.disable_progress_bar()
+        print(f"converting {gguf.name} once to {folder} ...", file=sys.stderr, flush=True)
     folder.parent.mkdir(parents=True, exist_ok=True)
     scratch = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
     try:
@@ -210,7 +235,6 @@ def _convert_gguf(gguf: Path, folder: Path, *, progress: bool) -> None:
                 raise
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
-        transformers_logging.enable_progress_bar()
 
 
 def forward(

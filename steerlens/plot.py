@@ -403,7 +403,7 @@ def _draw_references(
     span: list[float],
     label: str,
 ) -> None:
-    """The unsteered rate as a dashed line, and a ring with the layer's number around the chosen point."""
+    """The unsteered rate as a dashed line; a ring with the layer's number around the chosen point, or words if none was."""
     for record in unsteered.head(1).to_dict("records"):
         hover = f"{label}<br>no steering: {rate_text(record)}<br>{_count_text(record)}<extra></extra>"
         dashed = go.Scatter(
@@ -415,6 +415,18 @@ def _draw_references(
             hovertemplate=hover,
         )
         fig.add_trace(dashed, **cell.place)
+        if record["chosen"]:
+            refused = go.Scatter(
+                x=[sum(span) / 2],
+                y=[record["rate"]],
+                mode="text",
+                text=["<b>no steering chosen</b>"],
+                textposition="bottom center" if record["rate"] > 0.8 else "top center",
+                name="no steering",
+                showlegend=False,
+                hoverinfo="skip",
+            )
+            fig.add_trace(refused, **cell.place)
     chosen = steered[steered["chosen"].astype(bool)]
     ring = go.Scatter(
         x=chosen["layer"],

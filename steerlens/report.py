@@ -13,7 +13,6 @@ import difflib
 import html
 import importlib.resources
 import math
-import os
 import string
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
@@ -25,6 +24,7 @@ from plotly.offline import get_plotlyjs
 from steerlens.errors import DataError
 from steerlens.metrics import WORD, quality_table, rate_table, require_columns
 from steerlens.plot import CONDITION_COLORS, MISSING, four_cells, layer_curve, percent, rate_text, short_label
+from steerlens.records import write_atomically
 
 _NEEDED = (
     "prompt_id", "instruction", "condition", "prompt", "response", "finish_reason", "followed", "followed_strict",
@@ -83,19 +83,20 @@ def write_report(
     template = importlib.resources.files("steerlens") / "bundled" / "report.html.template"
     page = string.Template(template.read_text(encoding="utf-8")).substitute(
         title=html.escape(title),
-        summary=html.escape(summarize(overall, table)),
+        summary=html.escape(summarize(overall, table, search)),
         plotly_js=get_plotlyjs(),
         body="\n".join([f"<nav>{''.join(links)}</nav>", *parts]),
     )
-    return _write_atomically(Path(path), page)
+    return write_atomically(path, page)
 
 
-def summarize(overall: pd.DataFrame, table: pd.DataFrame) -> str:
+def summarize(overall: pd.DataFrame, table: pd.DataFrame, search: pd.DataFrame | None = None) -> str:
     """What the rates say, in a few sentences: the vector beside its controls, over instructions, and at what cost.
 
     Args:
         overall: rates and quality per condition.
         table: rates and quality per instruction and condition.
+        search: the search frame, which says where no steering was chosen.
     """
     rows = {row["condition"]: row for row in overall.to_dict("records")}
     lead = "vector" if "vector" in rows else next(iter(rows))
@@ -108,7 +109,7 @@ def summarize(overall: pd.DataFrame, table: pd.DataFrame) -> str:
     ]
     sentences = ["; ".join([first, *others])]
     if lead == "vector":
-        sentences += [_against_control(rows), _over_instructions(table), _quality_change(rows)]
+        sentences += [_against_control(rows), _over_instructions(table), _left_unsteered(search), _quality_change(rows)]
     return " ".join(f"{sentence}." for sentence in sentences if sentence)
 
 
@@ -132,10 +133,20 @@ def _over_instructions(table: pd.DataFrame) -> str:
         return ""
     gain = both["vector"] - both["none"]
     higher = f"The rate is higher with the vector than without on {int((gain > 0).sum())} of {len(gain)} instructions"
+    if not gain.any():
+        return higher
     best = str(gain.abs().idxmax())
     from_to = f"{percent(float(both['none'][best]))} to {percent(float(both['vector'][best]))}"
     lower = f", lower on {int((gain < 0).sum())}" if (gain < 0).any() else ""
     return f"{higher}{lower}; the largest change is {from_to}, on {short_label(best)}"
+
+
+def _left_unsteered(search: pd.DataFrame | None) -> str:
+    if search is None or search.empty:
+        return ""
+    names = [short_label(str(name)) for name in search.loc[search["chosen"] & search["layer"].isna(), "instruction"]]
+    of = f"{len(names)} of {search['instruction'].nunique()} instructions ({', '.join(names)})"
+    return f"For {of} the search chose no steering, so the vector's responses there are unsteered ones" if names else ""
 
 
 def _quality_change(rows: Mapping[str, Mapping[Any, Any]]) -> str:
@@ -354,14 +365,3 @@ def _number(value: float) -> str:
 
 def _share(value: float) -> str:
     return MISSING if _is_missing(value) else f"{value:.2f}"
-
-
-def _write_atomically(path: Path, text: str) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    draft = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        draft.write_text(text, encoding="utf-8")
-        os.replace(draft, path)
-    finally:
-        draft.unlink(missing_ok=True)
-    return path

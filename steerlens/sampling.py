@@ -195,7 +195,8 @@ class _Row:
         text = _decode(tokenizer, self.tokens) if sampling.stop else ""
         cut = min((found for stop in sampling.stop if (found := text.find(stop)) >= 0), default=None)
         if self.tokens[-1] in stops:
-            return self._generation(_decode(tokenizer, self.tokens), "eos")
+            # Not every stop id is a special token of its tokenizer, so the text leaves the last one out by itself.
+            return self._generation(_decode(tokenizer, self.tokens[:-1]), "eos")
         if cut is not None:
             return self._generation(text[:cut], "stop")
         if len(self.tokens) >= sampling.max_new_tokens:

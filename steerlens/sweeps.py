@@ -17,7 +17,7 @@ from typing import Any, Literal
 import pandas as pd
 
 from steerlens._typing import Operator
-from steerlens.data import Condition, PairSet
+from steerlens.data import PairSet
 from steerlens.errors import DataError, SteerlensError, nearest
 from steerlens.evaluation import Request, Sampler, requests_for, score
 from steerlens.metrics import quality_table, rate_table
@@ -148,7 +148,7 @@ def search(
     if len(pairs) == 0:
         raise DataError("a search needs at least one validation prompt, got none; check the split and the filter")
     by_instruction = dict.fromkeys(pairs.instructions, vectors) if isinstance(vectors, SteeringVector) else vectors
-    unsteered: Condition = "none" if condition == "vector" else "text"
+    unsteered = "none" if condition == "vector" else "text"
     requests: list[Request] = requests_for(pairs, Plan(), conditions=[unsteered], seed=seed)
     places: list[tuple[int | None, float]] = [(None, 0.0)] * len(requests)
     for name, group in pairs.by_instruction().items():

@@ -10,9 +10,9 @@ import json
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from numbers import Integral
+from operator import index
 from pathlib import Path
-from typing import Any, Protocol, cast
+from typing import Any, Protocol, SupportsIndex, runtime_checkable
 
 import torch
 from jaxtyping import Float
@@ -32,6 +32,7 @@ PROJECTIONS = ("proj_with", "proj_without", "std_with", "std_without", "resid_no
 NAN = float("nan")
 
 
+@runtime_checkable
 class Choice(Protocol):
     """Where and how strongly to steer; a search returns these. `layer` None means that no steering was best."""
 
@@ -106,7 +107,7 @@ class SteeringVector:
 
     def at(
         self,
-        layer: "int | Sequence[int] | Choice",
+        layer: SupportsIndex | Sequence[int] | Choice,
         *,
         coeff: float | None = None,
         operator: Operator | None = None,
@@ -127,16 +128,12 @@ class SteeringVector:
         Raises:
             SteerlensError: if the layer is not in the vector, or what the operator needs is not known.
         """
-        layers: list[int]
-        if isinstance(layer, Integral):
-            layers = [int(layer)]
-        elif isinstance(layer, Sequence):
-            layers = [int(one) for one in layer]
+        if isinstance(layer, Choice):
+            layers = [] if layer.layer is None else [layer.layer]
+            coeff = layer.coeff if coeff is None else coeff
+            operator = operator or layer.operator
         else:
-            chosen = cast(Choice, layer)
-            layers = [] if chosen.layer is None else [chosen.layer]
-            coeff = chosen.coeff if coeff is None else coeff
-            operator = operator or chosen.operator
+            layers = [index(one) for one in (layer if isinstance(layer, Sequence) else [layer])]
         operator = operator or "set_projection"
         coeff = 1.0 if coeff is None else coeff
         return Plan(tuple(self._intervention(one, coeff, operator, positions, target, unit) for one in layers))

@@ -16,7 +16,7 @@ import pytest
 from transformers import AutoModelForCausalLM
 
 from steerlens.errors import ModelError
-from steerlens.model import cache_folder, load_model
+from steerlens.model import load_model
 from tests.near_ties import LEDGER
 from tests.tiny_models import save_tiny_gpt2, save_tiny_llama
 
@@ -79,7 +79,7 @@ def smollm2() -> Subject:
     except ModelError as error:
         pytest.skip(f"smollm2-135m cannot be had here: {error}")
     LOADED.append(model)
-    return Subject("smollm2-135m", cache_folder() / "models" / "smollm2-135m", model)
+    return Subject("smollm2-135m", Path(model.cfg.model_name), model)
 
 
 def hooks_on(model: Any) -> list[str]:

@@ -64,16 +64,16 @@ def test_an_instruction_without_a_plan_and_an_unknown_condition_are_refused(pair
         requests_for(pairs, plan, conditions=["steered"])
 
 
-def test_what_two_instructions_share_is_generated_once_and_scored_twice(tiny_llama, pairs, plan):
-    sampler = Sampler(tiny_llama, sampling=SamplingConfig(4))
+def test_what_two_instructions_share_is_generated_once_and_scored_twice(llama, pairs, plan):
+    sampler = Sampler(llama.model, sampling=SamplingConfig(4))
     scores = score(sampler, requests_for(pairs, plan, conditions=["none"]))
     assert len(scores) == 6
     assert len(sampler.records) == 3  # one per query
 
 
-def test_a_key_changes_with_all_that_decides_the_text_and_with_nothing_else(tiny_llama, pairs, plan):
+def test_a_key_changes_with_all_that_decides_the_text_and_with_nothing_else(llama, pairs, plan):
     def key(pair=pairs[0], plan=plan, condition="vector", seed=0, **sampling):
-        sampler = Sampler(tiny_llama, sampling=SamplingConfig(**{"max_new_tokens": 4, **sampling}))
+        sampler = Sampler(llama.model, sampling=SamplingConfig(**{"max_new_tokens": 4, **sampling}))
         return sampler.key(requests_for([pair], plan, conditions=[condition], seed=seed)[0])
 
     scaled = Plan(tuple(type(step)(step.layer, step.direction, "add", coeff=4.5) for step in plan))
@@ -97,36 +97,36 @@ def test_a_key_changes_with_all_that_decides_the_text_and_with_nothing_else(tiny
     assert key(pair=pairs[1]) == key(), "the bare query is the same under another instruction"
 
 
-def test_changed_weights_change_every_key(tiny_llama, pairs, plan):
+def test_changed_weights_change_every_key(llama, pairs, plan):
     request = requests_for(pairs[:1], plan)[0]
-    before = Sampler(tiny_llama).key(request)
-    weight = next(iter(tiny_llama.parameters()))
+    before = Sampler(llama.model).key(request)
+    weight = next(iter(llama.model.parameters()))
     with torch.no_grad():
         weight.view(-1)[0] += 1.0
         try:
-            assert Sampler(tiny_llama).key(request) != before
+            assert Sampler(llama.model).key(request) != before
         finally:
             weight.view(-1)[0] -= 1.0
 
 
-def test_generations_are_on_disk_before_anything_is_scored(tiny_llama, pairs, plan, tmp_path, monkeypatch):
+def test_generations_are_on_disk_before_anything_is_scored(llama, pairs, plan, tmp_path, monkeypatch):
     def broken(*args, **kwargs):
         raise SteerlensError("the check is broken")
 
     monkeypatch.setattr("steerlens.evaluation.check_all", broken)
     requests = requests_for(pairs, plan)
     with Journal(tmp_path / "g.jsonl") as journal:
-        sampler = Sampler(tiny_llama, sampling=SamplingConfig(4), journal=journal)
+        sampler = Sampler(llama.model, sampling=SamplingConfig(4), journal=journal)
         with pytest.raises(SteerlensError, match="the check is broken"):
             score(sampler, requests)
     with Journal(tmp_path / "g.jsonl") as journal:
         assert set(journal.records) == {sampler.key(request) for request in requests}
 
 
-def test_only_missing_rows_are_generated_and_more_trials_only_add_rows(tiny_llama, pairs, plan, tmp_path, monkeypatch):
+def test_only_missing_rows_are_generated_and_more_trials_only_add_rows(llama, pairs, plan, tmp_path, monkeypatch):
     sampling = SamplingConfig(6, temperature=1.0)
     with Journal(tmp_path / "g.jsonl") as journal:
-        sampler = Sampler(tiny_llama, sampling=sampling, journal=journal)
+        sampler = Sampler(llama.model, sampling=sampling, journal=journal)
         first = score(sampler, requests_for(pairs, plan, trials=1))
         size = len(journal.records)
         more = score(sampler, requests_for(pairs, plan, trials=3))
@@ -137,8 +137,8 @@ def test_only_missing_rows_are_generated_and_more_trials_only_add_rows(tiny_llam
         score(sampler, requests_for(pairs, plan, trials=3))  # all there: nothing is generated
 
 
-def test_scores_hold_verdict_quality_and_place(tiny_llama, pairs, plan):
-    result = evaluate(tiny_llama, plan, pairs, max_new_tokens=6, batch_size=4)
+def test_scores_hold_verdict_quality_and_place(llama, pairs, plan):
+    result = evaluate(llama.model, plan, pairs, max_new_tokens=6, batch_size=4)
     scores = result.scores
     assert len(scores) == len(pairs) * len(CONDITIONS)
     steered = scores["condition"].isin(["vector", "text+vector", "random"])
@@ -154,8 +154,8 @@ def test_scores_hold_verdict_quality_and_place(tiny_llama, pairs, plan):
     assert (overall["n"] == len(pairs)).all()
 
 
-def test_perplexity_is_that_of_the_plain_model_over_the_whole_text(tiny_llama, tiny_gpt2):
-    for model in (tiny_llama, tiny_gpt2):
+def test_perplexity_is_that_of_the_plain_model_over_the_whole_text(llama, gpt2):
+    for model in (llama.model, gpt2.model):
         rows = [(encode(model, text), new) for text, new in (("a", [70, 71, 72]), ("longer text", [80]), ("b", []))]
         found = mean_log_probabilities(model, rows, batch_size=3)
         for (prompt, new), value in zip(rows, found.tolist(), strict=True):
@@ -168,15 +168,15 @@ def test_perplexity_is_that_of_the_plain_model_over_the_whole_text(tiny_llama, t
             assert value == pytest.approx(sum(steps) / len(steps), rel=1e-4)
 
 
-def test_an_evaluation_without_prompts_is_refused(tiny_llama, plan):
+def test_an_evaluation_without_prompts_is_refused(llama, plan):
     with pytest.raises(DataError, match="an evaluation needs at least one prompt"):
-        evaluate(tiny_llama, plan, PairSet([]))
+        evaluate(llama.model, plan, PairSet([]))
 
 
-def test_a_steered_model_does_not_change_the_perplexity_of_the_same_text(tiny_llama, pairs, plan):
+def test_a_steered_model_does_not_change_the_perplexity_of_the_same_text(llama, pairs, plan):
     """The quality model is the unsteered one: equal texts under `none` and under an inactive plan have equal perplexity."""
     inactive = Plan(tuple(type(step)(step.layer, step.direction, "add", coeff=0.0) for step in plan))
-    scores = evaluate(tiny_llama, inactive, pairs[:2], conditions=["none", "vector"], max_new_tokens=5).scores
+    scores = evaluate(llama.model, inactive, pairs[:2], conditions=["none", "vector"], max_new_tokens=5).scores
     none, vector = (scores[scores["condition"] == name].reset_index() for name in ("none", "vector"))
     assert none["response"].tolist() == vector["response"].tolist()
     assert none["perplexity"].tolist() == vector["perplexity"].tolist()

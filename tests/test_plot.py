@@ -1,10 +1,12 @@
 """Figures: what they hold and how it is labelled, not how it looks."""
 
 import math
+from itertools import pairwise
 
 import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
+import plotly.io as pio
 import pytest
 
 from steerlens.errors import DataError
@@ -65,6 +67,10 @@ def bars(fig: go.Figure) -> list[go.Bar]:
     return [trace for trace in fig.data if trace.type == "bar"]
 
 
+def texts(fig: go.Figure) -> list[go.Scatter]:
+    return [trace for trace in fig.data if trace.type == "scatter" and trace.mode == "text"]
+
+
 def named(fig: go.Figure, name: str) -> list[go.Scatter]:
     return [trace for trace in fig.data if trace.name == name]
 
@@ -73,9 +79,9 @@ def test_overall_bars_show_each_rate_with_its_interval_in_the_fixed_order_and_co
     table = rates({"text": 12, "none": 1, "vector": 6, "text+vector": 15, "random": 2})
     fig = four_cells(table)
     assert [bar.name for bar in bars(fig)] == ["none", "random", "vector", "text", "text+vector"]
-    rows = table.set_index("condition")
+    rows = {row["condition"]: row for row in table.to_dict("records")}
     for bar in bars(fig):
-        row = rows.loc[bar.name]
+        row = rows[bar.name]
         assert bar.x[0] == row["rate"]
         assert bar.x[0] + bar.error_x.array[0] == pytest.approx(row["high"])
         assert bar.x[0] - bar.error_x.arrayminus[0] == pytest.approx(row["low"])
@@ -88,7 +94,7 @@ def test_overall_bars_show_each_rate_with_its_interval_in_the_fixed_order_and_co
 
 
 def test_overall_bars_say_rate_interval_and_n_in_words() -> None:
-    (text,) = [trace for trace in four_cells(rates({"vector": 6})).data if trace.mode == "text"]
+    (text,) = texts(four_cells(rates({"vector": 6})))
     assert text.text == ("30\u00a0% [15, 52] of 20",)
 
 
@@ -115,7 +121,7 @@ def test_panels_keep_their_height_and_never_overlap(n: int, columns: int) -> Non
         in_column.setdefault(x_axis.domain, []).append(axis.domain)
     for domains in in_column.values():
         ordered = sorted(domains)
-        assert all((above[0] - below[1]) * inner >= 40 for below, above in zip(ordered, ordered[1:], strict=False))
+        assert all((above[0] - below[1]) * inner >= 40 for below, above in pairwise(ordered))
 
 
 def test_the_lowest_panel_of_each_column_names_the_axis() -> None:
@@ -135,7 +141,7 @@ def test_a_missing_rate_is_a_dash() -> None:
     assert percent(float("nan")) == "\u2013"
     assert rate_text({"rate": float("nan"), "low": float("nan"), "high": float("nan")}) == "\u2013"
     table = rates({"none": 1}).assign(n=0, followed=0, rate=math.nan, low=math.nan, high=math.nan)
-    (text,) = [trace for trace in four_cells(table).data if trace.mode == "text"]
+    (text,) = texts(four_cells(table))
     assert text.text == ("\u2013 of 0",)
 
 
@@ -176,6 +182,14 @@ def test_layer_curve_marks_the_chosen_layer_and_the_unsteered_rate() -> None:
     assert list(dashed.x) == list(fig.layout.xaxis.range)
     assert fig.layout.xaxis.range[0] < 4
     assert fig.layout.xaxis.range[1] > 8
+
+
+def test_layer_curve_says_so_where_no_steering_was_chosen() -> None:
+    fig = layer_curve(search_of("a:b", [4, 6], chosen=-1))
+    (text,) = texts(fig)
+    assert text.text == ("<b>no steering chosen</b>",)
+    (ring,) = named(fig, "chosen layer")
+    assert len(ring.x) == 0
 
 
 def test_layer_curve_has_two_panels_and_one_name_per_instruction_and_one_legend() -> None:
@@ -240,8 +254,6 @@ def test_instruction_ids_read_as_words() -> None:
 
 
 def test_a_theme_is_passed_not_registered() -> None:
-    import plotly.io as pio
-
     before = pio.templates.default
     assert four_cells(rates({"none": 1})).layout.template == theme()
     assert pio.templates.default == before

@@ -33,10 +33,10 @@ RATES = {
 CONDITIONS = ("none", "random", "vector", "text", "text+vector")
 HOSTILE = "<script>alert(1)</script> **bold** </div> & 'quotes' $title {braces}"
 OTHER_SCRIPTS = "مرحبا بالعالم هذا نص طويل 雨は空から降る水です。 " + "pneumono" * 40
-VOCABULARY = (
+VOCABULARY = words(
     "rain falls when moist air rises and cools so that droplets grow heavy enough to fall, which farmers, sailors and"
     " gardeners have watched for as long as there were clouds. It fills rivers and lakes, and then it begins again."
-).split()
+)
 
 
 def fake_scores(n_prompts: int = 13) -> pd.DataFrame:
@@ -215,6 +215,23 @@ def test_summary_without_a_vector_leads_with_what_there_is() -> None:
     assert "vector" not in summary
 
 
+def test_summary_names_the_instructions_for_which_the_search_chose_no_steering() -> None:
+    search = fake_search()
+    search.loc[search["instruction"] == "startend:quotation", "chosen"] = search["layer"].isna()
+    rates = overall_and_table({"none": 10, "vector": 10})
+    assert "For 1 of 12 instructions (quotation) the search chose no steering" in summarize(*rates, search)
+    assert "chose no steering" not in summarize(*rates, fake_search())
+
+
+def test_summary_does_not_call_the_absence_of_a_change_the_largest() -> None:
+    scores = fake_scores(2).assign(followed=False)
+    overall, table = rate_table(scores, ["condition"]), rate_table(scores, ["instruction", "condition"])
+    quality = {"median_perplexity": 8.0, "mean_repetition": 0.1, "cut": 0.2}
+    summary = summarize(overall.assign(**quality), table)
+    assert "higher with the vector than without on 0 of 12 instructions." in summary
+    assert "largest" not in summary
+
+
 def overall_and_table(followed: dict[str, int]) -> tuple[pd.DataFrame, pd.DataFrame]:
     scores = pd.DataFrame(
         [
@@ -233,7 +250,7 @@ def test_missing_numbers_are_dashes_and_never_nan(tmp_path: Path) -> None:
     scores = fake_scores(2).assign(perplexity=float("nan"), repetition=float("nan"))
     page = write_report(tmp_path / "report.html", scores=scores, facts={"seed": None}, title=TITLE)
     text = Elements(page.read_text(encoding="utf-8")).text
-    assert not re.search(r"\bnan\b|<NA>|\bNone\b", text, re.IGNORECASE)
+    assert not re.search(r"\bnan\b|\bNaN\b|<NA>|\bNone\b", text)
     assert "perplexity" not in text.partition("Overall")[0]
     assert text.count("\u2013") >= 2 * 13 * 5
 
@@ -262,6 +279,11 @@ def test_changed_words_are_marked_in_runs_and_the_text_stays_whole() -> None:
     marked = mark_changes(before, after)
     assert marked == "rain  <mark>FALLS ON</mark>\nthe &lt;hill&gt; <mark>at night</mark>"
     assert mark_changes(after, after) == mark_changes("", "") + "rain  FALLS ON\nthe &lt;hill&gt; at night"
+
+
+def test_a_frequent_word_of_a_text_of_ordinary_length_is_not_marked() -> None:
+    # difflib drops frequent words of 200 and more by default, and would mark all of them here.
+    assert mark_changes("rain " * 250, "rain " * 249 + "snow") == "rain " * 249 + "<mark>snow</mark>"
 
 
 def test_texts_that_repeat_themselves_are_compared_quickly() -> None:

@@ -55,7 +55,9 @@ def test_a_layer_may_degenerate_as_often_as_no_steering_does():
 
 def test_ties_go_to_no_steering_then_to_the_lowest_layer_then_to_the_first_coefficient():
     assert best((None, 0.0, [0, 1], [0, 0]), (2, 1.0, [1, 0], [0, 0])).layer is None
-    tied = best((None, 0.0, [0, 0], [0, 0]), (2, 1.0, [1, 0], [0, 0]), (2, 2.0, [1, 0], [0, 0]), (4, 1.0, [1, 0], [0, 0]))
+    tied = best(
+        (None, 0.0, [0, 0], [0, 0]), (2, 1.0, [1, 0], [0, 0]), (2, 2.0, [1, 0], [0, 0]), (4, 1.0, [1, 0], [0, 0])
+    )
     assert (tied.layer, tied.coeff) == (2, 1.0)
 
 
@@ -80,7 +82,7 @@ def test_candidate_layers_are_the_papers():
 
 
 @pytest.fixture
-def vector(tiny_llama):
+def vector(llama):
     directions = torch.randn(4, 32, generator=torch.Generator().manual_seed(0))
     return SteeringVector(dict(enumerate(directions)), proj_with=dict.fromkeys(range(4), 3.0))
 
@@ -90,38 +92,42 @@ def pairs():
     return PairSet(InstructionPair(query, "Use no commas.", NO_COMMA) for query in ("Describe rain.", "Why?", "Go on."))
 
 
-def test_every_candidate_is_what_the_same_plan_gives_on_its_own(tiny_llama, vector, pairs):
-    found = sweep(tiny_llama, vector, pairs, layers=[1, 3], coeffs=[1.0, 2.0], max_new_tokens=8, batch_size=5)
+def test_every_candidate_is_what_the_same_plan_gives_on_its_own(llama, vector, pairs):
+    found = sweep(llama.model, vector, pairs, layers=[1, 3], coeffs=[1.0, 2.0], max_new_tokens=8, batch_size=5)
     assert len(found.table) == 1 + 2 * 2
     for (layer, coeff), group in found.scores.dropna(subset=["layer"]).groupby(["layer", "coeff"]):
         alone = generate(
-            tiny_llama, pairs.prompts("none"), steering=vector.at(int(layer), coeff=coeff), max_new_tokens=8, batch_size=1
+            llama.model,
+            pairs.prompts("none"),
+            steering=vector.at(int(layer), coeff=coeff),
+            max_new_tokens=8,
+            batch_size=1,
         )
         assert group["response"].tolist() == [row.text for row in alone]
 
 
-def test_with_the_instruction_in_the_prompt_the_reference_has_it_too(tiny_llama, vector, pairs):
-    found = sweep(tiny_llama, vector, pairs, layers=[1], condition="text+vector", max_new_tokens=4)
+def test_with_the_instruction_in_the_prompt_the_reference_has_it_too(llama, vector, pairs):
+    found = sweep(llama.model, vector, pairs, layers=[1], condition="text+vector", max_new_tokens=4)
     assert set(found.scores["prompt"]) == set(pairs.prompts("text"))
     assert set(found.scores.loc[found.scores["layer"].isna(), "condition"]) == {"text"}
 
 
-def test_all_layers_are_those_of_the_vector(tiny_llama, vector, pairs):
-    found = sweep(tiny_llama, vector, pairs, layers="all", max_new_tokens=2)
+def test_all_layers_are_those_of_the_vector(llama, vector, pairs):
+    found = sweep(llama.model, vector, pairs, layers="all", max_new_tokens=2)
     assert found.table["layer"].dropna().tolist() == [0, 1, 2, 3]
 
 
-def test_looping_text_counts_as_degenerate(tiny_llama, vector, pairs):
-    found = sweep(tiny_llama, vector, pairs, layers=[0], max_new_tokens=4)
+def test_looping_text_counts_as_degenerate(llama, vector, pairs):
+    found = sweep(llama.model, vector, pairs, layers=[0], max_new_tokens=4)
     flags = found.scores["repetition"].fillna(0.0) >= DEGENERATE_REPETITION
     assert found.scores["degenerate"].tolist() == flags.tolist()
 
 
-def test_bad_searches_are_refused_before_anything_is_generated(tiny_llama, vector, pairs, monkeypatch):
+def test_bad_searches_are_refused_before_anything_is_generated(llama, vector, pairs, monkeypatch):
     monkeypatch.setattr("steerlens.evaluation.stream", None)
     with pytest.raises(DataError, match="a search needs at least one validation prompt"):
-        sweep(tiny_llama, vector, PairSet([]))
+        sweep(llama.model, vector, PairSet([]))
     with pytest.raises(SteerlensError, match=r"layer must be in \[0, 4\), got 9"):
-        sweep(tiny_llama, vector, pairs, layers=[9])
+        sweep(llama.model, vector, pairs, layers=[9])
     with pytest.raises(DataError, match="every instruction needs a vector, got none for 'punctuation:no_comma'"):
-        sweep(tiny_llama, {"a:b": vector}, pairs)
+        sweep(llama.model, {"a:b": vector}, pairs)

@@ -1,0 +1,319 @@
+"""Activations equal what a plain hook on the raw model reads, whatever the batch, the padding and the shared prefixes."""
+
+import gc
+import weakref
+from typing import Any
+
+import pytest
+import torch
+
+from steerlens import capture
+from steerlens.capture import (
+    SIDES,
+    Activations,
+    capture_metadata,
+    common_prefix,
+    iter_activations,
+    record_activations,
+    record_means,
+)
+from steerlens.data import InstructionPair, PairSet
+from steerlens.errors import DataError, SteerlensError
+from steerlens.estimators import fit_steering_vector
+from steerlens.prompts import PromptFormat, encode
+from tests.conftest import Subject, hooks_on
+from tests.reference.plain_capture import last_residuals, mean_difference
+from tests.steps import unit
+
+QUERIES = ["Describe rain.", "Why?", "Name a river in the north.", "Hm", "Describe snow.", "Tell me about tea, please."]
+INSTRUCTION = "Use capitals."
+PAIRS = PairSet([InstructionPair(query, INSTRUCTION, "change_case:english_capital") for query in QUERIES])
+MARK = "~"
+
+
+def by_hand(subject: Subject, pairs: PairSet = PAIRS, prompt_format: PromptFormat = PromptFormat()) -> torch.Tensor:
+    """`[pair, side, layer, d_model]` in float64, one prompt at a time."""
+    return torch.stack(
+        [
+            torch.stack(
+                [
+                    last_residuals(subject.hf, encode(subject.model, pair.text(condition), prompt_format))
+                    for condition in ("none", "text")
+                ]
+            )
+            for pair in pairs
+        ]
+    )
+
+
+def relative_error(got: torch.Tensor, expected: torch.Tensor) -> float:
+    """The largest error of any `[..., d_model]` vector, in units of that vector's largest entry."""
+    error = (got.double() - expected).abs().amax(-1) / expected.abs().amax(-1)
+    return float(error.max())
+
+
+@pytest.mark.parametrize("share_prefixes", [True, False])
+@pytest.mark.parametrize("batch_size", [1, 2, 4, 32])
+def test_activations_equal_the_plain_hooks_whatever_the_batch_and_sharing(
+    tiny: Subject, batch_size: int, share_prefixes: bool
+) -> None:
+    acts = record_activations(tiny.model, PAIRS, batch_size=batch_size, share_prefixes=share_prefixes)
+    assert acts.resid.shape == (len(PAIRS), 2, 4, 32)
+    assert relative_error(acts.resid, by_hand(tiny)) < 1e-5
+
+
+@pytest.mark.parametrize("share_prefixes", [True, False])
+@pytest.mark.parametrize("batch_size", [1, 4, 32])
+def test_the_vector_equals_the_mean_difference_by_hand(tiny: Subject, batch_size: int, share_prefixes: bool) -> None:
+    acts = record_activations(tiny.model, PAIRS, batch_size=batch_size, share_prefixes=share_prefixes)
+    vector = fit_steering_vector(acts)
+    sides = [[encode(tiny.model, pair.text(condition)) for pair in PAIRS] for condition in ("none", "text")]
+    expected = mean_difference(tiny.hf, *sides)
+    assert relative_error(torch.stack(list(vector.directions.values())), expected) < 1e-5
+
+
+def test_projections_are_the_means_and_deviations_along_the_unit_direction(tiny: Subject) -> None:
+    vector = fit_steering_vector(record_activations(tiny.model, PAIRS))
+    resid = by_hand(tiny)
+    for layer in range(4):
+        direction = (resid[:, 1, layer] - resid[:, 0, layer]).mean(0)
+        along = resid[:, :, layer] @ (direction / direction.norm())
+        found = [vector.proj_without, vector.proj_with, vector.std_without, vector.std_with, vector.resid_norm]
+        expected = [*along.mean(0), *along.std(0), resid[:, 0, layer].norm(dim=-1).mean()]
+        for got, value in zip(found, expected, strict=True):
+            assert got[layer] == pytest.approx(float(value), rel=1e-4)
+
+
+@pytest.mark.parametrize("prompt_format", [PromptFormat(style="plain"), PromptFormat(system="Be brief.")], ids=str)
+def test_activations_are_of_the_prompt_format_that_was_asked_for(llama: Subject, prompt_format: PromptFormat) -> None:
+    acts = record_activations(llama.model, PAIRS[:3], prompt_format=prompt_format)
+    assert relative_error(acts.resid, by_hand(llama, PAIRS[:3], prompt_format)) < 1e-5
+    assert relative_error(acts.resid, by_hand(llama, PAIRS[:3])) > 1e-3
+
+
+def test_pairs_that_share_nothing_but_the_bos_are_read_right(gpt2: Subject) -> None:
+    pairs = PairSet(
+        [
+            InstructionPair("Describe rain.", "x", "a:b", prompt="Use capitals. Describe rain."),
+            InstructionPair("Why?", "x", "a:b", prompt="Why"),
+            InstructionPair("One two", "x", "a:b", prompt="One two"),
+        ]
+    )
+    assert relative_error(record_activations(gpt2.model, pairs).resid, by_hand(gpt2, pairs)) < 1e-5
+
+
+@pytest.mark.parametrize("layers", [[2], [3, 0], [0, 1, 2, 3]], ids=str)
+def test_only_the_wanted_layers_are_kept_in_their_order(tiny: Subject, layers: list[int]) -> None:
+    acts = record_activations(tiny.model, PAIRS, layers=layers)
+    assert acts.layers == tuple(layers)
+    assert relative_error(acts.resid, by_hand(tiny)[:, :, layers]) < 1e-5
+
+
+def test_running_sums_equal_the_kept_examples(tiny: Subject) -> None:
+    acts = record_activations(tiny.model, PAIRS)
+    means = record_means(tiny.model, PAIRS, batch_size=2)
+    assert means.count == len(PAIRS)
+    assert relative_error(means.mean, acts.resid.double().mean(0)) < 1e-5
+    torch.testing.assert_close(means.mean_norm, acts.resid.norm(dim=-1).mean(0), rtol=1e-5, atol=0)
+    kept, summed = fit_steering_vector(acts), fit_steering_vector(means)
+    for layer in kept.layers:
+        assert relative_error(summed.directions[layer], kept.directions[layer].double()) < 1e-5
+        for name in ("proj_with", "proj_without", "resid_norm"):
+            assert getattr(summed, name)[layer] == pytest.approx(getattr(kept, name)[layer], rel=1e-4)
+    assert summed.std_with == {}
+    assert summed.metadata == kept.metadata
+
+
+def test_a_planted_direction_is_recovered(tiny: Subject) -> None:
+    """Every token that reads the mark, which only instructions hold, gets a known direction added at layer 1."""
+    planted, strength = unit(77), 400.0
+    pairs = PairSet([InstructionPair(query, f"Do it {MARK}", "a:b") for query in QUERIES])
+    mark = tiny.model.tokenizer(MARK, add_special_tokens=False)["input_ids"][0]
+    seen: list[torch.Tensor] = []
+
+    def note(tokens: torch.Tensor, hook: Any) -> None:
+        seen.append((tokens == mark).any(1, keepdim=True))
+
+    def plant(resid: torch.Tensor, hook: Any) -> torch.Tensor:
+        return resid + strength * seen[-1][..., None] * planted
+
+    points = [("embed.hook_in", note), ("blocks.1.hook_resid_post", plant)]
+    with tiny.model.hooks(fwd_hooks=points):
+        acts = record_activations(tiny.model, pairs, share_prefixes=False, layers=[0, 1])
+    vector = fit_steering_vector(acts)
+    assert float(vector.unit(1) @ planted) > 0.99
+    assert abs(float(vector.unit(0) @ planted)) < 0.9
+    assert vector.proj_with[1] - vector.proj_without[1] == pytest.approx(strength, rel=0.2)
+
+
+def test_activations_are_float32_whatever_the_models_dtype(llama: Subject) -> None:
+    from steerlens.model import load_model
+
+    model = load_model(llama.folder, dtype="bfloat16", progress=False)
+    acts = record_activations(model, PAIRS[:2])
+    assert acts.resid.dtype == torch.float32
+    exact = by_hand(llama, PAIRS[:2]).float()
+    assert torch.cosine_similarity(acts.resid, exact, dim=-1).min() > 0.99
+
+
+def test_a_hook_keeps_no_view_of_the_whole_activation(tiny: Subject) -> None:
+    whole: list[weakref.ref] = []
+
+    def watch(resid: torch.Tensor, hook: Any) -> None:
+        whole.append(weakref.ref(resid.untyped_storage()))
+        sizes.append(resid.untyped_storage().nbytes())
+
+    sizes: list[int] = []
+    with tiny.model.hooks(fwd_hooks=[("blocks.1.hook_resid_post", watch)]):
+        batches = list(iter_activations(tiny.model, PAIRS, layers=(1,), batch_size=2, share_prefixes=False))
+    gc.collect()
+    assert max(sizes) > 4 * 32 * 4
+    for batch in batches:
+        assert batch.resid.untyped_storage().nbytes() == batch.resid.numel() * 4
+
+
+def test_kept_residuals_are_copies(tiny: Subject) -> None:
+    rows = torch.tensor([[0, 5, 6], [0, 7, 8]])
+    storages: list[int] = []
+
+    def watch(resid: torch.Tensor, hook: Any) -> None:
+        storages.append(resid.untyped_storage().data_ptr())
+
+    stacked: list[list[torch.Tensor]] = []
+    real = torch.stack
+
+    def spy(tensors: Any, *args: Any, **options: Any) -> torch.Tensor:
+        stacked.append(list(tensors))
+        return real(tensors, *args, **options)
+
+    with pytest.MonkeyPatch.context() as patch, tiny.model.hooks(fwd_hooks=[("blocks.1.hook_resid_post", watch)]):
+        patch.setattr(capture.torch, "stack", spy)
+        capture._read_last(tiny.model, rows, torch.ones_like(rows), None, [1])
+    [kept] = stacked[-1]
+    assert kept.untyped_storage().nbytes() == 2 * 32 * 4
+    assert kept.untyped_storage().data_ptr() not in storages
+
+
+def test_running_sums_keep_one_batch_at_a_time(tiny: Subject, monkeypatch: pytest.MonkeyPatch) -> None:
+    alive: list[weakref.ref] = []
+    most = 0
+    real = capture.iter_activations
+
+    def watched(*args: Any, **options: Any) -> Any:
+        nonlocal most
+        for batch in real(*args, **options):
+            alive.append(weakref.ref(batch))
+            most = max(most, sum(ref() is not None for ref in alive))
+            yield batch
+            del batch
+
+    monkeypatch.setattr(capture, "iter_activations", watched)
+    record_means(tiny.model, PAIRS, batch_size=1)
+    assert len(alive) == len(PAIRS)
+    assert most <= 2
+
+
+def test_shared_beginnings_are_run_once(llama: Subject, monkeypatch: pytest.MonkeyPatch) -> None:
+    fed = 0
+    real = capture.forward
+
+    def counting(model: Any, tokens: torch.Tensor, *args: Any) -> Any:
+        nonlocal fed
+        fed += tokens.numel()
+        return real(model, tokens, *args)
+
+    monkeypatch.setattr(capture, "forward", counting)
+    record_activations(llama.model, PAIRS, batch_size=1)
+    shared, fed = fed, 0
+    record_activations(llama.model, PAIRS, batch_size=1, share_prefixes=False)
+    assert shared < 0.7 * fed
+
+
+def test_no_hook_is_left_after_a_failure_in_the_middle(tiny: Subject, monkeypatch: pytest.MonkeyPatch) -> None:
+    def failing(*args: Any) -> Any:
+        assert hooks_on(tiny.model)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(capture, "forward", failing)
+    with pytest.raises(KeyboardInterrupt):
+        record_activations(tiny.model, PAIRS, share_prefixes=False)
+    assert hooks_on(tiny.model) == []
+
+
+def test_results_name_their_pairs_and_where_they_come_from(tiny: Subject) -> None:
+    acts = record_activations(tiny.model, PAIRS)
+    assert acts.prompt_ids == tuple(pair.prompt_id for pair in PAIRS)
+    assert acts.metadata == capture_metadata(tiny.model, PAIRS, PromptFormat())
+    assert acts.metadata["model"] == tiny.name
+    assert acts.metadata["n_layers"] == "4"
+    assert acts.metadata["frame"] == "raw"
+    assert all(isinstance(value, str) for value in acts.metadata.values())
+    assert SIDES == ("without", "with")
+    assert torch.equal(acts.differences, acts.resid[:, 1] - acts.resid[:, 0])
+    assert "6 pairs x 2 sides x 4 layers x 32" in repr(acts)
+
+
+def test_activations_part_by_instruction(tiny: Subject) -> None:
+    pairs = PairSet(
+        [InstructionPair(query, INSTRUCTION, name) for query, name in zip(QUERIES, ["a:b", "c:d"] * 3, strict=True)]
+    )
+    acts = record_activations(tiny.model, pairs)
+    parts = acts.by_instruction()
+    assert list(parts) == ["a:b", "c:d"]
+    assert torch.equal(parts["c:d"].resid, acts.resid[1::2])
+    assert parts["c:d"].prompt_ids == acts.prompt_ids[1::2]
+    assert parts["c:d"].metadata["instruction"] == "c:d"
+    assert isinstance(parts["a:b"], Activations)
+
+
+# --- bad input -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("record", [record_activations, record_means])
+def test_an_empty_pair_set_is_refused(tiny: Subject, record: Any) -> None:
+    with pytest.raises(DataError, match="at least one pair, got an empty pair set; check the filter and the split"):
+        record(tiny.model, PairSet([]))
+
+
+@pytest.mark.parametrize("record", [record_activations, record_means])
+@pytest.mark.parametrize("layer", [-1, 4])
+def test_a_layer_out_of_range_is_refused(tiny: Subject, record: Any, layer: int) -> None:
+    with pytest.raises(SteerlensError, match=rf"layer must be in \[0, 4\), got {layer}; layers count from zero"):
+        record(tiny.model, PAIRS, layers=[0, layer])
+
+
+def test_a_prompt_longer_than_the_context_is_refused(tiny: Subject) -> None:
+    with pytest.raises(SteerlensError, match="fit the context of 160 tokens"):
+        record_activations(tiny.model, PairSet([InstructionPair("b" * 170, INSTRUCTION, "a:b")]))
+
+
+def test_a_pair_without_its_bare_query_is_refused(tiny: Subject) -> None:
+    pairs = PairSet([InstructionPair(None, "", "a:b", prompt="Describe rain in capitals.")])
+    with pytest.raises(DataError, match="needs the base query"):
+        record_activations(tiny.model, pairs)
+
+
+@pytest.mark.parametrize(
+    ("rows", "shared"),
+    [
+        ([[1, 2, 3], [1, 2, 4]], 2),
+        ([[1, 2, 3], [1, 2, 3]], 2),
+        ([[1, 2], [1, 2, 3]], 1),
+        ([[1], [1, 2]], 0),
+        ([[2, 1], [1, 2]], 0),
+        ([[1, 2, 9], [1, 2, 3, 4], [1, 5]], 1),
+        ([[4, 5, 6]], 2),
+    ],
+)
+def test_a_common_prefix_leaves_every_row_a_token_of_its_own(rows: list[list[int]], shared: int) -> None:
+    assert common_prefix(rows) == shared
+
+
+@pytest.mark.smollm2
+@pytest.mark.parametrize("share_prefixes", [True, False])
+def test_the_real_models_vector_equals_the_mean_difference_by_hand(smollm2: Subject, share_prefixes: bool) -> None:
+    pairs = PAIRS[:4]
+    vector = fit_steering_vector(record_activations(smollm2.model, pairs, share_prefixes=share_prefixes))
+    sides = [[encode(smollm2.model, pair.text(condition)) for pair in pairs] for condition in ("none", "text")]
+    expected = mean_difference(smollm2.hf, *sides)
+    assert relative_error(torch.stack(list(vector.directions.values())), expected) < 1e-5

@@ -1,0 +1,129 @@
+"""The command line as a user meets it: its output and its exit code."""
+
+import subprocess
+import sys
+from dataclasses import dataclass
+
+import pytest
+
+from steerlens.cli import main
+from steerlens.data import InstructionPair, PairSet
+
+NO_COMMA = "punctuation:no_comma"
+
+
+@dataclass
+class Done:
+    """What a command left behind."""
+
+    returncode: int
+    stdout: str
+    stderr: str
+
+
+@pytest.fixture
+def steerlens(capfd, monkeypatch):
+    """Run the command in this process: importing torch anew for each would take most of the time."""
+    monkeypatch.setenv("COLUMNS", "200")
+
+    def run(*arguments: object) -> Done:
+        monkeypatch.setattr(sys, "argv", ["steerlens", *map(str, arguments)])
+        try:
+            main()
+            code = 0
+        except SystemExit as stop:
+            code = int(stop.code or 0)
+        return Done(code, *capfd.readouterr())
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def pairs_file(tmp_path_factory):
+    path = tmp_path_factory.mktemp("cli") / "pairs.jsonl"
+    PairSet(InstructionPair(f"Say {i}.", "Use no commas.", NO_COMMA) for i in range(8)).save(path)
+    return path
+
+
+def test_help_is_quick_and_has_examples():
+    code = "import sys; sys.argv = ['steerlens', 'run', '--help']\nfrom steerlens.cli import main\n"
+    code += "try: main()\nexcept SystemExit: pass\nassert 'torch' not in sys.modules, 'help imports torch'"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "steerlens run --model smollm2-135m" in done.stdout
+
+
+@pytest.mark.parametrize("command", ["run", "fit", "generate", "evaluate", "info", "models", "instructions"])
+def test_every_command_explains_itself(steerlens, command):
+    done = steerlens(command, "--help")
+    assert done.returncode == 0
+    assert "usage: steerlens" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["run", "--operator", "sub"], "invalid choice 'sub'"),
+        (["fit", "--instruction", "no:such", "--out", "v.safetensors"], "unknown instruction id"),
+        (["info", "nothing.safetensors"], "a vector file must exist, got 'nothing.safetensors'"),
+        (["generate", "--prompt", "Hi", "--model", "./nowhere"], "a model path must be a folder"),
+        (["run", "--pairs", "nothing.jsonl"], "nothing.jsonl"),
+        (["fly"], "fly"),
+    ],
+)
+def test_bad_arguments_end_with_code_2_and_say_why(steerlens, arguments, sentence, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    done = steerlens(*arguments)
+    assert done.returncode == 2
+    assert sentence in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_fit_info_generate_and_evaluate_work_together(steerlens, tiny_folders, pairs_file, tmp_path):
+    vector = tmp_path / "v.safetensors"
+    common = ["--model", tiny_folders["llama"]]
+    fitted = steerlens("fit", *common, "--instruction", NO_COMMA, "--pairs", pairs_file, "--out", vector)
+    assert fitted.returncode == 0, fitted.stderr
+    shown = steerlens("info", vector)
+    assert f"instruction: {NO_COMMA}" in shown.stdout
+    steering = ["--vector", vector, "--layer", 2, "--max-new-tokens", 5]
+    plain = steerlens("generate", *common, "--prompt", "Hello", "--max-new-tokens", 5)
+    steered = steerlens("generate", *common, "--prompt", "Hello", *steering, "--operator", "add", "--coeff", 30)
+    assert plain.returncode == steered.returncode == 0, steered.stderr
+    assert "> Hello" in steered.stdout
+    assert plain.stdout != steered.stdout
+    table = steerlens("evaluate", *common, "--data", pairs_file, "--n-test", 2, *steering)
+    assert table.returncode == 0, table.stderr
+    assert all(condition in table.stdout for condition in ("none", "vector", "text+vector", "random"))
+
+
+def test_a_vector_without_a_layer_is_refused(steerlens, tiny_folders, pairs_file, tmp_path):
+    vector = tmp_path / "v.safetensors"
+    steerlens(
+        "fit", "--model", tiny_folders["llama"], "--instruction", NO_COMMA, "--pairs", pairs_file, "--out", vector
+    )
+    done = steerlens("generate", "--model", tiny_folders["llama"], "--prompt", "Hello", "--vector", vector)
+    assert done.returncode == 2
+    assert "needs --layer, one of [0, 1, 2, 3]" in done.stderr
+
+
+def test_run_prints_the_table_and_the_report_and_info_shows_it_again(steerlens, tiny_folders, pairs_file, tmp_path):
+    sizes = ["--n-train", 2, "--n-valid", 1, "--n-test", 1, "--layers", 1, "--max-new-tokens", 4, "--search-tokens", 4]
+    done = steerlens("run", "--model", tiny_folders["llama"], "--pairs", pairs_file, "--out", tmp_path / "run", *sizes)
+    assert done.returncode == 0, done.stderr
+    assert f"report: {tmp_path / 'run' / 'report.html'}" in done.stdout
+    assert "text+vector" in steerlens("info", tmp_path / "run").stdout
+
+
+def test_lists_name_models_and_instructions(steerlens):
+    assert "smollm2-135m" in steerlens("models").stdout
+    listed = steerlens("instructions").stdout
+    assert listed.count("phrasings)") == 12
+    assert NO_COMMA in listed
+
+
+def test_a_closed_pipe_is_no_error():
+    command = f"{sys.executable} -c 'from steerlens.cli import main; main()' instructions | head -1"
+    done = subprocess.run(["bash", "-c", f"set -o pipefail; {command}"], capture_output=True, text=True, check=False)
+    assert "Traceback" not in done.stderr
+    assert "BrokenPipe" not in done.stderr
