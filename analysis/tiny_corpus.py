@@ -17,8 +17,8 @@ keywords) are split once, in the data files or by a hash of the name. `examples(
 never stands beside an instruction during training, and a held-out phrasing is never seen at all.
 
 Facts about real things are true and coarse ("the fox lives in forests and fields"). What this does not show: knowledge of
-anything outside this world, or instructions other than these. The texts use about 2000 English
-words and 1250 more in Spanish.
+anything outside this world, or instructions other than these. The texts use about 2000
+English words and 1250 more in Spanish.
 
     from tiny_corpus import examples, plain_documents
     next(examples("train", seed=0, n=1)).prompt
@@ -555,7 +555,8 @@ INSTRUCTIONS: dict[str, Rule] = {
     ),
     "few_capital_words": Rule(
         lambda a: [{"capital_frequency": a["n"], "capital_relation": "less than"}],
-        change=lambda d, a: replace(d, capital_words=(1, min(2, a["n"] - 1))),
+        lambda w, a: _count(w, 1, 2),  # the checker counts every "A" that begins a sentence
+        lambda d, a: replace(d, capital_words=(1, min(2, a["n"] - 1))),
     ),
     # langdetect, which the checker asks for English, is unsure of short texts, most of all in capitals.
     "lowercase": Rule(wish=lambda w, a: _count(w, 2, 8), change=lambda d, a: replace(d, case=str.lower)),

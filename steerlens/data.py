@@ -31,6 +31,7 @@ from typing import Any, Literal, get_args, overload
 
 from steerlens.errors import DataError, SteerlensError, nearest
 from steerlens.instructions import check_arguments, format_instructions, instruction_types
+from steerlens.records import write_atomically
 
 Condition = Literal["none", "vector", "text", "text+vector", "random"]
 """A cell of the evaluation: what asks for the instruction. "random" is the control, a random vector of equal norm."""
@@ -228,15 +229,8 @@ class PairSet(Sequence[InstructionPair]):
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write one JSON object a line, all or nothing; `load_pairs(path)` gives an equal set."""
-        path = Path(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
         lines = [json.dumps(_plain(asdict(pair)), ensure_ascii=False) + "\n" for pair in self]
-        scratch = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-        try:
-            scratch.write_text("".join(lines), encoding="utf-8", newline="\n")
-            scratch.replace(path)
-        finally:
-            scratch.unlink(missing_ok=True)
+        write_atomically(path, "".join(lines))
 
 
 def load_pairs(

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 from jaxtyping import Float
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import NDArray
 from sklearn.base import BaseEstimator, ClassifierMixin, TransformerMixin
 from sklearn.utils.multiclass import check_classification_targets, type_of_target
 from sklearn.utils.validation import check_is_fitted, validate_data
@@ -18,6 +18,9 @@ from torch import Tensor
 
 from steerlens.capture import ActivationMeans, Activations
 from steerlens.vectors import PROJECTIONS, SteeringVector
+
+ArrayLike = Any
+"""Anything may come in: scikit-learn's validation refuses what is no array, in the words its conventions ask for."""
 
 
 class MeanDifference(ClassifierMixin, TransformerMixin, BaseEstimator):
@@ -136,11 +139,20 @@ def projection_statistics(
 def _from_means(means: ActivationMeans) -> SteeringVector:
     without, with_ = means.mean
     directions = dict(zip(means.layers, with_ - without, strict=True))
-    units = {layer: direction.double() / direction.double().norm() for layer, direction in directions.items()}
+    # As for kept examples, a zero direction has no projections.
+    units = {
+        layer: direction.double() / direction.double().norm()
+        for layer, direction in directions.items()
+        if direction.any()
+    }
     return SteeringVector(
         directions=directions,
-        proj_with={layer: float(with_[i].double() @ units[layer]) for i, layer in enumerate(means.layers)},
-        proj_without={layer: float(without[i].double() @ units[layer]) for i, layer in enumerate(means.layers)},
+        proj_with={
+            layer: float(with_[i].double() @ units[layer]) for i, layer in enumerate(means.layers) if layer in units
+        },
+        proj_without={
+            layer: float(without[i].double() @ units[layer]) for i, layer in enumerate(means.layers) if layer in units
+        },
         resid_norm={layer: float(means.mean_norm[0, i]) for i, layer in enumerate(means.layers)},
         metadata={**means.metadata, "method": "MeanDifference"},
     )

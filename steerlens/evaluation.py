@@ -36,6 +36,10 @@ STEERED: frozenset[str] = frozenset({"vector", "text+vector", "random"})
 """Conditions that run with a plan."""
 
 
+LOGITS_MEMORY = 2**30
+"""Bytes that the logits of one batch of perplexities may take: a vocabulary is wide."""
+
+
 @dataclass(frozen=True)
 class Request:
     """One response to be had: a pair under a condition, with the plan that steers it."""
@@ -314,7 +318,9 @@ def mean_log_probabilities(
     """Mean log probability, in nats, of each row's second part after its first; nan where the second part is empty."""
     found = torch.full((len(rows),), float("nan"))
     device = model_device(model)
-    for indices in length_sorted_batches([len(a) + len(b) for a, b in rows], batch_size):
+    lengths = [len(prompt) + len(new) for prompt, new in rows]
+    rows_that_fit = LOGITS_MEMORY // (4 * max(lengths) * int(model.cfg.d_vocab))
+    for indices in length_sorted_batches(lengths, max(1, min(batch_size, rows_that_fit))):
         batch = left_pad([rows[index][0] + rows[index][1] for index in indices], pad_id=pad_id(model))
         with torch.inference_mode():
             logits = model(batch.tokens.to(device), attention_mask=batch.attention_mask.to(device))

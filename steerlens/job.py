@@ -27,7 +27,7 @@ from steerlens.instructions import sentence_splitter
 from steerlens.model import library_versions, load_model, model_facts, weights_digest
 from steerlens.plan import Plan
 from steerlens.prompts import PromptFormat, template_digest
-from steerlens.records import Journal, RunConfig, content_key, derived_seed, writable_folder, write_atomically
+from steerlens.records import Journal, RunConfig, content_key, writable_folder, write_atomically
 from steerlens.report import write_report
 from steerlens.sampling import SamplingConfig
 from steerlens.sweeps import Sweep, candidate_layers, search
@@ -233,12 +233,9 @@ def _facts(
         "sampling": f"{'greedy' if config.temperature == 0 else f'temperature {config.temperature:g}'}, "
         f"at most {config.max_new_tokens} new tokens ({config.search_tokens} in the search), {config.trials} per prompt",
         "seed": config.seed,
-        "random direction seed": derived_seed(config.seed, "random", next(iter(plans)))
-        if len(plans) == 1
-        else "per instruction",
         "sentences split by": sentence_splitter(),
         "identity": identity,
-        "versions": ", ".join(f"{name} {version}" for name, version in library_versions().items()),
+        "versions": library_versions(),
         "command": command,
     }
 

@@ -27,6 +27,7 @@ from typing import Any
 import torch
 from jaxtyping import Float, Int
 from platformdirs import user_cache_dir
+from safetensors import SafetensorError
 from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -130,7 +131,8 @@ def _progress_bars(shown: bool) -> Iterator[None]:
 def as_dtype(dtype: str | torch.dtype) -> torch.dtype:
     """A floating-point dtype by name: "float32", "bfloat16" or "float16"."""
     found = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
-    if not isinstance(found, torch.dtype) or not found.is_floating_point:
+    # float64 is refused, too: TransformerLens 4.3's attention turns fully padded positions into nan in it.
+    if found not in (torch.float32, torch.bfloat16, torch.float16):
         raise ModelError(f'dtype must be "float32", "bfloat16" or "float16", got {dtype!r}')
     return found
 
@@ -147,7 +149,7 @@ def _boot(folder: Path, **options: Any) -> TransformerBridge:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # the bridge and its dependencies warn of their own deprecations
             bridge = TransformerBridge.boot_transformers(str(folder), tokenizer=tokenizer, **options)
-    except (OSError, KeyError, ValueError) as error:
+    except (OSError, KeyError, ValueError, SafetensorError) as error:
         raise ModelError(f"the model in {str(folder)!r} cannot be read: {_first_line(error)}") from error
     return bridge.eval()
 

@@ -97,7 +97,7 @@ def writable_folder(path: str | Path) -> Path:
 
 
 @contextmanager
-def atomic_path(path: str | Path) -> Iterator[Path]:
+def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
     """A scratch path beside `path`, whose file takes its place if the block succeeds and is gone if it does not."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -109,7 +109,7 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
         scratch.unlink(missing_ok=True)
 
 
-def write_atomically(path: str | Path, text: str) -> Path:
+def write_atomically(path: str | os.PathLike[str], text: str) -> Path:
     """Write a text file that appears whole or not at all."""
     with atomic_path(path) as scratch:
         scratch.write_text(text, encoding="utf-8", newline="\n")

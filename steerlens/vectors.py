@@ -196,7 +196,7 @@ class SteeringVector:
     def __sub__(self, other: "SteeringVector") -> "SteeringVector":
         return self + (-1 * other)
 
-    def __mul__(self, factor: float) -> "SteeringVector":
+    def __mul__(self, factor: int | float) -> "SteeringVector":
         """Directions scaled by a number; a negative one also turns the sign of the projections."""
         sign = -1.0 if factor < 0 else 1.0
         return SteeringVector(

@@ -1,11 +1,11 @@
 """Activations equal what a plain hook on the raw model reads, whatever the batch, the padding and the shared prefixes."""
 
-import gc
 import weakref
 from typing import Any
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
 from steerlens import capture
 from steerlens.capture import (
@@ -13,13 +13,13 @@ from steerlens.capture import (
     Activations,
     capture_metadata,
     common_prefix,
-    iter_activations,
     record_activations,
     record_means,
 )
 from steerlens.data import InstructionPair, PairSet
 from steerlens.errors import DataError, SteerlensError
 from steerlens.estimators import fit_steering_vector
+from steerlens.model import load_model
 from steerlens.prompts import PromptFormat, encode
 from tests.conftest import Subject, hooks_on
 from tests.reference.plain_capture import last_residuals, mean_difference
@@ -31,13 +31,20 @@ PAIRS = PairSet([InstructionPair(query, INSTRUCTION, "change_case:english_capita
 MARK = "~"
 
 
-def by_hand(subject: Subject, pairs: PairSet = PAIRS, prompt_format: PromptFormat = PromptFormat()) -> torch.Tensor:
+def by_hand(
+    subject: Subject,
+    pairs: PairSet = PAIRS,
+    prompt_format: PromptFormat = PromptFormat(),
+    *,
+    hf_model: Any = None,
+) -> torch.Tensor:
     """`[pair, side, layer, d_model]` in float64, one prompt at a time."""
+    hf_model = subject.hf if hf_model is None else hf_model
     return torch.stack(
         [
             torch.stack(
                 [
-                    last_residuals(subject.hf, encode(subject.model, pair.text(condition), prompt_format))
+                    last_residuals(hf_model, encode(subject.model, pair.text(condition), prompt_format))
                     for condition in ("none", "text")
                 ]
             )
@@ -147,8 +154,6 @@ def test_a_planted_direction_is_recovered(tiny: Subject) -> None:
 
 
 def test_activations_are_float32_whatever_the_models_dtype(llama: Subject) -> None:
-    from steerlens.model import load_model
-
     model = load_model(llama.folder, dtype="bfloat16", progress=False)
     acts = record_activations(model, PAIRS[:2])
     assert acts.resid.dtype == torch.float32
@@ -157,22 +162,6 @@ def test_activations_are_float32_whatever_the_models_dtype(llama: Subject) -> No
 
 
 def test_a_hook_keeps_no_view_of_the_whole_activation(tiny: Subject) -> None:
-    whole: list[weakref.ref] = []
-
-    def watch(resid: torch.Tensor, hook: Any) -> None:
-        whole.append(weakref.ref(resid.untyped_storage()))
-        sizes.append(resid.untyped_storage().nbytes())
-
-    sizes: list[int] = []
-    with tiny.model.hooks(fwd_hooks=[("blocks.1.hook_resid_post", watch)]):
-        batches = list(iter_activations(tiny.model, PAIRS, layers=(1,), batch_size=2, share_prefixes=False))
-    gc.collect()
-    assert max(sizes) > 4 * 32 * 4
-    for batch in batches:
-        assert batch.resid.untyped_storage().nbytes() == batch.resid.numel() * 4
-
-
-def test_kept_residuals_are_copies(tiny: Subject) -> None:
     rows = torch.tensor([[0, 5, 6], [0, 7, 8]])
     storages: list[int] = []
 
@@ -224,9 +213,21 @@ def test_shared_beginnings_are_run_once(llama: Subject, monkeypatch: pytest.Monk
 
     monkeypatch.setattr(capture, "forward", counting)
     record_activations(llama.model, PAIRS, batch_size=1)
-    shared, fed = fed, 0
-    record_activations(llama.model, PAIRS, batch_size=1, share_prefixes=False)
-    assert shared < 0.7 * fed
+    rows = [[encode(llama.model, pair.text(condition)) for condition in ("none", "text")] for pair in PAIRS]
+    trunk = shared_length([row for pair in rows for row in pair])
+    expected = trunk
+    for pair in rows:
+        split = shared_length(pair)
+        expected += (split - trunk) + 2 * (max(map(len, pair)) - split)  # the shorter ending is padded
+    assert fed == expected < sum(len(row) for pair in rows for row in pair)
+
+
+def shared_length(rows: list[list[int]]) -> int:
+    """How many first tokens all rows share, one at a time."""
+    length = 0
+    while len({tuple(row[: length + 1]) for row in rows}) == 1:
+        length += 1
+    return length
 
 
 def test_no_hook_is_left_after_a_failure_in_the_middle(tiny: Subject, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -311,9 +312,22 @@ def test_a_common_prefix_leaves_every_row_a_token_of_its_own(rows: list[list[int
 
 @pytest.mark.smollm2
 @pytest.mark.parametrize("share_prefixes", [True, False])
-def test_the_real_models_vector_equals_the_mean_difference_by_hand(smollm2: Subject, share_prefixes: bool) -> None:
+def test_the_real_models_means_equal_those_by_hand_and_its_vector_to_the_noise_of_float32(
+    smollm2: Subject, share_prefixes: bool
+) -> None:
+    """Means of hidden states are compared to 1e-5. Their difference is small beside them (about 1 % at layer 0), so in float32
+    it cannot be had to 1e-5 of itself: the plain loop misses float64 by about 5e-5. It may not be worse than that."""
     pairs = PAIRS[:4]
-    vector = fit_steering_vector(record_activations(smollm2.model, pairs, share_prefixes=share_prefixes))
-    sides = [[encode(smollm2.model, pair.text(condition)) for pair in pairs] for condition in ("none", "text")]
-    expected = mean_difference(smollm2.hf, *sides)
-    assert relative_error(torch.stack(list(vector.directions.values())), expected) < 1e-5
+    acts = record_activations(smollm2.model, pairs, share_prefixes=share_prefixes)
+    plain = by_hand(smollm2, pairs)
+    assert relative_error(acts.resid.double().mean(0), plain.mean(0)) < 1e-5
+
+    exact_model = AutoModelForCausalLM.from_pretrained(
+        smollm2.folder, dtype=torch.float64, local_files_only=True
+    ).eval()
+    exact = by_hand(smollm2, pairs, hf_model=exact_model)
+    truth = (exact[:, 1] - exact[:, 0]).mean(0)
+    noise = relative_error((plain[:, 1] - plain[:, 0]).mean(0), truth)
+    vector = torch.stack(list(fit_steering_vector(acts).directions.values()))
+    error = relative_error(vector, truth)
+    assert error < 2 * noise < 5e-4, f"error {error:.1e}, float32 noise {noise:.1e}"

@@ -128,7 +128,9 @@ def test_a_zero_direction_has_no_projections(kept: bool) -> None:
 
 def test_statistics_do_not_depend_on_the_directions_length() -> None:
     acts = activations()
-    one, three = (projection_statistics(acts.resid[:, 0, 0], acts.resid[:, 1, 0], scale * unit(2)) for scale in (1.0, 3.0))
+    one, three = (
+        projection_statistics(acts.resid[:, 0, 0], acts.resid[:, 1, 0], scale * unit(2)) for scale in (1.0, 3.0)
+    )
     assert one == pytest.approx(three, rel=1e-6)
     assert one["proj_with"] == pytest.approx(float((acts.resid[:, 1, 0] @ unit(2)).mean()), rel=1e-5)
     assert one["resid_norm"] == pytest.approx(float(acts.resid[:, 0, 0].norm(dim=-1).mean()), rel=1e-6)

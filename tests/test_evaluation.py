@@ -101,12 +101,14 @@ def test_changed_weights_change_every_key(llama, pairs, plan):
     request = requests_for(pairs[:1], plan)[0]
     before = Sampler(llama.model).key(request)
     weight = next(iter(llama.model.parameters()))
+    saved = weight.detach().clone()
     with torch.no_grad():
-        weight.view(-1)[0] += 1.0
         try:
+            weight.view(-1)[0] += 1.0
             assert Sampler(llama.model).key(request) != before
         finally:
-            weight.view(-1)[0] -= 1.0
+            weight.copy_(saved)
+    assert Sampler(llama.model).key(request) == before
 
 
 def test_generations_are_on_disk_before_anything_is_scored(llama, pairs, plan, tmp_path, monkeypatch):
@@ -166,6 +168,13 @@ def test_perplexity_is_that_of_the_plain_model_over_the_whole_text(llama, gpt2):
                 logits = model.original_model(torch.tensor([prompt + new])).logits[0].log_softmax(-1)
             steps = [float(logits[len(prompt) + i - 1, token]) for i, token in enumerate(new)]
             assert value == pytest.approx(sum(steps) / len(steps), rel=1e-4)
+
+
+def test_perplexity_is_the_same_however_few_rows_fit_into_memory(llama, monkeypatch):
+    rows = [(encode(llama.model, "ab" * n), [70 + n, 80]) for n in range(1, 6)]
+    whole = mean_log_probabilities(llama.model, rows, batch_size=5)
+    monkeypatch.setattr("steerlens.evaluation.LOGITS_MEMORY", 1)
+    assert mean_log_probabilities(llama.model, rows, batch_size=5).tolist() == pytest.approx(whole.tolist(), rel=1e-4)
 
 
 def test_an_evaluation_without_prompts_is_refused(llama, plan):

@@ -454,6 +454,11 @@ def test_closing_a_stream_early_leaves_nothing_behind(tiny: Subject) -> None:
     assert list(rows) == []
 
 
+def save_all(rows: Iterator[Generation], saved: list[Generation]) -> None:
+    for row in rows:
+        saved.append(row)  # one by one, so that what came before a failure is there
+
+
 @pytest.mark.parametrize("failure", [RuntimeError, KeyboardInterrupt])
 def test_a_failure_in_the_middle_keeps_what_was_finished_and_leaves_no_hook(
     tiny: Subject, failure: type[BaseException], monkeypatch: pytest.MonkeyPatch
@@ -471,8 +476,7 @@ def test_a_failure_in_the_middle_keeps_what_was_finished_and_leaves_no_hook(
 
     monkeypatch.setattr(sampling, "choose", failing)
     with pytest.raises(failure):
-        for row in open_stream(tiny):
-            finished.append(row)
+        save_all(open_stream(tiny), finished)
     assert finished == whole[: len(finished)]
     assert hooks_at_failure, "the failure must come while hooks are on"
     assert hooks_on(tiny.model) == []
@@ -496,7 +500,11 @@ def test_the_callers_own_hooks_stay_and_see_the_passes(tiny: Subject) -> None:
 @pytest.mark.parametrize(
     ("plan", "error", "message"),
     [
-        (Plan((Intervention(4, unit(0)),)), SteerlensError, r"layer must be in \[0, 4\), got 4; layers count from zero"),
+        (
+            Plan((Intervention(4, unit(0)),)),
+            SteerlensError,
+            r"layer must be in \[0, 4\), got 4; layers count from zero",
+        ),
         (Plan((Intervention(9, unit(0), coeff=0.0),)), SteerlensError, "got 9"),
         (Plan((Intervention(0, unit(0), coeff=1.0), Intervention(1, unit(0, 48)))), ModelError, "d_model 32, got 48"),
     ],

@@ -38,7 +38,9 @@ def test_the_digest_changes_with_every_field_that_steers(name: str) -> None:
 
 
 def test_the_digest_is_the_contents_own() -> None:
-    again = Intervention(1, unit(0).clone(), "set_projection", coeff=0.5, target=3.0, positions=Window(-1, 0, "generation"))
+    again = Intervention(
+        1, unit(0).clone(), "set_projection", coeff=0.5, target=3.0, positions=Window(-1, 0, "generation")
+    )
     assert Plan((again,)).digest == Plan((STEP,)).digest
     assert len(Plan((STEP,)).digest) == 16
     other = replace(STEP, layer=2)

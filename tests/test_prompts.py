@@ -1,5 +1,6 @@
 """From text to tokens: one beginning-of-sequence token at most, left padding, and prompts that fit."""
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -73,7 +74,7 @@ def test_auto_is_the_chat_template_where_there_is_one(llama: Subject, gpt2: Subj
 
 
 def test_the_chat_style_is_refused_without_a_template(gpt2: Subject) -> None:
-    with pytest.raises(ModelError, match='style="chat" needs a tokenizer with a chat template.*use style="plain"'):
+    with pytest.raises(ModelError, match=r'style="chat" needs a tokenizer with a chat template.*use style="plain"'):
         encode(gpt2.model, "Hi", PromptFormat(style="chat"))
 
 
@@ -111,14 +112,9 @@ def test_rows_are_padded_on_the_left_with_a_mask() -> None:
 
 
 @pytest.mark.parametrize(("pad", "eos", "expected"), [(7, 3, 7), (None, 3, 3), (None, None, 0), (0, 3, 0)])
-def test_padding_uses_the_pad_token_or_else_any_valid_id(
-    gpt2: Subject, monkeypatch: pytest.MonkeyPatch, pad: Any, eos: Any, expected: int
-) -> None:
-    class Tokenizer:
-        pad_token_id, eos_token_id = pad, eos
-
-    monkeypatch.setattr(gpt2.model, "tokenizer", Tokenizer())
-    assert pad_id(gpt2.model) == expected
+def test_padding_uses_the_pad_token_or_else_any_valid_id(pad: Any, eos: Any, expected: int) -> None:
+    tokenizer = SimpleNamespace(pad_token_id=pad, eos_token_id=eos)
+    assert pad_id(SimpleNamespace(tokenizer=tokenizer)) == expected
 
 
 def test_batches_hold_every_row_once_longest_first() -> None:

@@ -58,7 +58,11 @@ def test_a_padded_batch_is_changed_at_its_rules_tokens_and_never_at_padding(
 
 def test_steered_logits_equal_the_plain_passes(tiny: Subject) -> None:
     tokens, mask = padded(tiny)
-    rows = [[step("add", "all", seed=1)], [], [step("ablate", "last", layer=3), step("set_projection", "prompt", layer=0)]]
+    rows = [
+        [step("add", "all", seed=1)],
+        [],
+        [step("ablate", "last", layer=3), step("set_projection", "prompt", layer=0)],
+    ]
     with torch.inference_mode(), steer(tiny.model, [as_plan(row) for row in rows], attention_mask=mask):
         logits, _ = forward(tiny.model, tokens, mask)
     for row, steps in enumerate(rows):
@@ -152,17 +156,32 @@ def test_hooks_are_on_inside_the_block_and_gone_after_it(tiny: Subject) -> None:
 
 @pytest.mark.parametrize("failure", [RuntimeError, KeyboardInterrupt])
 def test_hooks_are_gone_after_an_exception_inside(tiny: Subject, failure: type[BaseException]) -> None:
-    with pytest.raises(failure), steer(tiny.model, as_plan([step("add", "all")])):
+    def fail(resid: torch.Tensor, hook: Any) -> None:
         assert hooks_on(tiny.model)
         raise failure
+
+    with (
+        pytest.raises(failure),
+        steer(tiny.model, as_plan([step("add", "all")])),
+        tiny.model.hooks(fwd_hooks=[(resid_post(2), fail)]),
+    ):
+        tiny.model(torch.tensor([[5, 6, 7]]))
     assert hooks_on(tiny.model) == []
 
 
 @pytest.mark.parametrize(
     ("plan", "error", "message"),
     [
-        (Plan((Intervention(0, unit(0)), Intervention(4, unit(0)))), SteerlensError, r"layer must be in \[0, 4\), got 4"),
-        (Plan((Intervention(0, unit(0)), Intervention(1, unit(0, 16)))), ModelError, "d_model 32, got 16; fit the vector"),
+        (
+            Plan((Intervention(0, unit(0)), Intervention(4, unit(0)))),
+            SteerlensError,
+            r"layer must be in \[0, 4\), got 4",
+        ),
+        (
+            Plan((Intervention(0, unit(0)), Intervention(1, unit(0, 16)))),
+            ModelError,
+            "d_model 32, got 16; fit the vector",
+        ),
     ],
     ids=["layer", "width"],
 )
@@ -195,7 +214,11 @@ def test_a_pass_of_another_shape_than_announced_is_refused(
 
 
 def test_tables_exist_only_for_layers_that_some_row_steers_and_keep_chosen_rows() -> None:
-    plans = [as_plan([step("add", "all", layer=2)]), Plan(), as_plan([step("ablate", "all", layer=0), step("add", "all", layer=0)])]
+    plans = [
+        as_plan([step("add", "all", layer=2)]),
+        Plan(),
+        as_plan([step("ablate", "all", layer=0), step("add", "all", layer=0)]),
+    ]
     tables = build_tables(plans, [3, 3, 3], d_model=32)
     assert list(tables) == [0, 2]
     assert tables[0].read.shape == (2, 3, 32)

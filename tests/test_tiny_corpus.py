@@ -38,7 +38,7 @@ def checks_of(name: str, arguments: dict[str, object]) -> list[tuple[str, dict[s
 @pytest.mark.parametrize("split", SPLITS)
 @pytest.mark.parametrize("name", NAMES)
 def test_answers_follow_their_instruction(name: str, split: tc.Split) -> None:
-    passed = [all(follows(e)) for e in tc.examples(split, 0, 120, only=(name,), plain=0, two=0)]
+    passed = [all(follows(e)) for e in tc.examples(split, 0, 100, only=(name,), plain=0, two=0)]
     assert sum(passed) / len(passed) >= LEAST_PASS.get(name, 1.0)
 
 
@@ -98,9 +98,9 @@ def test_no_phrasing_is_in_both_splits() -> None:
 
 
 def test_heldout_questions_are_never_asked_in_training() -> None:
-    asked = {example.query for example in tc.examples("train", 4, 4000)}
-    assert not asked & {example.query for example in tc.examples("heldout", 4, 4000)}
-    told = " ".join(tc.plain_documents(4, 3000))
+    asked = {example.query for example in tc.examples("train", 4, 2500)}
+    assert not asked & {example.query for example in tc.examples("heldout", 4, 2500)}
+    told = " ".join(tc.plain_documents(4, 2000))
     for phrasing in ("short portrait of", "Put together a few facts", "Is it a fact that"):
         assert phrasing not in told
 
@@ -128,7 +128,7 @@ def test_a_shorter_run_is_the_beginning_of_a_longer_one() -> None:
 
 @pytest.mark.parametrize("split", SPLITS)
 def test_answers_name_the_entity_and_state_the_facts_they_claim(split: tc.Split) -> None:
-    for example in tc.examples(split, 8, 1500):
+    for example in tc.examples(split, 8, 1000):
         if "constrained" in example.instructions:
             assert example.facts == ()
             continue
@@ -190,7 +190,7 @@ def test_yes_and_no_are_about_equally_often_right() -> None:
 def test_the_vocabulary_stays_small() -> None:
     english: set[str] = set()
     spanish: set[str] = set()
-    for example in tc.examples("train", 11, 6000):
+    for example in tc.examples("train", 11, 4000):
         target = spanish if "spanish" in example.instructions else english
         target.update(re.findall(r"[^\W\d_]+", example.answer.lower()))
         english.update(re.findall(r"[^\W\d_]+", example.prompt.lower()))
