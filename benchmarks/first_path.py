@@ -116,8 +116,8 @@ def capture_contestants(model: Any, pairs: PairSet) -> dict[str, Contestant]:
         return len(few)
 
     def record(share_prefixes: bool) -> int:
-        record_activations(model, pairs[:32], share_prefixes=share_prefixes)
-        return 32
+        record_activations(model, pairs[:16], share_prefixes=share_prefixes)
+        return 16
 
     return {
         "run_with_cache of everything, one prompt at a time": lambda: timed(one_at_a_time),

@@ -21,7 +21,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from steerlens.data import InstructionPair, PairSet
-from steerlens.errors import DataError
+from steerlens.errors import DataError, SteerlensError
 from steerlens.model import check_layer, coordinate_frame, forward, model_id, resid_post, versions_json
 from steerlens.prompts import (
     PromptFormat,
@@ -98,7 +98,7 @@ def record_activations(
     """The residual of the last prompt token of both prompts of every pair, in the pairs' order.
 
     Args:
-        layers: Layers to keep; default all.
+        layers: Layers to keep, in this order; default all.
         batch_size: Pairs per batch; each pair is two rows.
         share_prefixes: Run what prompts have in common once. False runs every prompt whole.
         progress: Show a progress bar with pairs per second and time left.
@@ -197,8 +197,7 @@ def iter_activations(
     """Batches of activations as they are computed, longest prompts first."""
     without = encode_all(model, [pair.text("none") for pair in pairs], prompt_format)
     with_ = encode_all(model, [pair.text("text") for pair in pairs], prompt_format)
-    longest = max(map(len, without + with_))
-    share = share_prefixes and _prefixes_can_be_shared(model, longest)
+    share = share_prefixes and _prefixes_can_be_shared(model)
     common = common_prefix(without + with_) if share else 0
     trunk = _Trunk(model, without[0][:common])
     lengths = [len(row) for row in with_]
@@ -268,15 +267,18 @@ def common_prefix(rows: Sequence[list[int]]) -> int:
     return min(shared, min(map(len, rows)) - 1)
 
 
-def _prefixes_can_be_shared(model: Any, longest: int) -> bool:
-    """Whether a masked gap inside a row changes nothing: not for recurrent state, nor for a window shorter than the rows."""
-    config = getattr(getattr(model, "original_model", None), "config", None)
-    window = getattr(config, "sliding_window", None)
-    return not getattr(model.cfg, "is_stateful", False) and (window is None or longest <= window)
+def _prefixes_can_be_shared(model: Any) -> bool:
+    """Whether a masked gap inside a row changes nothing: not for recurrent state, nor for windows, which count columns."""
+    config: Any = getattr(getattr(model, "original_model", None), "config", None)
+    text_config = config.get_text_config() if hasattr(config, "get_text_config") else config
+    has_window = getattr(text_config, "sliding_window", None) is not None
+    return not has_window and not getattr(model.cfg, "is_stateful", False)
 
 
 def _check_layers(model: Any, layers: Sequence[int] | None) -> tuple[int, ...]:
-    chosen = range(int(model.cfg.n_layers)) if layers is None else layers
+    chosen = range(int(model.cfg.n_layers)) if layers is None else dict.fromkeys(layers)
+    if not chosen:
+        raise SteerlensError("activations need at least one layer, got none; leave layers out to keep all")
     return tuple(check_layer(model, layer) for layer in chosen)
 
 

@@ -1,7 +1,7 @@
 """The command line: one command per step of the main job, and `run` for all of it.
 
 Everything heavy is imported inside the commands, so that `--help` answers at once. Bad input ends with exit code 2 and one
-sentence on standard error; Ctrl-C with 130, and what was finished is saved.
+sentence on standard error; Ctrl-C with 130, and the batches that a run finished are saved.
 """
 
 import contextlib
@@ -16,7 +16,7 @@ import tyro
 
 from steerlens._typing import Operator, RuleName
 from steerlens.errors import SteerlensError
-from steerlens.records import RunConfig
+from steerlens.records import RunConfig, writable_folder
 
 if TYPE_CHECKING:
     from steerlens.plan import Plan
@@ -61,8 +61,8 @@ def fit(
         out: The vector file to write.
         model: A local folder, a named model, or a hub id.
         pairs: "format" (bundled) or a JSONL file.
-        n_pairs: Use this many pairs; default all.
-        seed: For phrasings and the choice of pairs.
+        n_pairs: Use this many of the training pairs; default all.
+        seed: For phrasings and the split; `evaluate` tests on the test part of the same split.
         batch_size: Pairs per batch.
     """
     from steerlens.capture import record_activations
@@ -70,10 +70,11 @@ def fit(
     from steerlens.estimators import fit_steering_vector
     from steerlens.model import load_model
 
-    chosen = load_pairs(pairs, instructions=[instruction], seed=seed)
+    writable_folder(out.parent)
+    chosen = load_pairs(pairs, instructions=[instruction], seed=seed).split(seed=seed)[0]
     chosen = chosen if n_pairs is None else chosen.sample(n_pairs, seed=seed)
     activations = record_activations(load_model(model), chosen, batch_size=batch_size, progress=True)
-    vector = fit_steering_vector(activations)
+    vector = fit_steering_vector(activations).with_metadata(pairs=pairs, seed=str(seed))
     print(f"{vector.save(out)}: {vector!r}")
 
 
@@ -140,7 +141,6 @@ def evaluate(
     positions: RuleName = "all",
     n_test: int | None = None,
     max_new_tokens: int = 128,
-    seed: int = 0,
     batch_size: int = 16,
 ) -> None:
     """The four cells and the control for one saved vector at one layer.
@@ -152,13 +152,13 @@ def evaluate(
         vector: A file made by `steerlens fit`.
         layer: Where to steer.
         model: The model that the vector was fitted in.
-        data: Test prompts of the vector's instruction: "format" (bundled) or a JSONL file.
+        data: Test prompts of the vector's instruction: "format" (bundled) or a JSONL file. Of the set that the vector was
+            fitted on, only the test part is used.
         coeff: Share of the full change, or for add the length of the step.
         operator: set_projection, add, or ablate.
         positions: Which tokens to steer.
         n_test: At most this many prompts; default all.
         max_new_tokens: At most this many new tokens for each response.
-        seed: For the choice of prompts and the random direction.
         batch_size: Rows per batch.
     """
     from steerlens.data import load_pairs
@@ -166,8 +166,10 @@ def evaluate(
     from steerlens.model import load_model
     from steerlens.vectors import SteeringVector
 
-    instruction = SteeringVector.load(vector).metadata.get("instruction", "")
-    pairs = load_pairs(data, instructions=[instruction], seed=seed)
+    metadata = SteeringVector.load(vector).metadata
+    seed = int(metadata.get("seed", 0))
+    pairs = load_pairs(data, instructions=[metadata.get("instruction", "")], seed=seed)
+    pairs = pairs.split(seed=seed)[2] if data == metadata.get("pairs") else pairs
     pairs = pairs if n_test is None else pairs.sample(n_test, seed=seed)
     loaded = load_model(model)
     plan = _plan(loaded, vector, layer, coeff, operator, positions)
@@ -254,7 +256,10 @@ def main() -> None:
         print(f"steerlens: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
-        print("steerlens: interrupted; what was finished is saved, the same command goes on", file=sys.stderr)
+        print(
+            "steerlens: interrupted; the batches that a run finished are saved, and the same command goes on",
+            file=sys.stderr,
+        )
         sys.exit(130)
     except BrokenPipeError:  # `steerlens instructions | head`
         with contextlib.suppress(OSError):

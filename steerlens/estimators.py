@@ -17,6 +17,7 @@ from sklearn.utils.validation import check_is_fitted, validate_data
 from torch import Tensor
 
 from steerlens.capture import ActivationMeans, Activations
+from steerlens.errors import SteerlensError
 from steerlens.vectors import PROJECTIONS, SteeringVector
 
 ArrayLike = Any
@@ -93,14 +94,19 @@ def fit_steering_vector(activations: Activations | ActivationMeans, *, estimator
         Directions not normalised, `[d_model]` per layer; projections along the unit direction, in absolute units.
 
     Raises:
-        ValueError: if an estimator is asked of running means.
+        SteerlensError: if the activations are of several instructions, or an estimator is asked of running means.
     """
     if isinstance(activations, ActivationMeans):
         if estimator is not None:
-            raise ValueError(
+            raise SteerlensError(
                 "running means only carry the mean difference; use record_activations for another estimator"
             )
         return _from_means(activations)
+    if len(set(activations.instructions)) > 1:
+        raise SteerlensError(
+            f"a vector is of one instruction, got activations of {len(set(activations.instructions))}; "
+            "fit each part of activations.by_instruction()"
+        )
     estimator = MeanDifference() if estimator is None else estimator
     n_pairs = activations.resid.shape[0]
     labels = np.repeat([0, 1], n_pairs)

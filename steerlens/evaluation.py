@@ -4,16 +4,19 @@ For each pair and condition one response is generated and judged by the instruct
 
     none          the bare query                         vector        the bare query, steered
     text          the query with its instruction         text+vector   that, steered
-    random        the bare query, changed by the same amount at every token along a random direction
+    random        the bare query, changed at every token by what the vector would add, along a random direction
+
+The random direction is one draw per instruction (`Plan.placebo`).
 
 `followed` is IFEval's loose verdict over all of a pair's instructions, as in Stolfo et al. (2025) for format instructions;
 `followed_strict` stands beside it. Quality is measured on the same responses: words, repetition, distinct bigrams, and the
-perplexity of the response under the unsteered model given the bare query. A high rate with repetition is a broken model, and
+perplexity of the response under the unsteered model given the bare query. Intervals take responses as independent, which
+several trials of one prompt are not. A high rate with repetition is a broken model, and
 a rate that the random direction shares is not the vector's.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, cast
 
 import pandas as pd
@@ -23,18 +26,21 @@ from torch import Tensor
 from tqdm import tqdm
 
 from steerlens.data import CONDITIONS, InstructionPair, PairSet
-from steerlens.errors import DataError, nearest
+from steerlens.errors import DataError, SteerlensError, nearest
 from steerlens.instructions import check_all
-from steerlens.metrics import distinct_n, quality_table, rate_table, repetition, words
-from steerlens.model import model_device, weights_digest
+from steerlens.metrics import distinct_n, distinct_share, quality_table, rate_table, repetition, words
+from steerlens.model import model_device, model_digest
 from steerlens.plan import Plan
-from steerlens.prompts import PromptFormat, encode, left_pad, length_sorted_batches, pad_id, template_digest
+from steerlens.prompts import PromptFormat, encode, left_pad, length_sorted_batches, pad_id
 from steerlens.records import Journal, content_key, derived_seed
 from steerlens.sampling import Generation, SamplingConfig, stream
 
 STEERED: frozenset[str] = frozenset({"vector", "text+vector", "random"})
 """Conditions that run with a plan."""
 
+
+DEGENERATE_REPETITION = 0.5
+"""A response is degenerate when at least this share of its token trigrams repeats an earlier one, or when it is empty."""
 
 LOGITS_MEMORY = 2**30
 """Bytes that the logits of one batch of perplexities may take: a vocabulary is wide."""
@@ -116,28 +122,37 @@ class Sampler:
         self.model, self.sampling, self.prompt_format = model, sampling, prompt_format
         self.batch_size, self.journal, self.progress = batch_size, journal, progress
         self.records: dict[str, dict[str, Any]] = {} if journal is None else journal.records
-        self._settings = {
-            "weights": weights_digest(model),
-            "template": template_digest(model, prompt_format),
-            "format": asdict(prompt_format),
-            "sampling": asdict(sampling),
-            "dtype": str(model.cfg.dtype),
-        }
+        self.greedy = sampling.temperature == 0
+        # What greedy text does not depend on is left out.
+        used = replace(sampling, top_k=None, top_p=1.0) if self.greedy else sampling
+        self._settings = {"model": model_digest(model), "dtype": str(model.cfg.dtype), "sampling": asdict(used)}
+        self._encoded: dict[str, list[int]] = {}
 
     def key(self, request: Request) -> str:
-        """The hash of all that decides a request's text."""
-        seed = request.seed if self.sampling.temperature > 0 else None  # greedy text does not depend on it
-        return content_key([self._settings, request.prompt, request.plan.digest, seed])
+        """The hash of all that decides a request's text: model, tokens fed, plan with its numbers, sampling, seed."""
+        seed = None if self.greedy else request.seed
+        return content_key([self._settings, self.encode(request.prompt), request.plan.digest, seed])
+
+    def encode(self, prompt: str) -> list[int]:
+        """The tokens fed for a prompt."""
+        if prompt not in self._encoded:
+            self._encoded[prompt] = encode(self.model, prompt, self.prompt_format)
+        return self._encoded[prompt]
 
     def generate(self, requests: Sequence[Request]) -> list[dict[str, Any]]:
         """The record of each request, in order; what is missing is generated, batch by batch.
 
-        Batches are formed over all requests, also those that are already answered, so that a run that was cut short and
-        goes on sees the same batches, and so the same rounding, as one that was not.
+        Batches are formed over all requests, also those that are already answered, and written whole, so that a run that
+        was cut short between two batches and goes on sees the same batches, and so the same rounding, as one that was not.
+
+        Raises:
+            SteerlensError: for several trials of greedy decoding, which would count one text several times.
         """
+        if self.greedy and any(request.trial for request in requests):
+            raise SteerlensError("several trials need a temperature above 0: greedy trials of a prompt are one text")
         by_key = {self.key(request): request for request in requests}
         keys = list(by_key)
-        lengths = [len(encode(self.model, by_key[key].prompt, self.prompt_format)) for key in keys]
+        lengths = [len(self.encode(by_key[key].prompt)) for key in keys]
         batches = [
             [keys[index] for index in batch if keys[index] not in self.records]
             for batch in length_sorted_batches(lengths, self.batch_size)
@@ -201,7 +216,12 @@ class Evaluation:
         overall = self.scores.assign(instruction="all")
         frame = pd.concat([self.scores, overall]) if self.scores["instruction"].nunique() > 1 else self.scores
         keys = ["instruction", "condition"]
-        return rate_table(frame, by=keys).merge(quality_table(frame, by=keys), on=keys)
+        strict = rate_table(frame, by=keys, value="followed_strict").rename(columns={"rate": "strict"})
+        broken = rate_table(frame, by=keys, value="degenerate").rename(columns={"rate": "degenerate"})
+        table = rate_table(frame, by=keys)
+        for part in (strict[[*keys, "strict"]], quality_table(frame, by=keys), broken[[*keys, "degenerate"]]):
+            table = table.merge(part, on=keys)
+        return table
 
     def _repr_html_(self) -> str:
         return str(self.table.to_html(index=False, float_format="{:.3f}".format))
@@ -282,6 +302,7 @@ def _score(request: Request, record: Mapping[str, Any], key: str) -> dict[str, A
         "seed": request.seed,
         "followed": all(verdict.loose for verdict in verdicts),
         "followed_strict": all(verdict.strict for verdict in verdicts),
+        "degenerate": is_degenerate(text, record["tokens"]),
         "n_words": len(words(text)),
         "repetition": repetition(text),
         "distinct_2": distinct_n(text),
@@ -291,6 +312,14 @@ def _score(request: Request, record: Mapping[str, Any], key: str) -> dict[str, A
         "response": text,
         "key": key,
     }
+
+
+def is_degenerate(text: str, tokens: Sequence[int]) -> bool:
+    """Whether a response is empty, or loops: at least half of its token trigrams repeat an earlier one.
+
+    Tokens, not words: a line of dashes is one word.
+    """
+    return not text.strip() or 1.0 - distinct_share(tokens, 3) >= DEGENERATE_REPETITION
 
 
 def response_perplexities(
@@ -304,7 +333,7 @@ def response_perplexities(
     model = sampler.model
     contexts = [request.pair.query or request.pair.prompt for request in requests]
     unique = {
-        (context, tuple(record["tokens"])): encode(model, context, sampler.prompt_format)
+        (context, tuple(record["tokens"])): sampler.encode(context)
         for context, record in zip(contexts, records, strict=True)
     }
     pairs = [(prompt, list(tokens)) for (_, tokens), prompt in unique.items()]

@@ -24,9 +24,9 @@ from steerlens.errors import DataError, SteerlensError
 from steerlens.estimators import fit_steering_vector
 from steerlens.evaluation import Evaluation, Sampler, requests_for, score
 from steerlens.instructions import sentence_splitter
-from steerlens.model import library_versions, load_model, model_facts, weights_digest
+from steerlens.model import check_layer, library_versions, load_model, model_digest, model_facts
 from steerlens.plan import Plan
-from steerlens.prompts import PromptFormat, template_digest
+from steerlens.prompts import PromptFormat, encode_all, template_digest
 from steerlens.records import Journal, RunConfig, content_key, writable_folder, write_atomically
 from steerlens.report import write_report
 from steerlens.sampling import SamplingConfig
@@ -66,8 +66,9 @@ def run(
         else load_model(config.model, dtype=config.dtype, device=config.device, progress=progress)
     )
     _say(progress, f"{model_facts(model)['model']}: {train!r} to fit, {valid!r} to search, {test!r} to test")
+    check_settings(config, model, valid, test)
     identity = run_identity(config, model, train, valid, test)
-    _write_config(folder, config, identity)
+    _start(folder, config, identity)
     vectors = _vectors(folder, config, model, train, progress=progress)
     with Journal(folder / "generations.jsonl") as journal:
 
@@ -90,9 +91,10 @@ def run(
             coeffs=config.coeffs,
             operator=config.operator,
             positions=config.positions,
+            unit=config.unit,
             seed=config.seed,
         )
-        plans = {name: vector.at(found.best(name), positions=config.positions) for name, vector in vectors.items()}
+        plans = {name: vector.at(found.best(name)) for name, vector in vectors.items()}
         _say(progress, "evaluate: the test prompts under every condition")
         requests = requests_for(test, plans, conditions=CONDITIONS, trials=config.trials, seed=config.seed)
         evaluation = Evaluation(score(sampler(config.max_new_tokens), requests))
@@ -130,13 +132,17 @@ def select_pairs(config: RunConfig) -> tuple[PairSet, PairSet, PairSet, list[str
 
 
 def _test_pairs(config: RunConfig, pairs: PairSet, notes: list[str]) -> PairSet:
-    data = load_pairs(str(config.data), seed=config.seed)
+    data = load_pairs(str(config.data), seed=config.seed, queries=config.queries)
     known = set(pairs.instructions)
     test = PairSet(pair for pair in data if pair.instruction_id in known and pair.query is not None)
     if len(test) == 0:
         raise DataError(
             f"no test prompts are left: {config.data!r} has {', '.join(data.instructions)}, and the vectors are for "
             f"{', '.join(pairs.instructions)}; test prompts also need a base query"
+        )
+    if absent := [name for name in config.instructions if name not in test.instructions]:
+        raise DataError(
+            f"every instruction asked for needs test prompts, and {config.data!r} has none for {', '.join(absent)}"
         )
     if len(test) < len(data):
         others = sorted({pair.instruction_id for pair in data} - known)
@@ -164,45 +170,66 @@ def _at_most(pairs: PairSet, n: int, seed: int) -> PairSet:
 def run_identity(config: RunConfig, model: Any, *parts: PairSet) -> str:
     """A hash of the settings, the model's weights and the prompts: equal for runs with equal results."""
     settings = {key: value for key, value in asdict(config).items() if key not in ("model", "pairs", "data", "device")}
-    return content_key([settings, weights_digest(model), [part.content_hash for part in parts]])
+    return content_key([settings, model_digest(model), [part.content_hash for part in parts]])
 
 
-def _write_config(folder: Path, config: RunConfig, identity: str) -> None:
+def check_settings(config: RunConfig, model: Any, valid: PairSet, test: PairSet) -> None:
+    """Refuse, before anything is run, what would stop the job later.
+
+    Raises:
+        SteerlensError: for a setting out of range, or a prompt that leaves no room for its answer.
+    """
+    if config.trials < 1 or (config.trials > 1 and config.temperature == 0):
+        raise SteerlensError(f"trials must be 1, or more with a temperature above 0; got {config.trials}")
+    if not config.coeffs:
+        raise SteerlensError("coeffs must name at least one coefficient, got none; 1 is the full change")
+    for layer in config.layers:
+        check_layer(model, layer)
+    needed = ((valid, config.search_tokens, ["none"]), (test, config.max_new_tokens, ["none", "text"]))
+    for part, tokens, conditions in needed:
+        SamplingConfig(tokens, config.temperature)
+        for condition in conditions:
+            encode_all(model, part.prompts(condition), _prompt_format(config), room=tokens)
+
+
+RESULTS = ("scores.jsonl", "search_scores.jsonl", "table.csv", "search.csv", "report.html")
+
+
+def _start(folder: Path, config: RunConfig, identity: str) -> None:
+    """Write the settings; results of other settings go, so that they are never read as this run's."""
+    path = folder / "config.json"
+    before = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    if before.get("identity") != identity:
+        for name in RESULTS:
+            (folder / name).unlink(missing_ok=True)
     content = {"identity": identity, "config": asdict(config), "versions": library_versions()}
-    write_atomically(folder / "config.json", json.dumps(content, indent=2) + "\n")
+    write_atomically(path, json.dumps(content, indent=2) + "\n")
 
 
 def _vectors(
     folder: Path, config: RunConfig, model: Any, train: PairSet, *, progress: bool
 ) -> dict[str, SteeringVector]:
-    """One vector per instruction, from the folder where it holds the one that this run would fit."""
-    vectors: dict[str, SteeringVector] = {}
-    missing = PairSet([])
-    for name, pairs in train.by_instruction().items():
-        path = folder / "vectors" / f"{name.replace(':', '.')}.safetensors"
-        digest = _fit_digest(config, model, pairs)
-        with contextlib.suppress(SteerlensError):  # none yet
-            vectors[name] = SteeringVector.load(path)
-        if name not in vectors or vectors[name].metadata.get("fit") != digest:
-            vectors.pop(name, None)
-            missing += pairs
-    if len(missing):
-        _say(progress, f"record: {len(missing)} pairs")
-        activations = record_activations(
-            model, missing, batch_size=config.batch_size, prompt_format=_prompt_format(config), progress=progress
-        )
-        for name, part in activations.by_instruction().items():
-            fitted = fit_steering_vector(part)
-            digest = _fit_digest(config, model, missing.filter(name))
-            vectors[name] = fitted.with_metadata(fit=digest, seed=str(config.seed))
-            vectors[name].save(folder / "vectors" / f"{name.replace(':', '.')}.safetensors")
-    return {name: vectors[name] for name in train.instructions}
+    """One vector per instruction: the folder's, if they are what this run would fit, or all anew.
 
-
-def _fit_digest(config: RunConfig, model: Any, pairs: PairSet) -> str:
-    return content_key(
-        [weights_digest(model), template_digest(model, _prompt_format(config)), config.dtype, pairs.content_hash]
+    All or none, because another batch rounds differently, and a run that goes on must get the very same vectors.
+    """
+    parts = train.by_instruction()
+    paths = {name: folder / "vectors" / f"{name.replace(':', '.')}.safetensors" for name in parts}
+    digest = content_key(
+        [model_digest(model), template_digest(model, _prompt_format(config)), config.dtype, train.content_hash]
     )
+    with contextlib.suppress(SteerlensError):  # a vector is not there yet
+        stored = {name: SteeringVector.load(path) for name, path in paths.items()}
+        if all(vector.metadata.get("fit") == digest for vector in stored.values()):
+            return stored
+    recorded = record_activations(
+        model, train, batch_size=config.batch_size, prompt_format=_prompt_format(config), progress=progress
+    ).by_instruction()
+    seed = str(config.seed)
+    vectors = {name: fit_steering_vector(recorded[name]).with_metadata(fit=digest, seed=seed) for name in parts}
+    for name, vector in vectors.items():
+        vector.save(paths[name])
+    return vectors
 
 
 def _facts(
@@ -226,6 +253,9 @@ def _facts(
         "operator": f"{config.operator} at {config.positions} positions",
         "layers searched": ", ".join(str(x) for x in found.table["layer"].dropna().unique()),
         "coefficients searched": ", ".join(f"{x:g}" for x in config.coeffs),
+        "search answers cut at the limit": f"{(found.scores['finish_reason'] == 'length').mean():.0%}; "
+        "checks of how an answer ends can fail for that alone",
+        "text+vector": "at the layer that was searched with the bare query",
         "chosen": "; ".join(
             f"{name}: {'no steering' if best.layer is None else f'layer {best.layer}, coeff {best.coeff:g}'}"
             for name, best in choices.items()

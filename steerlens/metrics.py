@@ -17,7 +17,7 @@ are not. A text can be free of repetition and still be nonsense, and short texts
 """
 
 import re
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from statistics import NormalDist
 from typing import Any, overload
 
@@ -125,6 +125,14 @@ def words(text: str) -> list[str]:
     return WORD.findall(text)
 
 
+def distinct_share(items: Sequence[Hashable], n: int) -> float:
+    """Distinct n-grams / all n-grams of a sequence, in (0, 1]; nan for fewer than `n` items."""
+    if n < 1:
+        raise SteerlensError(f"n must be at least 1, got {n}; 2 counts pairs")
+    grams = [tuple(items[start : start + n]) for start in range(len(items) - n + 1)]
+    return len(set(grams)) / len(grams) if grams else float("nan")
+
+
 def distinct_n(text: str, n: int = 2) -> float:
     """Distinct word n-grams / all word n-grams, in (0, 1]; nan for fewer than `n` words.
 
@@ -132,11 +140,7 @@ def distinct_n(text: str, n: int = 2) -> float:
         >>> distinct_n("rain and rain and rain")
         0.5
     """
-    if n < 1:
-        raise SteerlensError(f"n must be at least 1, got {n}; 2 counts pairs of words")
-    tokens = words(text.casefold())
-    grams = [tuple(tokens[start : start + n]) for start in range(len(tokens) - n + 1)]
-    return len(set(grams)) / len(grams) if grams else float("nan")
+    return distinct_share(words(text.casefold()), n)
 
 
 def repetition(text: str, n: int = 3) -> float:

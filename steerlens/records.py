@@ -15,7 +15,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from steerlens._typing import Operator, RuleName, Style
 from steerlens.errors import DataError
@@ -31,6 +31,8 @@ class RunConfig:
     """Where vectors come from: "format" (bundled) or a JSONL file."""
     data: str | None = None
     """A JSONL file of test prompts; default: the test split of `pairs`."""
+    queries: str | None = None
+    """For official IFEval files, a JSONL file of base queries: `key`, and `model_output` without the instructions."""
     instructions: tuple[str, ...] = ()
     """Instruction ids; default: all that both `pairs` and `data` have."""
     n_train: int = 48
@@ -43,6 +45,8 @@ class RunConfig:
     """Layers to search; default: the paper's, every second one from a fifth of the depth on."""
     coeffs: tuple[float, ...] = (1.0,)
     """Coefficients to search; for set_projection and ablate the share of the full change, for add the step's length."""
+    unit: Literal["absolute", "resid_norm"] = "absolute"
+    """Of the coefficients of add: absolute, or the layer's mean residual norm."""
     operator: Operator = "set_projection"
     """What to do with a vector: set_projection (the paper's format steering), add, or ablate."""
     positions: RuleName = "all"
@@ -54,7 +58,7 @@ class RunConfig:
     temperature: float = 0.0
     """0 is greedy."""
     trials: int = 1
-    """Responses per prompt and condition; more than one only differ when sampling."""
+    """Responses per prompt and condition; more than one needs a temperature."""
     seed: int = 0
     """For splits, phrasings, samples and the random direction."""
     batch_size: int = 16

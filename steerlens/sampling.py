@@ -38,11 +38,11 @@ class SamplingConfig:
     """Sample among the k most likely tokens."""
     top_p: float = 1.0
     """Sample among the fewest tokens whose probabilities reach p (Holtzman et al. 2020); at least one."""
-    stop: tuple[str, ...] = ()
+    stop: str | tuple[str, ...] = ()
     """Texts that end a row; a row's text ends before them, its tokens hold them."""
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "stop", tuple(self.stop))
+        object.__setattr__(self, "stop", (self.stop,) if isinstance(self.stop, str) else tuple(self.stop))
         rules = {
             "max_new_tokens must be at least 1": self.max_new_tokens >= 1,
             "temperature must be 0 (greedy) or above": self.temperature >= 0,
@@ -134,8 +134,13 @@ def stream(
     Hooks are on the model only while rows are decoded, never while a result is in the caller's hands: the model may be used
     between two results, and stopping early, an exception or Ctrl-C leave nothing behind.
     """
+    if isinstance(prompts, str):
+        raise SteerlensError(f"prompts must be a list of texts, got one text, {prompts[:40]!r}; put it into a list")
     plans = per_row(steering if steering is not None else Plan(), len(prompts), "steering")
     seeds = per_row(seed, len(prompts), "seed")
+    for value in seeds:
+        if not 0 <= value < 2**63:
+            raise SteerlensError(f"seed must be in [0, 2**63), got {value}")
     for plan in {id(plan): plan for plan in plans}.values():
         check_plan(model, plan)
     rows = encode_all(model, prompts, prompt_format, room=sampling.max_new_tokens)
@@ -262,12 +267,12 @@ class _Batch:
     def _keep(self, places: list[int], chosen: Tensor) -> Tensor:
         """Drop the other rows everywhere; returns the chosen tokens of those that stay."""
         self.rows = [self.rows[place] for place in places]
-        keep = torch.tensor(places, dtype=torch.long, device=self.device)
+        keep = torch.tensor(places, dtype=torch.long)  # on the CPU: each layer's cache may be on another device
         if self.rows:
             self.cache.batch_select_indices(keep)
         self.steering.rows(keep)
-        self.mask = self.mask[keep]
-        return chosen[keep]
+        self.mask = self.mask[keep.to(self.device)]
+        return chosen[keep.to(self.device)]
 
 
 def _draws(rows: list[_Row], device: torch.device) -> Float[Tensor, " batch"] | None:

@@ -17,7 +17,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from steerlens.errors import ModelError, SteerlensError
-from steerlens.model import check_layer, resid_post
+from steerlens.model import check_layer, check_origin, resid_post
 from steerlens.operators import rank_one
 from steerlens.plan import Intervention, Plan
 
@@ -46,7 +46,8 @@ class LayerTable:
 
     def rows(self, keep: Int[Tensor, " kept"]) -> "LayerTable":
         """The table of some rows."""
-        return LayerTable(*(getattr(self, name).index_select(1, keep) for name in self.__dataclass_fields__))
+        parts = (getattr(self, name) for name in self.__dataclass_fields__)
+        return LayerTable(*(part.index_select(1, keep.to(part.device)) for part in parts))
 
 
 def build_tables(
@@ -90,7 +91,7 @@ class Steering:
     def rows(self, keep: Int[Tensor, " kept"]) -> None:
         """Go on with some of the rows."""
         if self.positions is not None:
-            self.positions = self.positions[keep]
+            self.positions = self.positions[keep.to(self.positions.device)]
         self.tables = {layer: table.rows(keep) for layer, table in self.tables.items()}
 
     def hooks(self) -> list[tuple[str, Any]]:
@@ -115,11 +116,12 @@ def check_plan(model: Any, plan: Plan) -> None:
     """Refuse a plan that does not fit the model.
 
     Raises:
-        ModelError: if a direction has another width.
+        ModelError: if a direction has another width, or comes from a model of another depth or coordinate frame.
         SteerlensError: if a layer is out of range.
     """
     d_model = int(model.cfg.d_model)
     for step in plan:
+        check_origin(model, step.origin)
         check_layer(model, step.layer)
         if step.direction.shape[0] != d_model:
             raise ModelError(

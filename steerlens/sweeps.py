@@ -3,8 +3,8 @@
 Every candidate (no steering, then each layer x coefficient x operator) answers the same validation prompts, all as rows of
 shared batches. A candidate's rate counts responses that follow the instruction; its degenerate share counts responses that
 repeat themselves. As in Stolfo et al. (2025), a candidate that degenerates more often than no steering does is out, and the
-highest rate wins. Their test for degeneration is a GPT-2 perplexity below 2.5; here it is the share of repeated word trigrams,
-which needs no second model and means the same: looping text.
+highest rate wins. Their test for degeneration is a GPT-2 perplexity below 2.5; here it is a response that is empty, or half of
+whose token trigrams repeat an earlier one, which needs no second model and looks for the same: looping text.
 
 Ties go to no steering, then to the lowest layer, then to the smaller coefficient, in the order of the candidates. What is
 searched here must not be reported on the same prompts.
@@ -12,6 +12,7 @@ searched here must not be reported on the same prompts.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import product
 from typing import Any, Literal
 
 import pandas as pd
@@ -28,9 +29,6 @@ from steerlens.prompts import PromptFormat
 from steerlens.sampling import SamplingConfig
 from steerlens.vectors import SteeringVector
 
-DEGENERATE_REPETITION = 0.5
-"""A response is degenerate when at least this share of its word trigrams repeats an earlier one."""
-
 
 @dataclass(frozen=True)
 class Best:
@@ -42,6 +40,10 @@ class Best:
     operator: Operator
     rate: float
     """The chosen candidate's rate on the validation prompts; not an estimate of its rate elsewhere."""
+    positions: str | Window = "all"
+    """Where the candidates were applied."""
+    unit: str = "absolute"
+    """Of the coefficient; see `SteeringVector.at`."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -52,6 +54,8 @@ class Sweep:
     """One row per validation response."""
     table: pd.DataFrame
     """One row per instruction and candidate: rate with its interval, quality, degenerate share, and which was chosen."""
+    positions: str | Window = "all"
+    unit: str = "absolute"
 
     def best(self, instruction: str | None = None) -> Best:
         """The choice for an instruction; it may be left out where there is one.
@@ -68,7 +72,7 @@ class Sweep:
             raise SteerlensError(f"the search did not cover {instruction!r}; {nearest(instruction, chosen)}")
         row = chosen[instruction]
         layer = None if pd.isna(row["layer"]) else int(row["layer"])
-        return Best(layer, float(row["coeff"]), row["operator"], float(row["rate"]))
+        return Best(layer, float(row["coeff"]), row["operator"], float(row["rate"]), self.positions, self.unit)
 
     def _repr_html_(self) -> str:
         return str(self.table.to_html(index=False, float_format="{:.3f}".format))
@@ -91,6 +95,7 @@ def sweep(
     coeffs: Sequence[float] = (1.0,),
     operator: Operator = "set_projection",
     positions: str | Window = "all",
+    unit: Literal["absolute", "resid_norm"] = "absolute",
     condition: Literal["vector", "text+vector"] = "vector",
     max_new_tokens: int = 128,
     temperature: float = 0.0,
@@ -105,12 +110,12 @@ def sweep(
         vectors: One vector for all pairs, or one per instruction id.
         pairs: Validation prompts: not those the vectors were fitted on, nor those to be reported.
         layers: "paper" takes `candidate_layers`, "all" every layer of the vector.
-        coeffs: As in `SteeringVector.at`.
+        coeffs, operator, positions, unit: As in `SteeringVector.at`.
         condition: Search with the bare query, or with the instruction in the prompt.
 
     Raises:
         DataError: if there are no pairs, or an instruction has no vector.
-        SteerlensError: if a layer is out of range or not in a vector.
+        SteerlensError: if a layer is out of range or not in a vector, or there is no candidate.
     """
     sampler = Sampler(
         model,
@@ -127,6 +132,7 @@ def sweep(
         coeffs=coeffs,
         operator=operator,
         positions=positions,
+        unit=unit,
         condition=condition,
         seed=seed,
     )
@@ -141,6 +147,7 @@ def search(
     coeffs: Sequence[float] = (1.0,),
     operator: Operator = "set_projection",
     positions: str | Window = "all",
+    unit: Literal["absolute", "resid_norm"] = "absolute",
     condition: Literal["vector", "text+vector"] = "vector",
     seed: int = 0,
 ) -> Sweep:
@@ -157,20 +164,25 @@ def search(
                 f"every instruction needs a vector, got none for {name!r}; vectors: {', '.join(by_instruction)}"
             )
         vector = by_instruction[name]
-        for layer in _layers(sampler.model, vector, layers):
-            for coeff in coeffs:
-                plan = vector.at(layer, coeff=coeff, operator=operator, positions=positions)
-                rows = requests_for(group, plan, conditions=[condition], seed=seed)
-                requests += rows
-                places += [(layer, coeff)] * len(rows)
+        vector.check_fits(sampler.model)
+        candidates = list(product(_layers(sampler.model, vector, layers), sorted(set(coeffs), key=abs)))
+        if not candidates:
+            raise SteerlensError(
+                f"a search needs a layer and a coefficient to try, got layers {layers!r} and coeffs {coeffs!r} for a vector "
+                f"with layers {list(vector.layers)}"
+            )
+        for layer, coeff in candidates:
+            plan = vector.at(layer, coeff=coeff, operator=operator, positions=positions, unit=unit)
+            rows = requests_for(group, plan, conditions=[condition], seed=seed)
+            requests += rows
+            places += [(layer, coeff)] * len(rows)
     # A row's place is set here, because a step of coefficient 0 is still a candidate of its own.
     scores = score(sampler, requests, perplexity=False).assign(
         layer=pd.array([layer for layer, _ in places], dtype="Int64"),
         coeff=[coeff for _, coeff in places],
         operator=operator,
-        degenerate=lambda frame: frame["repetition"].fillna(0.0) >= DEGENERATE_REPETITION,
     )
-    return Sweep(scores, choose(scores))
+    return Sweep(scores, choose(scores), positions, unit)
 
 
 def choose(scores: pd.DataFrame) -> pd.DataFrame:
@@ -198,4 +210,4 @@ def _layers(model: Any, vector: SteeringVector, layers: Sequence[int] | Literal[
         return [layer for layer in candidate_layers(int(model.cfg.n_layers)) if layer in vector.directions]
     if layers == "all":
         return list(vector.layers)
-    return [check_layer(model, int(layer)) for layer in layers]
+    return sorted({check_layer(model, int(layer)) for layer in layers})

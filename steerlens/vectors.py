@@ -7,7 +7,6 @@ It is valid only in the coordinates of the model it was fitted in, and its metad
 """
 
 import json
-import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from operator import index
@@ -22,7 +21,7 @@ from torch import Tensor
 
 from steerlens._typing import Operator
 from steerlens.errors import ModelError, SteerlensError
-from steerlens.model import check_layer, coordinate_frame, model_id, resid_post
+from steerlens.model import check_layer, check_origin, resid_post
 from steerlens.plan import Intervention, Plan
 from steerlens.positions import Window
 from steerlens.records import atomic_path
@@ -42,6 +41,10 @@ class Choice(Protocol):
     def coeff(self) -> float: ...
     @property
     def operator(self) -> Operator: ...
+    @property
+    def positions(self) -> str | Window: ...
+    @property
+    def unit(self) -> str: ...
 
 
 @dataclass(frozen=True, eq=False)
@@ -68,7 +71,7 @@ class SteeringVector:
             raise SteerlensError("a steering vector needs at least one layer, got none")
         clean = {}
         for layer, direction in sorted(self.directions.items()):
-            tensor = direction.detach().to("cpu", torch.float32)
+            tensor = direction.detach().to("cpu", torch.float32, copy=True)
             if not torch.isfinite(tensor).all():
                 raise SteerlensError(
                     f"directions must be finite, got nan or infinity at layer {layer}; was the model in float16?"
@@ -111,17 +114,18 @@ class SteeringVector:
         *,
         coeff: float | None = None,
         operator: Operator | None = None,
-        positions: str | Window = "all",
+        positions: str | Window | None = None,
         target: float | None = None,
-        unit: str = "absolute",
+        unit: str | None = None,
     ) -> Plan:
         """The plan that applies this vector.
 
         Args:
-            layer: One layer, several, or what a search returned (its layer, coefficient and operator are then used).
-            coeff: `add`: the step along the unit direction; others: the share of the full change. Default 1.
+            layer: One layer, several, or what a search returned: then the rest is its choice, too, unless given.
+            coeff: `add`: the step along the unit direction, which must be given; others: the share of the full change,
+                by default 1.
             operator: Default "set_projection", the paper's format steering.
-            positions: A position rule; the paper steers every token.
+            positions: A position rule; default "all", as in the paper.
             target: `set_projection`: the projection to reach. Default: the mean with the instruction.
             unit: "absolute", or "resid_norm" to give an `add` coefficient in units of the layer's mean residual norm.
 
@@ -132,10 +136,15 @@ class SteeringVector:
             layers = [] if layer.layer is None else [layer.layer]
             coeff = layer.coeff if coeff is None else coeff
             operator = operator or layer.operator
+            positions = positions or layer.positions
+            unit = unit or layer.unit
         else:
             layers = [index(one) for one in (layer if isinstance(layer, Sequence) else [layer])]
         operator = operator or "set_projection"
+        if coeff is None and operator == "add":
+            raise SteerlensError('operator="add" needs coeff, the length of the step; see also unit="resid_norm"')
         coeff = 1.0 if coeff is None else coeff
+        positions, unit = positions or "all", unit or "absolute"
         return Plan(tuple(self._intervention(one, coeff, operator, positions, target, unit) for one in layers))
 
     def _intervention(
@@ -156,6 +165,10 @@ class SteeringVector:
                 raise SteerlensError(
                     f'unit="resid_norm" scales the step of operator="add"; {operator!r} takes a share, without unit'
                 )
+            if norm != norm:
+                raise SteerlensError(
+                    f'unit="resid_norm" needs the mean residual norm of layer {layer}, and this vector has none'
+                )
             coeff = coeff * norm
         if operator == "set_projection" and target is None:
             target = self.proj_with.get(layer, NAN)
@@ -167,6 +180,7 @@ class SteeringVector:
             target=0.0 if target is None else target,
             positions=positions,
             resid_norm=norm,
+            origin=self.origin,
         )
 
     def cosine(self, other: "SteeringVector") -> dict[int, float]:
@@ -179,6 +193,12 @@ class SteeringVector:
             raise SteerlensError(
                 f"vectors must have one width, got {self.d_model} and {other.d_model}; are they of different models?"
             )
+        for key in ("n_layers", "frame"):
+            mine, theirs = self.metadata.get(key), other.metadata.get(key)
+            if mine and theirs and mine != theirs:
+                raise SteerlensError(
+                    f"vectors must be of models with one {key}, got {mine} and {theirs}; fit them in one model"
+                )
         shared = [layer for layer in self.layers if layer in other.directions]
         if not shared:
             raise SteerlensError(f"vectors must share a layer, got {list(self.layers)} and {list(other.layers)}")
@@ -224,26 +244,19 @@ class SteeringVector:
         Raises:
             ModelError: if the vector cannot be applied to the model.
         """
-        d_model, n_layers = int(model.cfg.d_model), int(model.cfg.n_layers)
+        d_model = int(model.cfg.d_model)
         if self.d_model != d_model:
             raise ModelError(
                 f"a vector's width must be the model's d_model {d_model}, got {self.d_model}; fit it in this model"
             )
-        recorded = self.metadata.get("n_layers")
-        if recorded is not None and int(recorded) != n_layers:
-            raise ModelError(
-                f"a vector's model must have this model's {n_layers} layers, got {recorded}; fit it in this model"
-            )
         for layer in self.layers:
             check_layer(model, layer)
-        frame = self.metadata.get("frame", coordinate_frame(model))
-        if frame != coordinate_frame(model):
-            raise ModelError(
-                f"a vector holds in the coordinates it was fitted in ({frame}), and this model is in {coordinate_frame(model)}; "
-                "load the model without processing its weights"
-            )
-        if self.metadata.get("model", model_id(model)) != model_id(model):
-            warnings.warn(f"the vector was fitted in {self.metadata['model']}, not in {model_id(model)}", stacklevel=3)
+        check_origin(model, self.origin)
+
+    @property
+    def origin(self) -> dict[str, str]:
+        """Which model the vector was fitted in: "model", "n_layers" and "frame", as far as they are known."""
+        return {key: self.metadata[key] for key in ("model", "n_layers", "frame") if key in self.metadata}
 
     def save(self, path: str | Path) -> Path:
         """Write the vector to one safetensors file; it appears whole or not at all."""

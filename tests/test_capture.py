@@ -1,11 +1,12 @@
 """Activations equal what a plain hook on the raw model reads, whatever the batch, the padding and the shared prefixes."""
 
 import weakref
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, MistralConfig, MistralForCausalLM
 
 from steerlens import capture
 from steerlens.capture import (
@@ -24,6 +25,7 @@ from steerlens.prompts import PromptFormat, encode
 from tests.conftest import Subject, hooks_on
 from tests.reference.plain_capture import last_residuals, mean_difference
 from tests.steps import unit
+from tests.tiny_models import D_MODEL, N_CTX, byte_tokenizer, special_ids
 
 QUERIES = ["Describe rain.", "Why?", "Name a river in the north.", "Hm", "Describe snow.", "Tell me about tea, please."]
 INSTRUCTION = "Use capitals."
@@ -109,11 +111,12 @@ def test_pairs_that_share_nothing_but_the_bos_are_read_right(gpt2: Subject) -> N
     assert relative_error(record_activations(gpt2.model, pairs).resid, by_hand(gpt2, pairs)) < 1e-5
 
 
-@pytest.mark.parametrize("layers", [[2], [3, 0], [0, 1, 2, 3]], ids=str)
-def test_only_the_wanted_layers_are_kept_in_their_order(tiny: Subject, layers: list[int]) -> None:
+@pytest.mark.parametrize("layers", [[2], [3, 0], [1, 1], [0, 1, 2, 3]], ids=str)
+def test_only_the_wanted_layers_are_kept_once_in_ascending_order(tiny: Subject, layers: list[int]) -> None:
     acts = record_activations(tiny.model, PAIRS, layers=layers)
-    assert acts.layers == tuple(layers)
-    assert relative_error(acts.resid, by_hand(tiny)[:, :, layers]) < 1e-5
+    kept = sorted(set(layers))
+    assert acts.layers == tuple(kept)
+    assert relative_error(acts.resid, by_hand(tiny)[:, :, kept]) < 1e-5
 
 
 def test_running_sums_equal_the_kept_examples(tiny: Subject) -> None:
@@ -283,6 +286,29 @@ def test_a_layer_out_of_range_is_refused(tiny: Subject, record: Any, layer: int)
         record(tiny.model, PAIRS, layers=[0, layer])
 
 
+@pytest.mark.parametrize("record", [record_activations, record_means])
+def test_no_layer_at_all_is_refused(tiny: Subject, record: Any) -> None:
+    with pytest.raises(SteerlensError, match="at least one layer, got none; leave layers out to keep all"):
+        record(tiny.model, PAIRS, layers=[])
+
+
+def test_a_vector_of_several_instructions_is_refused(tiny: Subject) -> None:
+    names = ["a:b", "c:d"] * 3
+    pairs = PairSet([InstructionPair(query, INSTRUCTION, name) for query, name in zip(QUERIES, names, strict=True)])
+    with pytest.raises(
+        SteerlensError, match=r"of one instruction, got activations of 2; fit each part of activations\.by_"
+    ):
+        fit_steering_vector(record_activations(tiny.model, pairs))
+
+
+def test_nothing_is_shared_where_attention_has_a_window(llama: Subject, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A window counts columns, and shared prefixes leave masked columns inside a row."""
+    monkeypatch.setattr(llama.model.original_model.config, "sliding_window", 8, raising=False)
+    assert not capture._prefixes_can_be_shared(llama.model)
+    monkeypatch.undo()
+    assert capture._prefixes_can_be_shared(llama.model)
+
+
 def test_a_prompt_longer_than_the_context_is_refused(tiny: Subject) -> None:
     with pytest.raises(SteerlensError, match="fit the context of 160 tokens"):
         record_activations(tiny.model, PairSet([InstructionPair("b" * 170, INSTRUCTION, "a:b")]))
@@ -331,3 +357,34 @@ def test_the_real_models_means_equal_those_by_hand_and_its_vector_to_the_noise_o
     vector = torch.stack(list(fit_steering_vector(acts).directions.values()))
     error = relative_error(vector, truth)
     assert error < 2 * noise < 5e-4, f"error {error:.1e}, float32 noise {noise:.1e}"
+
+
+def test_a_sliding_window_model_is_recorded_right_with_prefixes_of_any_length(tmp_path: Path) -> None:
+    """Windows count columns, gaps included, so such a model must not run a row with a masked gap inside."""
+    tokenizer = byte_tokenizer()
+    config = MistralConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=D_MODEL,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        sliding_window=40,
+        max_position_embeddings=N_CTX,
+        **special_ids(tokenizer),
+    )
+    torch.manual_seed(0)
+    MistralForCausalLM(config).save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    model = load_model(tmp_path, progress=False)
+    lengths = [(3, 30), (28, 4), (12, 18)]
+    pairs = PairSet(InstructionPair("q" * a + str(a), "i" * b, "punctuation:no_comma") for a, b in lengths)
+    shared = record_activations(model, pairs)
+    whole = record_activations(model, pairs, batch_size=1, share_prefixes=False)
+    torch.testing.assert_close(shared.resid, whole.resid, rtol=1e-4, atol=1e-5)
+
+
+def test_no_layers_are_refused(llama: Subject) -> None:
+    pairs = PairSet([InstructionPair("a", "b", "punctuation:no_comma")])
+    with pytest.raises(SteerlensError, match="activations need at least one layer"):
+        record_activations(llama.model, pairs, layers=[])

@@ -10,6 +10,7 @@ from sklearn.model_selection import cross_val_score
 from sklearn.utils.estimator_checks import parametrize_with_checks
 
 from steerlens.capture import ActivationMeans, Activations
+from steerlens.errors import SteerlensError
 from steerlens.estimators import MeanDifference, fit_steering_vector, projection_statistics
 from tests.steps import unit
 
@@ -75,10 +76,12 @@ def test_other_than_two_classes_are_refused(labels: list[int]) -> None:
 
 
 def test_float32_activations_are_averaged_in_float64() -> None:
-    samples = np.concatenate([np.full((5000, 1), 1.0), np.full((5000, 1), 1e4 + 0.1)]).astype(np.float32)
-    fitted = MeanDifference().fit(samples, np.repeat([0, 1], 5000))
+    samples = np.random.default_rng(0).normal(1e4, 1.0, size=(40_000, 4)).astype(np.float32)
+    labels = np.repeat([0, 1], 20_000)
+    low, high = (samples[labels == label].astype(np.float64).mean(axis=0) for label in (0, 1))
+    fitted = MeanDifference().fit(samples, labels)
     assert fitted.direction_.dtype == np.float32
-    assert float(fitted.direction_[0]) == pytest.approx(float(np.float32(1e4 + 0.1)) - 1.0, rel=1e-7)
+    np.testing.assert_allclose(fitted.direction_, high - low, rtol=1e-5)
 
 
 class MedianDifference(BaseEstimator):
@@ -134,3 +137,10 @@ def test_statistics_do_not_depend_on_the_directions_length() -> None:
     assert one == pytest.approx(three, rel=1e-6)
     assert one["proj_with"] == pytest.approx(float((acts.resid[:, 1, 0] @ unit(2)).mean()), rel=1e-5)
     assert one["resid_norm"] == pytest.approx(float(acts.resid[:, 0, 0].norm(dim=-1).mean()), rel=1e-6)
+
+
+def test_a_vector_of_several_instructions_at_once_is_refused() -> None:
+    acts = Activations(torch.randn(4, 2, 1, 8), (0,), ("a", "b", "c", "d"), ("x:y", "x:y", "x:z", "x:z"))
+    with pytest.raises(SteerlensError, match="a vector is of one instruction, got activations of 2"):
+        fit_steering_vector(acts)
+    assert set(acts.by_instruction()) == {"x:y", "x:z"}

@@ -8,7 +8,7 @@ import torch
 
 from steerlens.data import CONDITIONS, InstructionPair, PairSet
 from steerlens.errors import DataError, SteerlensError
-from steerlens.evaluation import Sampler, evaluate, mean_log_probabilities, requests_for, score
+from steerlens.evaluation import Sampler, evaluate, is_degenerate, mean_log_probabilities, requests_for, score
 from steerlens.plan import Intervention, Plan
 from steerlens.prompts import encode
 from steerlens.records import Journal
@@ -91,9 +91,10 @@ def test_a_key_changes_with_all_that_decides_the_text_and_with_nothing_else(llam
         key(temperature=1.0),
         key(temperature=1.0, seed=1),
         key(temperature=1.0, top_k=3),
+        key(temperature=1.0, top_p=0.9),
     ]
     assert len(set(keys)) == len(keys)
-    assert key(seed=1) == key(), "greedy text does not depend on the seed"
+    assert key(seed=1) == key(top_k=3) == key(top_p=0.9) == key(), "greedy text depends on none of these"
     assert key(pair=pairs[1]) == key(), "the bare query is the same under another instruction"
 
 
@@ -109,6 +110,40 @@ def test_changed_weights_change_every_key(llama, pairs, plan):
         finally:
             weight.copy_(saved)
     assert Sampler(llama.model).key(request) == before
+
+
+def test_a_template_that_changes_the_tokens_changes_the_key(llama, pairs, plan, monkeypatch):
+    request = requests_for(pairs[:1], plan)[0]
+    before = Sampler(llama.model).key(request)
+    monkeypatch.setattr(llama.model.tokenizer, "chat_template", "today " + llama.model.tokenizer.chat_template)
+    assert Sampler(llama.model).key(request) != before
+
+
+def test_another_stopping_token_changes_the_key(llama, pairs, plan, monkeypatch):
+    request = requests_for(pairs[:1], plan)[0]
+    before = Sampler(llama.model).key(request)
+    monkeypatch.setattr(llama.model.original_model.generation_config, "eos_token_id", [1, 40])
+    assert Sampler(llama.model).key(request) != before
+
+
+def test_greedy_trials_are_refused_because_they_would_count_one_text_twice(llama, pairs, plan):
+    with pytest.raises(SteerlensError, match="several trials need a temperature above 0"):
+        evaluate(llama.model, plan, pairs, trials=2)
+
+
+@pytest.mark.parametrize(
+    ("text", "tokens", "expected"),
+    [
+        ("", [1], True),
+        (" \n", [5, 5, 1], True),
+        ("-" * 40, [7] * 40, True),
+        ("ab" * 20, [7, 8] * 20, True),
+        ("Yes.", [9, 10], False),
+        ("a plain sentence", list(range(12)), False),
+    ],
+)
+def test_empty_and_looping_responses_are_degenerate_also_without_spaces(text, tokens, expected):
+    assert is_degenerate(text, tokens) is expected
 
 
 def test_generations_are_on_disk_before_anything_is_scored(llama, pairs, plan, tmp_path, monkeypatch):

@@ -93,6 +93,19 @@ def test_a_changed_setting_is_another_run_in_the_same_folder(config, tmp_path, c
     assert results(tmp_path / "run") == results(tmp_path / "fresh")
 
 
+def test_results_of_other_settings_are_gone_before_a_changed_run_can_be_cut_short(config, tmp_path, monkeypatch):
+    run(config, tmp_path, progress=False)
+
+    def interrupted(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("steerlens.job.search", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        run(replace(config, coeffs=(2.0,)), tmp_path, progress=False)
+    assert not [name for name in (*RESULTS, "report.html") if (tmp_path / name).exists()]
+    assert lines(tmp_path / "generations.jsonl") > 0
+
+
 def start(config: RunConfig, folder: Path) -> subprocess.Popen[bytes]:
     code = (
         "import sys; from steerlens.job import run; from steerlens.records import RunConfig; "
@@ -163,6 +176,13 @@ def test_no_test_prompts_after_filtering_is_an_error_that_names_both_sides(confi
         run(replace(config, data=str(tmp_path / "data.jsonl")), tmp_path / "run", progress=False)
 
 
+def test_an_instruction_asked_for_by_name_must_have_test_prompts(config, tmp_path):
+    PairSet([InstructionPair("A query.", "Use no commas.", NO_COMMA)]).save(tmp_path / "data.jsonl")
+    asked = replace(config, data=str(tmp_path / "data.jsonl"), instructions=(NO_COMMA, LOWERCASE))
+    with pytest.raises(DataError, match=f"has none for {LOWERCASE}"):
+        select_pairs(asked)
+
+
 def test_bad_settings_stop_a_run_before_it_generates(config, tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(DataError, match="an output folder must be writable"):
@@ -171,4 +191,11 @@ def test_bad_settings_stop_a_run_before_it_generates(config, tmp_path):
         run(replace(config, layers=(7,)), tmp_path / "run", progress=False)
     with pytest.raises(SteerlensError, match="numbers of prompts must be at least 1, got 0"):
         run(replace(config, n_valid=0), tmp_path / "run", progress=False)
+    with pytest.raises(SteerlensError, match="max_new_tokens must be at least 1"):
+        run(replace(config, max_new_tokens=0), tmp_path / "run", progress=False)
+    with pytest.raises(SteerlensError, match="must fit the context of 160 tokens"):
+        run(replace(config, max_new_tokens=150), tmp_path / "run", progress=False)
+    with pytest.raises(SteerlensError, match="trials must be 1, or more with a temperature"):
+        run(replace(config, trials=3), tmp_path / "run", progress=False)
+    assert not (tmp_path / "run" / "vectors").exists(), "nothing was recorded"
     assert lines(tmp_path / "run" / "generations.jsonl") == 0

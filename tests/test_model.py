@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from steerlens import model as model_module
@@ -23,15 +25,17 @@ from steerlens.model import (
     forward,
     library_versions,
     load_model,
+    model_digest,
     model_facts,
     model_id,
     resid_post,
     stop_ids,
     versions_json,
-    weights_digest,
     where,
 )
 from steerlens.prompts import encode, left_pad
+from steerlens.sampling import generate
+from steerlens.vectors import SteeringVector
 from tests.conftest import BUILDERS, Subject
 
 NAME = "smollm2-135m"
@@ -224,7 +228,7 @@ def test_the_wheel_is_converted_once_and_its_copy_loaded_from_then_on(
     first, second = load_model(NAME, progress=False), load_model(NAME, progress=False)
     assert conversions == ["x.gguf"]
     assert [path.name for path in empty_cache.iterdir()] == [NAME]
-    assert weights_digest(first) == weights_digest(second) == weights_digest(llama.model)
+    assert model_digest(first) == model_digest(second) == model_digest(llama.model)
     assert model_id(first) == NAME
     assert str(empty_cache / NAME) in where(NAME)
 
@@ -269,7 +273,7 @@ def test_a_copy_that_another_process_finished_first_is_used(
         return real(self, target)
 
     monkeypatch.setattr(Path, "rename", late)
-    assert weights_digest(load_model(NAME, progress=False)) == weights_digest(llama.model)
+    assert model_digest(load_model(NAME, progress=False)) == model_digest(llama.model)
     assert [path.name for path in empty_cache.iterdir()] == [NAME]
 
 
@@ -385,17 +389,40 @@ def test_stop_ids_are_the_tokenizers_and_the_generation_settings(
         assert stop_ids(llama.model) == expected
 
 
-def test_the_weights_digest_follows_the_weights(llama: Subject, gpt2: Subject, tmp_path: Path) -> None:
+def test_the_model_digest_follows_the_weights(llama: Subject, gpt2: Subject, tmp_path: Path) -> None:
     other = load_model(BUILDERS["llama"](tmp_path / "llama", seed=1), progress=False)
-    digests = {weights_digest(one) for one in (llama.model, gpt2.model, other)}
+    digests = {model_digest(one) for one in (llama.model, gpt2.model, other)}
     assert len(digests) == 3
-    assert weights_digest(load_model(llama.folder, progress=False)) == weights_digest(llama.model)
+    assert model_digest(load_model(llama.folder, progress=False)) == model_digest(llama.model)
     with torch.no_grad():
         other.original_model.lm_head.weight.mul_(1.01)
-    assert weights_digest(other) not in digests
+    assert model_digest(other) not in digests
 
 
 def test_known_names_and_versions_are_plain_text() -> None:
     assert set(NAMED_MODELS) >= {NAME}
     assert json.loads(versions_json()) == library_versions()
     assert {"steerlens", "torch", "transformer-lens"} <= set(library_versions())
+
+
+def test_a_checkpoint_without_some_of_its_weights_is_refused_and_not_filled_with_random_ones(
+    llama: Subject, tmp_path: Path
+) -> None:
+    shutil.copytree(llama.folder, tmp_path / "model")
+    path = tmp_path / "model" / "model.safetensors"
+    weights = {name: tensor for name, tensor in load_file(path).items() if "layers.2." not in name}
+    save_file(weights, path, metadata={"format": "pt"})
+    with pytest.raises(ModelError, match="its files lack weights that the architecture needs"):
+        load_model(tmp_path / "model", progress=False)
+
+
+@pytest.mark.parametrize("device", ["nonsense", "cuda:99"])
+def test_a_device_that_is_not_there_is_one_clear_error(llama: Subject, device: str) -> None:
+    with pytest.raises(ModelError, match="cannot be read"):
+        load_model(llama.folder, device=device, progress=False)
+
+
+def test_a_plan_of_a_model_of_another_depth_is_refused_when_it_is_applied(llama: Subject) -> None:
+    vector = SteeringVector({1: torch.eye(32)[0]}, proj_with={1: 1.0}, metadata={"n_layers": "40"})
+    with pytest.raises(ModelError, match="must have this model's 4 layers, got 40"):
+        generate(llama.model, ["a"], steering=vector.at(1), max_new_tokens=2)

@@ -67,14 +67,24 @@ def test_a_direction_is_kept_in_float32_on_its_own() -> None:
     assert Intervention(0, direction).direction.dtype == torch.float32
 
 
-def test_the_placebo_is_seeded_and_writes_one_random_unit_direction_per_step() -> None:
-    plan = Plan((STEP, replace(STEP, layer=2)))
+def test_the_placebo_is_seeded_and_its_directions_have_the_plans_own_angles() -> None:
+    plan = Plan((STEP, replace(STEP, layer=2, direction=unit(8)), replace(STEP, layer=3)))
     placebo = plan.placebo(seed=4)
-    writes = [step.write for step in placebo]
-    assert all(abs(write.norm().item() - 1) < 1e-5 for write in writes)
-    assert not torch.equal(writes[0], writes[1])
+    own, writes = (
+        torch.stack(vectors) for vectors in zip(*((step.direction, step.write) for step in placebo), strict=True)
+    )
+    torch.testing.assert_close(writes @ writes.T, own @ own.T, rtol=1e-4, atol=1e-5)
+    assert (writes * own).sum(-1).abs().max() < 0.8
     assert [replace(step, write=None).record() for step in placebo] == [step.record() for step in plan]
     assert placebo.digest == plan.placebo(seed=4).digest != plan.placebo(seed=5).digest
+    assert Plan().placebo(seed=0) == Plan()
+
+
+def test_a_step_owns_its_direction() -> None:
+    direction = unit(3)
+    step = Intervention(0, direction)
+    direction.zero_()
+    assert torch.equal(step.direction, unit(3))
 
 
 def test_an_add_step_can_be_read_in_units_of_the_residual_norm() -> None:

@@ -1,13 +1,15 @@
 """Search: candidates, eligibility, ties, and the choice."""
 
+from dataclasses import replace
+
 import pandas as pd
 import pytest
 import torch
 
 from steerlens.data import InstructionPair, PairSet
-from steerlens.errors import DataError, SteerlensError
+from steerlens.errors import DataError, ModelError, SteerlensError
 from steerlens.sampling import generate
-from steerlens.sweeps import DEGENERATE_REPETITION, Best, Sweep, candidate_layers, choose, sweep
+from steerlens.sweeps import Best, Sweep, candidate_layers, choose, sweep
 from steerlens.vectors import SteeringVector
 
 NO_COMMA = "punctuation:no_comma"
@@ -117,10 +119,37 @@ def test_all_layers_are_those_of_the_vector(llama, vector, pairs):
     assert found.table["layer"].dropna().tolist() == [0, 1, 2, 3]
 
 
-def test_looping_text_counts_as_degenerate(llama, vector, pairs):
-    found = sweep(llama.model, vector, pairs, layers=[0], max_new_tokens=4)
-    flags = found.scores["repetition"].fillna(0.0) >= DEGENERATE_REPETITION
-    assert found.scores["degenerate"].tolist() == flags.tolist()
+def test_the_choice_keeps_the_positions_and_the_unit_that_were_searched(llama, vector, pairs):
+    normed = replace(vector, resid_norm=dict.fromkeys(range(4), 5.0))
+    options = {"layers": [1], "coeffs": [0.5], "operator": "add", "positions": "last", "unit": "resid_norm"}
+    found = sweep(llama.model, normed, pairs, max_new_tokens=3, **options)
+    chosen = replace(found.best(), layer=1, coeff=0.5)
+    (step,) = normed.at(chosen)
+    assert (str(step.positions), step.operator, step.coeff) == ("last", "add", 2.5)
+
+
+def test_candidates_are_sorted_and_counted_once(llama, vector, pairs):
+    found = sweep(llama.model, vector, pairs, layers=[3, 1, 3], coeffs=[2.0, 1.0, 2.0], max_new_tokens=2)
+    steered = found.table.dropna(subset=["layer"])
+    assert list(zip(steered["layer"], steered["coeff"], strict=True)) == [(1, 1.0), (1, 2.0), (3, 1.0), (3, 2.0)]
+    assert (found.table["n"] == len(pairs)).all()
+
+
+@pytest.mark.parametrize("nothing", [{"layers": []}, {"coeffs": []}])
+def test_a_search_without_candidates_is_refused_and_not_taken_for_no_steering(llama, vector, pairs, nothing):
+    with pytest.raises(SteerlensError, match="a search needs a layer and a coefficient to try"):
+        sweep(llama.model, vector, pairs, **nothing)
+
+
+def test_the_papers_layers_must_be_in_the_vector(llama, vector, pairs):
+    one_layer = SteeringVector({1: vector.directions[1]}, proj_with={1: 1.0})
+    with pytest.raises(SteerlensError, match=r"for a vector with layers \[1\]"):
+        sweep(llama.model, one_layer, pairs, layers="paper")
+
+
+def test_a_vector_of_another_model_is_refused(llama, vector, pairs):
+    with pytest.raises(ModelError, match="must have this model's 4 layers, got 40"):
+        sweep(llama.model, vector.with_metadata(n_layers="40"), pairs)
 
 
 def test_bad_searches_are_refused_before_anything_is_generated(llama, vector, pairs, monkeypatch):

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 
 from steerlens import vectors
 from steerlens.errors import ModelError, SteerlensError
-from steerlens.plan import Plan
+from steerlens.plan import Intervention, Plan
 from steerlens.positions import Window, as_window
 from steerlens.vectors import PROJECTIONS, SteeringVector
 from tests.conftest import Subject
@@ -199,15 +199,18 @@ def test_at_takes_whatever_counts_as_a_layer() -> None:
 
 
 def test_at_takes_what_a_search_returned() -> None:
-    best = SimpleNamespace(layer=1, coeff=0.5, operator="ablate")
+    best = SimpleNamespace(layer=1, coeff=0.5, operator="ablate", positions="last", unit="absolute")
     [step] = vector().at(best)
     assert (step.layer, step.coeff, step.operator) == (1, 0.5, "ablate")
+    assert step.positions == as_window("last")
     [changed] = vector().at(best, coeff=2.0, operator="add")
     assert (changed.layer, changed.coeff, changed.operator) == (1, 2.0, "add")
 
 
 def test_a_search_that_chose_no_steering_gives_the_empty_plan() -> None:
-    assert vector().at(SimpleNamespace(layer=None, coeff=1.0, operator="add")) == Plan()
+    assert (
+        vector().at(SimpleNamespace(layer=None, coeff=1.0, operator="add", positions="all", unit="absolute")) == Plan()
+    )
 
 
 def test_a_step_can_be_given_in_units_of_the_residual_norm() -> None:
@@ -216,8 +219,10 @@ def test_a_step_can_be_given_in_units_of_the_residual_norm() -> None:
     assert step.coeff_in_norms == 0.5
     with pytest.raises(SteerlensError, match='unit="resid_norm" scales the step of operator="add"'):
         vector().at(3, unit="resid_norm")
-    with pytest.raises(SteerlensError, match="coeff must be a finite number, got nan"):
-        SteeringVector({3: unit(0)}).at(3, operator="add", unit="resid_norm")
+    with pytest.raises(SteerlensError, match="needs the mean residual norm of layer 3, and this vector has none"):
+        SteeringVector({3: unit(0)}).at(3, operator="add", coeff=1.0, unit="resid_norm")
+    with pytest.raises(SteerlensError, match='operator="add" needs coeff'):
+        vector().at(3, operator="add")
 
 
 def test_a_target_and_a_window_can_be_given() -> None:
@@ -232,7 +237,7 @@ def test_a_combined_vector_has_no_projection_to_set() -> None:
         SteerlensError, match='a combined vector has no projection target: use operator="add", or pass target='
     ):
         combined.at(1)
-    assert combined.at(1, operator="add").layers == (1,)
+    assert combined.at(1, operator="add", coeff=1.0).layers == (1,)
     assert combined.at(1, target=3.0).interventions[0].target == 3.0
 
 
@@ -314,3 +319,16 @@ def test_metadata_can_be_added_to_a_copy() -> None:
     one = vector()
     assert one.with_metadata(note="x").metadata["note"] == "x"
     assert "note" not in one.metadata
+
+
+def test_vectors_of_models_of_another_depth_are_not_combined() -> None:
+    with pytest.raises(SteerlensError, match="vectors must be of models with one n_layers, got 4 and 6"):
+        vector().with_metadata(n_layers="4") + vector().with_metadata(n_layers="6")
+
+
+def test_a_vector_keeps_its_numbers_when_the_callers_tensor_changes() -> None:
+    tensor = unit(2)
+    kept = SteeringVector({0: tensor})
+    step = Intervention(0, tensor)
+    tensor.zero_()
+    assert kept.directions[0].norm() == step.direction.norm() == 1
