@@ -169,6 +169,12 @@ def test_vectors_that_share_no_layer_or_width_are_not_combined(combine: Any) -> 
         combine(vector(), vector(layers=(0, 2)))
 
 
+@pytest.mark.parametrize(("key", "other"), [("n_layers", "30"), ("frame", "compatibility")])
+def test_vectors_of_models_that_differ_in_depth_or_frame_are_not_combined(key: str, other: str) -> None:
+    with pytest.raises(SteerlensError, match=f"of models with one {key}, got"):
+        vector(frame="raw") + vector(**{"frame": "raw", key: other})
+
+
 def test_the_operands_are_left_alone() -> None:
     one, before = vector(), vector()
     _ = (one + vector(9), one - vector(9), 2 * one, -one)
@@ -196,6 +202,17 @@ def test_at_takes_several_layers_and_keeps_their_order() -> None:
 def test_at_takes_whatever_counts_as_a_layer() -> None:
     assert vector().at(np.int64(3)).digest == vector().at(3).digest
     assert vector().at((1, 3)).digest == vector().at(range(1, 4, 2)).digest
+
+
+def test_a_choice_keeps_the_unit_it_was_searched_in() -> None:
+    best = SimpleNamespace(layer=1, coeff=0.5, operator="add", positions="all", unit="resid_norm")
+    [step] = vector().at(best)
+    assert step.coeff == 5.0
+
+
+def test_an_add_step_needs_its_length() -> None:
+    with pytest.raises(SteerlensError, match='operator="add" needs coeff, the length of the step'):
+        vector().at(1, operator="add")
 
 
 def test_at_takes_what_a_search_returned() -> None:

@@ -192,6 +192,25 @@ def test_a_failed_start_leaves_no_hook(tiny: Subject, plan: Plan, error: type[Ex
 
 
 @pytest.mark.parametrize(
+    ("origin", "message"),
+    [({"n_layers": "30"}, "this model's 4 layers, got 30"), ({"frame": "compatibility"}, "and this model is in raw")],
+    ids=["depth", "frame"],
+)
+def test_a_plan_fitted_in_another_kind_of_model_is_refused(tiny: Subject, origin: dict[str, str], message: str) -> None:
+    plan = Plan((Intervention(1, unit(0), coeff=1.0, origin=origin),))
+    with pytest.raises(ModelError, match=message), steer(tiny.model, plan):
+        pytest.fail("the block must not start")
+    assert hooks_on(tiny.model) == []
+
+
+def test_a_plan_fitted_in_a_model_of_another_name_is_warned_of(tiny: Subject) -> None:
+    origin = {"model": "elsewhere", "n_layers": "4", "frame": "raw"}
+    plan = Plan((Intervention(1, unit(0), coeff=1.0, origin=origin),))
+    with pytest.warns(UserWarning, match=f"fitted in elsewhere, not in {tiny.name}"), steer(tiny.model, plan):
+        pass
+
+
+@pytest.mark.parametrize(
     ("arguments", "shape"),
     [
         (lambda plan: {"plan": [plan, plan]}, (3, 4)),
