@@ -7,7 +7,8 @@ The contestants take turns, round after round, so that whatever else the machine
 median over rounds and the ratio to the contestant named in the first row of its group.
 
     sampling   steered tokens per second at batch 1 and 16, against the plain loop (batch 1, no cache, the whole prefix for
-               every token; tests/reference/plain_loop.py), and against Hugging Face's own unsteered generate (sdpa attention)
+               every token; tests/reference/plain_loop.py), and against Hugging Face's own unsteered generate (sdpa attention);
+               no row stops early, so all work at their full batch
     capture    pairs per second, against run_with_cache of everything, one prompt at a time
     memory     peak resident memory of a process that records 64 or 512 pairs, as running means and as kept examples
 """
@@ -29,6 +30,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from steerlens import sampling as sampling_module
 from steerlens.capture import record_activations, record_means
 from steerlens.data import PairSet, load_pairs
 from steerlens.estimators import fit_steering_vector
@@ -145,9 +147,10 @@ def measure(model_name: str, kind: str, n_pairs: int) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="smollm2-135m")
-    parser.add_argument("--tokens", type=int, default=32, help="new tokens per row")
+    parser.add_argument("--tokens", type=int, default=64, help="new tokens per row")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--skip-memory", action="store_true")
+    parser.add_argument("--skip-capture", action="store_true")
     parser.add_argument("--measure", choices=["means", "examples"], help=argparse.SUPPRESS)
     parser.add_argument("--pairs", type=int, default=0, help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -156,6 +159,7 @@ def main() -> None:
 
     from transformers import AutoModelForCausalLM
 
+    sampling_module.stop_ids = lambda model: ()  # every contestant's rows run to their full length
     warnings.simplefilter("ignore")
     model = load_model(options.model, progress=False)
     hf = AutoModelForCausalLM.from_pretrained(str(model.cfg.model_name), local_files_only=True).eval()
@@ -169,7 +173,8 @@ def main() -> None:
             / sampling[f"Hugging Face generate, unsteered, batch {batch}"]
         )
         print(f"  steered against Hugging Face's unsteered generate at batch {batch}: {ratio:.2f}x")
-    show("capture", "pairs/s", alternate(capture_contestants(model, pairs), options.rounds))
+    if not options.skip_capture:
+        show("capture", "pairs/s", alternate(capture_contestants(model, pairs), options.rounds))
     if not options.skip_memory:
         print("\nmemory, peak MiB above the loaded model")
         base = peak_memory(options.model, "means", 0)
