@@ -38,7 +38,6 @@ from steerlens.sampling import Generation, SamplingConfig, stream
 STEERED: frozenset[str] = frozenset({"vector", "text+vector", "random"})
 """Conditions that run with a plan."""
 
-
 DEGENERATE_REPETITION = 0.5
 """A response is degenerate when at least this share of its token trigrams repeats an earlier one, or when it is empty."""
 
@@ -92,9 +91,10 @@ def requests_for(
             raise DataError(
                 f"every instruction needs a plan, got none for {pair.instruction_id!r}; plans: {', '.join(known)}"
             )
-        placebo = plan.placebo(seed=derived_seed(seed, "random", pair.instruction_id))
         for condition in conditions:
-            used = placebo if condition == "random" else plan if condition in STEERED else Plan()
+            used = plan if condition in STEERED else Plan()
+            if condition == "random":
+                used = plan.placebo(seed=derived_seed(seed, "random", pair.instruction_id))
             for trial in range(trials):
                 row_seed = derived_seed(seed, pair.query or pair.prompt, trial)
                 requests.append(Request(pair, condition, used, trial, row_seed))
@@ -150,7 +150,8 @@ class Sampler:
         """
         if self.greedy and any(request.trial for request in requests):
             raise SteerlensError("several trials need a temperature above 0: greedy trials of a prompt are one text")
-        by_key = {self.key(request): request for request in requests}
+        request_keys = [self.key(request) for request in requests]
+        by_key = dict(zip(request_keys, requests, strict=True))
         keys = list(by_key)
         lengths = [len(self.encode(by_key[key].prompt)) for key in keys]
         batches = [
@@ -167,7 +168,7 @@ class Sampler:
                 n_tokens += sum(len(record["tokens"]) for record in found)
                 bar.update(len(batch))
                 bar.set_postfix_str(f"{n_tokens / max(bar.format_dict['elapsed'], 1e-9):.0f} tok/s")
-        return [self.records[self.key(request)] for request in requests]
+        return [self.records[key] for key in request_keys]
 
     def _batch(self, requests: Sequence[Request]) -> list[dict[str, Any]]:
         rows: list[Generation] = list(
@@ -275,15 +276,13 @@ def score(sampler: Sampler, requests: Sequence[Request], *, perplexity: bool = T
     if not requests:
         raise DataError("an evaluation needs at least one prompt, got none; check the instructions and the filter")
     records = sampler.generate(requests)
-    frame = pd.DataFrame(
-        _score(request, record, sampler.key(request)) for request, record in zip(requests, records, strict=True)
-    )
+    frame = pd.DataFrame(_score(request, record) for request, record in zip(requests, records, strict=True))
     frame["layer"] = frame["layer"].astype("Int64")
     values = response_perplexities(sampler, requests, records) if perplexity else float("nan")
     return frame.assign(perplexity=values)
 
 
-def _score(request: Request, record: Mapping[str, Any], key: str) -> dict[str, Any]:
+def _score(request: Request, record: Mapping[str, Any]) -> dict[str, Any]:
     pair, text = request.pair, record["text"]
     verdicts = check_all(text, pair.instruction_ids, pair.kwargs, prompt=pair.prompt)
     steps = request.plan.interventions
@@ -310,7 +309,7 @@ def _score(request: Request, record: Mapping[str, Any], key: str) -> dict[str, A
         "finish_reason": record["finish_reason"],
         "prompt": request.prompt,
         "response": text,
-        "key": key,
+        "key": record["key"],
     }
 
 
