@@ -599,8 +599,9 @@ def draw_arguments(name: str, question: Question, rng: random.Random, split: Spl
         facts = [word for vs in entity.facts.values() for v in vs for word in v.split() if len(word) > 3]
         taken = " ".join(e.name for e in question.entities).lower()
         drawn["word"] = rng.choice([w for w in facts if w.isalpha() and w.islower() and w not in taken] or ["it"])
-    if name == "include" and rng.random() < 0.5:
-        drawn["word"] = rng.choice(list(keyword_frames(split)))
+    if name == "include" and (dice := rng.random()) < 0.5:
+        free = split == "train" and dice < 0.25
+        drawn["word"] = rng.choice(vocabulary() if free else tuple(keyword_frames(split)))
     if name == "title":
         drawn["title"] = rng.choice(world().phrases["titles"])
     return drawn
@@ -629,7 +630,8 @@ def with_keyword(
     holding = [name for name, vs in entity.facts.items() if any(wish.include in v.split() for v in vs)]
     here = world().categories[entity.category].sections
     frame = keyword_frames(split).get(wish.include)
-    template = frame or here[holding[0]].sentences[0]
+    free = rng.choice(world().phrases["any keyword"]).replace("{word}", wish.include)
+    template = frame or (here[holding[0]].sentences[0] if holding else free)
     kept = sentences[:-1] if len(sentences) >= wish.high or len(sentences) > 2 else sentences
     extra = sentence_from(template, entity, rng, wish, first=not kept)
     return [*kept, extra] if extra is not None else kept
