@@ -16,7 +16,6 @@ Prints the tables of `analysis/tiny_card.md`, writes `search.csv` and `scores.js
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
-from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +25,7 @@ import tyro
 from draw import save
 from tiny_corpus import Example, examples, names_entity, true_facts, world
 
+from steerlens.candidates import Candidate, grid
 from steerlens.capture import record_activations
 from steerlens.data import CONDITIONS, InstructionPair, PairSet
 from steerlens.estimators import fit_steering_vector
@@ -33,19 +33,19 @@ from steerlens.evaluation import Request, Sampler, requests_for, score
 from steerlens.model import load_model
 from steerlens.plan import Plan
 from steerlens.plot import CONDITION_COLORS, percent
+from steerlens.quality import Quality
 from steerlens.records import Journal
 from steerlens.sampling import SamplingConfig
-from steerlens.sweeps import choose
+from steerlens.sweeps import search
 from steerlens.vectors import SteeringVector
 
-CANDIDATES = (
-    ("set_projection", "all"),
-    ("set_projection", "prompt"),
-    ("set_projection", "last"),
-    ("add", "prompt"),
-    ("add", "last"),
-)
-"""Operators and the positions that are steered; add takes one step as long as the layer's mean residual norm."""
+
+def candidates(vector: SteeringVector) -> list[Candidate]:
+    """Set the projection, or take one step as long as the layer's mean residual norm, at every layer."""
+    everywhere = grid(layers=vector.layers, operators="set_projection", positions=["all", "prompt", "last"])
+    return everywhere + grid(layers=vector.layers, operators="add", positions=["prompt", "last"], unit="resid_norm")
+
+
 SHOWN = tuple(CONDITION_COLORS)
 
 
@@ -94,7 +94,7 @@ def answers(
     """Scores of requests by instruction name, which becomes the `instruction` column; on topic where examples are given."""
     rows = [request for group in requests.values() for request in group]
     names = [name for name, group in requests.items() for _ in group]
-    scores = score(sampler, rows, perplexity=False).assign(instruction=names)
+    scores = score(sampler, rows, quality=Quality(perplexity=False)).assign(instruction=names)
     if found:
         entities = [found[row.prompt_id].entity for row in scores.itertuples()]
         named = [names_entity(text, one) for text, one in zip(scores["response"], entities, strict=True)]
@@ -108,34 +108,13 @@ def searched(
     sampler: Sampler, vectors: Mapping[str, SteeringVector], settings: Settings
 ) -> tuple[pd.DataFrame, dict[str, Plan]]:
     """The table of all candidates on validation prompts, and each instruction's chosen plan."""
-    requests: dict[str, list[Request]] = {}
-    places: list[tuple[int | None, str]] = []
+    tables, plans = [], {}
     for name, vector in vectors.items():
         valid, _ = pairs_of("train", name, 12, settings.n_valid)
-        requests[name] = requests_for(valid, Plan(), conditions=["none"])
-        places += [(None, "")] * len(valid)
-        for layer, (operator, positions) in product(vector.layers, CANDIDATES):
-            plan = plan_at(vector, layer, operator, positions)
-            requests[name] += requests_for(valid, plan, conditions=["vector"])
-            places += [(layer, f"{operator} at {positions}")] * len(valid)
-    scores = answers(sampler, requests).assign(
-        layer=pd.array([place[0] for place in places], dtype="Int64"),
-        coeff=1.0,
-        operator=[place[1] for place in places],
-    )
-    table = choose(scores)
-    best = table[table["chosen"]].set_index("instruction")
-    plans = {}
-    for name, vector in vectors.items():
-        row = best.loc[name]
-        how = str(row["operator"]).split(" at ")
-        plans[name] = Plan() if pd.isna(row["layer"]) else plan_at(vector, int(row["layer"]), *how)
-    return table, plans
-
-
-def plan_at(vector: SteeringVector, layer: int, operator: Any, positions: Any) -> Plan:
-    unit: Any = "resid_norm" if operator == "add" else "absolute"
-    return vector.at(layer, coeff=1.0, operator=operator, positions=positions, unit=unit)
+        found = search(sampler, vector, valid, candidates)
+        tables.append(found.table.assign(instruction=name))
+        plans[name] = vector.at(found.best())
+    return pd.concat(tables, ignore_index=True), plans
 
 
 def measure(model: Any, vectors: Mapping[str, SteeringVector], settings: Settings) -> tuple[pd.DataFrame, pd.DataFrame]:
@@ -209,7 +188,9 @@ def draw(out: Path, figures: Path, model: str) -> None:
     fig.update_xaxes(tickformat=".0%", range=[-0.03, 1.03], title_text="held-out answers that follow the instruction")
     fig.update_layout(title_text=f"{model}: what a vector alone brings about")
     save(fig, figures, f"{model}_cells", width=900, height=640)
-    one = search[(search["model"] == model) & (search["operator"] == "set_projection at last")]
+    one = search[
+        (search["model"] == model) & (search["operator"] == "set_projection") & (search["positions"] == "last")
+    ]
     grid = one.pivot_table(index="instruction", columns="layer", values="rate").loc[rates.index]
     heat = go.Heatmap(
         z=grid, x=[str(int(layer)) for layer in grid.columns], y=grid.index, colorscale="Oranges", zmin=0, zmax=1,

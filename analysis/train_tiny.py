@@ -79,7 +79,7 @@ STAGES = (
     Stage("base", start="", n_steps=1000, n_rows=64, lr=3e-3, documents=1.0, hidden=0.0),
     Stage("half", start="base", n_steps=800, n_rows=96, lr=3e-3, documents=0.15, hidden=HIDDEN),
     Stage("plain", start="base", n_steps=800, n_rows=96, lr=3e-3, documents=0.15, hidden=0.0),
-    Stage("instruct", start="half", n_steps=1400, n_rows=96, lr=2e-3, documents=0.15, hidden=HIDDEN, often=HARD),
+    Stage("instruct", start="half", n_steps=1000, n_rows=96, lr=2e-3, documents=0.15, hidden=HIDDEN, often=HARD),
 )
 
 

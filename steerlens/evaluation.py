@@ -10,19 +10,15 @@ The random direction is one draw per instruction (`Plan.placebo`).
 
 `followed` is IFEval's loose verdict over all of a pair's instructions, as in Stolfo et al. (2025) for format instructions;
 `followed_strict` stands beside it. Quality is measured on the same responses: words, repetition, distinct bigrams, and the
-perplexity of the response under the unsteered model given the bare query. Intervals take responses as independent, which
-several trials of one prompt are not. A high rate with repetition is a broken model, and
-a rate that the random direction shares is not the vector's.
+perplexity of the response under the unsteered model given the bare query (`quality` measures more). A high rate with
+repetition is a broken model, and a rate that the random direction shares is not the vector's.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from typing import Any, cast
+from typing import Any
 
 import pandas as pd
-import torch
-from jaxtyping import Float
-from torch import Tensor
 from tqdm import tqdm
 
 from steerlens.comparisons import compare_cells
@@ -30,9 +26,10 @@ from steerlens.data import CONDITIONS, InstructionPair, PairSet
 from steerlens.errors import DataError, SteerlensError, nearest
 from steerlens.instructions import check_all
 from steerlens.metrics import distinct_n, distinct_share, quality_table, rate_table, repetition, words
-from steerlens.model import model_device, model_digest
+from steerlens.model import model_digest
 from steerlens.plan import Plan
-from steerlens.prompts import PromptFormat, encode, left_pad, length_sorted_batches, pad_id
+from steerlens.prompts import PromptFormat, encode, length_sorted_batches
+from steerlens.quality import Quality, Response, measure
 from steerlens.records import Journal, content_key, derived_seed
 from steerlens.sampling import Generation, SamplingConfig, stream
 
@@ -41,9 +38,6 @@ STEERED: frozenset[str] = frozenset({"vector", "text+vector", "random"})
 
 DEGENERATE_REPETITION = 0.5
 """A response is degenerate when at least this share of its token trigrams repeats an earlier one, or when it is empty."""
-
-LOGITS_MEMORY = 2**30
-"""Bytes that the logits of one batch of perplexities may take: a vocabulary is wide."""
 
 
 @dataclass(frozen=True)
@@ -65,6 +59,7 @@ def requests_for(
     pairs: Iterable[InstructionPair],
     plans: Plan | Mapping[str, Plan],
     *,
+    text_plans: Plan | Mapping[str, Plan] | None = None,
     conditions: Sequence[str] = CONDITIONS,
     trials: int = 1,
     seed: int = 0,
@@ -75,6 +70,7 @@ def requests_for(
 
     Args:
         plans: One plan for all pairs, or one per instruction id.
+        text_plans: The same for `text+vector`, where the instruction's words may want another layer; default: `plans`.
 
     Raises:
         DataError: for an unknown condition, or an instruction without a plan.
@@ -86,20 +82,26 @@ def requests_for(
             )
     requests = []
     for pair in pairs:
-        plan = plans if isinstance(plans, Plan) else plans.get(pair.instruction_id)
-        if plan is None:
-            known = cast(Mapping[str, Plan], plans)
-            raise DataError(
-                f"every instruction needs a plan, got none for {pair.instruction_id!r}; plans: {', '.join(known)}"
-            )
+        plan = _plan_of(pair, plans)
+        text_plan = plan if text_plans is None else _plan_of(pair, text_plans)
         for condition in conditions:
-            used = plan if condition in STEERED else Plan()
+            used = text_plan if condition == "text+vector" else plan if condition in STEERED else Plan()
             if condition == "random":
                 used = plan.placebo(seed=derived_seed(seed, "random", pair.instruction_id))
             for trial in range(trials):
                 row_seed = derived_seed(seed, pair.query or pair.prompt, trial)
                 requests.append(Request(pair, condition, used, trial, row_seed))
     return requests
+
+
+def _plan_of(pair: InstructionPair, plans: Plan | Mapping[str, Plan]) -> Plan:
+    if isinstance(plans, Plan):
+        return plans
+    if pair.instruction_id not in plans:
+        raise DataError(
+            f"every instruction needs a plan, got none for {pair.instruction_id!r}; plans: {', '.join(plans)}"
+        )
+    return plans[pair.instruction_id]
 
 
 class Sampler:
@@ -220,7 +222,7 @@ class Evaluation:
         keys = ["instruction", "condition"]
         strict = rate_table(frame, by=keys, value="followed_strict").rename(columns={"rate": "strict"})
         broken = rate_table(frame, by=keys, value="degenerate").rename(columns={"rate": "degenerate"})
-        table = rate_table(frame, by=keys)
+        table = rate_table(frame, by=keys, clusters="prompt_id")
         for part in (strict[[*keys, "strict"]], quality_table(frame, by=keys), broken[[*keys, "degenerate"]]):
             table = table.merge(part, on=keys)
         return table
@@ -251,7 +253,7 @@ def evaluate(
     seed: int = 0,
     batch_size: int = 16,
     prompt_format: PromptFormat = PromptFormat(),
-    perplexity: bool = True,
+    quality: Quality = Quality(),
     progress: bool = False,
 ) -> Evaluation:
     """Responses of every pair under every condition, with verdicts and quality.
@@ -259,7 +261,7 @@ def evaluate(
     Args:
         steering: One plan for all pairs, or one per instruction id.
         pairs: Prompts that neither the vector nor its layer was chosen on.
-        perplexity: Also run the unsteered model over each response.
+        quality: What is measured on the responses besides words.
 
     Raises:
         DataError: if there are no pairs, or an instruction has no plan.
@@ -270,10 +272,10 @@ def evaluate(
     sampling = SamplingConfig(max_new_tokens, temperature, top_k, top_p)
     sampler = Sampler(model, sampling=sampling, prompt_format=prompt_format, batch_size=batch_size, progress=progress)
     requests = requests_for(pairs, steering, conditions=conditions, trials=trials, seed=seed)
-    return Evaluation(score(sampler, requests, perplexity=perplexity))
+    return Evaluation(score(sampler, requests, quality=quality))
 
 
-def score(sampler: Sampler, requests: Sequence[Request], *, perplexity: bool = True) -> pd.DataFrame:
+def score(sampler: Sampler, requests: Sequence[Request], *, quality: Quality = Quality()) -> pd.DataFrame:
     """The scores of requests, one row each; missing generations are made first.
 
     Raises:
@@ -284,8 +286,18 @@ def score(sampler: Sampler, requests: Sequence[Request], *, perplexity: bool = T
     records = sampler.generate(requests)
     frame = pd.DataFrame(_score(request, record) for request, record in zip(requests, records, strict=True))
     frame["layer"] = frame["layer"].astype("Int64")
-    values = response_perplexities(sampler, requests, records) if perplexity else float("nan")
-    return frame.assign(perplexity=values)
+    responses = [
+        Response(
+            query=request.pair.query or request.pair.prompt,
+            text=record["text"],
+            context=tuple(sampler.encode(request.pair.query or request.pair.prompt)),
+            prompt=tuple(record["prompt_tokens"]),
+            tokens=tuple(record["tokens"]),
+            plan=request.plan,
+        )
+        for request, record in zip(requests, records, strict=True)
+    ]
+    return frame.join(measure(sampler.model, responses, quality, batch_size=sampler.batch_size))
 
 
 def _score(request: Request, record: Mapping[str, Any]) -> dict[str, Any]:
@@ -325,42 +337,3 @@ def is_degenerate(text: str, tokens: Sequence[int]) -> bool:
     Tokens, not words: a line of dashes is one word.
     """
     return not text.strip() or 1.0 - distinct_share(tokens, 3) >= DEGENERATE_REPETITION
-
-
-def response_perplexities(
-    sampler: Sampler, requests: Sequence[Request], records: Sequence[Mapping[str, Any]]
-) -> list[float]:
-    """Perplexity of each response under the unsteered model, given the bare query; nan for a response without tokens.
-
-    The bare query is given in every condition, so that conditions are compared on the same footing; where a pair has none, the
-    full prompt is. The stopping token is part of the response.
-    """
-    model = sampler.model
-    contexts = [request.pair.query or request.pair.prompt for request in requests]
-    unique = {
-        (context, tuple(record["tokens"])): sampler.encode(context)
-        for context, record in zip(contexts, records, strict=True)
-    }
-    pairs = [(prompt, list(tokens)) for (_, tokens), prompt in unique.items()]
-    values = dict(zip(unique, (-mean_log_probabilities(model, pairs, sampler.batch_size)).exp().tolist(), strict=True))
-    return [values[context, tuple(record["tokens"])] for context, record in zip(contexts, records, strict=True)]
-
-
-def mean_log_probabilities(
-    model: Any, rows: Sequence[tuple[list[int], list[int]]], batch_size: int = 8
-) -> Float[Tensor, " row"]:
-    """Mean log probability, in nats, of each row's second part after its first; nan where the second part is empty."""
-    found = torch.full((len(rows),), float("nan"))
-    device = model_device(model)
-    lengths = [len(prompt) + len(new) for prompt, new in rows]
-    rows_that_fit = LOGITS_MEMORY // (4 * max(lengths) * int(model.cfg.d_vocab))
-    for indices in length_sorted_batches(lengths, max(1, min(batch_size, rows_that_fit))):
-        batch = left_pad([rows[index][0] + rows[index][1] for index in indices], pad_id=pad_id(model))
-        with torch.inference_mode():
-            logits = model(batch.tokens.to(device), attention_mask=batch.attention_mask.to(device))
-        for place, index in enumerate(indices):
-            new = rows[index][1]
-            if new:
-                scores = logits[place, -len(new) - 1 : -1].float().log_softmax(-1)
-                found[index] = scores.cpu().gather(-1, torch.tensor(new)[:, None]).mean()
-    return found

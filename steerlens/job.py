@@ -1,7 +1,8 @@
 """The main job, in one resumable folder: pairs, vectors, layer search, four cells, report.
 
     load the model -> record both sides of the training pairs -> one vector per instruction, at every layer
-    -> search the layer on validation prompts -> answer the test prompts in all cells -> score -> tables and report.html
+    -> search the layer on validation prompts, without and with the instruction in them
+    -> answer the test prompts in all cells -> score -> tables and report.html
 
 Training, validation and test prompts share no base query. Every generation is in `generations.jsonl` before it is scored, under
 a key that covers all it depends on (`records`), so the same command goes on where a killed one stopped, and a changed setting
@@ -14,7 +15,7 @@ import sys
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pandas as pd
 
@@ -25,12 +26,12 @@ from steerlens.estimators import fit_steering_vector
 from steerlens.evaluation import Evaluation, Sampler, requests_for, score
 from steerlens.instructions import sentence_splitter
 from steerlens.model import check_layer, library_versions, load_model, model_digest, model_facts, model_id
-from steerlens.plan import Plan
 from steerlens.prompts import PromptFormat, encode_all, template_digest
+from steerlens.quality import Quality
 from steerlens.records import Journal, RunConfig, content_key, pairs_for, writable_folder, write_atomically
 from steerlens.report import write_report
 from steerlens.sampling import SamplingConfig
-from steerlens.sweeps import Sweep, candidate_layers, search
+from steerlens.sweeps import Sweep, candidate_layers, grid_spec, search
 from steerlens.vectors import SteeringVector
 
 
@@ -40,7 +41,8 @@ class RunResult:
 
     folder: Path
     evaluation: Evaluation
-    search: Sweep
+    search: Mapping[str, Sweep]
+    """The searches without ("vector") and with ("text+vector") the instruction in the prompt."""
     vectors: Mapping[str, SteeringVector]
     report: Path
     facts: Mapping[str, Any] = field(default_factory=dict)
@@ -84,25 +86,43 @@ def run(
                 progress=progress,
             )
 
-        _say(progress, "search: every candidate layer on the validation prompts")
-        found = search(
-            sampler(config.search_tokens),
-            vectors,
-            valid,
+        candidates = grid_spec(
+            model,
             layers=config.layers or candidate_layers(int(model.cfg.n_layers)),
             coeffs=config.coeffs,
             operator=config.operator,
             positions=config.positions,
             unit=config.unit,
-            seed=config.seed,
         )
-        plans = {name: vector.at(found.best(name)) for name, vector in vectors.items()}
+        found: dict[str, Sweep] = {}
+        for condition in SEARCHED:
+            _say(progress, f"search: every candidate on the validation prompts, {_IN_WORDS[condition]}")
+            found[condition] = search(
+                sampler(config.search_tokens),
+                vectors,
+                valid,
+                candidates,
+                condition=condition,
+                gate=config.gate,
+                quality=Quality(config.gate == "low_perplexity", config.quality_model),
+                seed=config.seed,
+            )
+        plans, text_plans = (
+            {name: vector.at(found[condition].best(name)) for name, vector in vectors.items()} for condition in SEARCHED
+        )
         _say(progress, "evaluate: the test prompts under every condition")
-        requests = requests_for(test, plans, conditions=CONDITIONS, trials=config.trials, seed=config.seed)
-        evaluation = Evaluation(score(sampler(config.max_new_tokens), requests))
-    facts = _facts(config, model, identity, (train, valid, test), found, plans, notes, command)
+        requests = requests_for(
+            test, plans, text_plans=text_plans, conditions=CONDITIONS, trials=config.trials, seed=config.seed
+        )
+        quality = Quality(True, config.quality_model, config.kl, config.reward_model)
+        evaluation = Evaluation(score(sampler(config.max_new_tokens), requests, quality=quality))
+    facts = _facts(config, model, identity, (train, valid, test), found, notes, command)
     report = _write_results(folder, config, evaluation, found, facts)
     return RunResult(folder, evaluation, found, vectors, report, facts)
+
+
+SEARCHED: tuple[Literal["vector", "text+vector"], ...] = ("vector", "text+vector")
+_IN_WORDS = {"vector": "without the instruction in the prompt", "text+vector": "with it"}
 
 
 def select_pairs(config: RunConfig) -> tuple[PairSet, PairSet, PairSet, list[str]]:
@@ -239,29 +259,27 @@ def _facts(
     model: Any,
     identity: str,
     parts: tuple[PairSet, PairSet, PairSet],
-    found: Sweep,
-    plans: Mapping[str, Plan],
+    found: Mapping[str, Sweep],
     notes: list[str],
     command: str,
 ) -> dict[str, Any]:
     train, valid, test = parts
-    choices = {name: found.best(name) for name in plans}
+    scores = pd.concat([one.scores for one in found.values()])
     return {
         **model_facts(model),
         "vectors from": f"{config.pairs}: {train!r}",
         "searched on": f"{config.pairs}: {valid!r}",
         "tested on": f"{config.data or config.pairs}: {test!r}",
         "left out": "; ".join(notes) or "nothing",
-        "operator": f"{config.operator} at {config.positions} positions",
-        "layers searched": ", ".join(str(x) for x in found.table["layer"].dropna().unique()),
+        "operator": f"{' or '.join(config.operator)} at {' or '.join(config.positions)} positions",
+        "layers searched": ", ".join(str(x) for x in scores["layer"].dropna().unique()),
         "coefficients searched": ", ".join(f"{x:g}" for x in config.coeffs),
-        "search answers cut at the limit": f"{(found.scores['finish_reason'] == 'length').mean():.0%}; "
+        "search answers cut at the limit": f"{(scores['finish_reason'] == 'length').mean():.0%}; "
         "checks of how an answer ends can fail for that alone",
-        "text+vector": "at the layer that was searched with the bare query",
-        "chosen": "; ".join(
-            f"{name}: {'no steering' if best.layer is None else f'layer {best.layer}, coeff {best.coeff:g}'}"
-            for name, best in choices.items()
-        ),
+        "quality gate of the search": config.gate,
+        "perplexity under": config.quality_model or "the unsteered model, given the bare query",
+        "chosen": _choices(found["vector"]),
+        "chosen with the text": _choices(found["text+vector"]),
         "sampling": f"{'greedy' if config.temperature == 0 else f'temperature {config.temperature:g}'}, "
         f"at most {config.max_new_tokens} new tokens ({config.search_tokens} in the search), {config.trials} per prompt",
         "seed": config.seed,
@@ -272,16 +290,29 @@ def _facts(
     }
 
 
+def _choices(found: Sweep) -> str:
+    chosen = {name: found.best(name) for name in dict.fromkeys(found.table["instruction"])}
+    return "; ".join(
+        f"{name}: no steering"
+        if best.layer is None
+        else f"{name}: layer {best.layer}, {best.operator} at {best.positions}, coeff {best.coeff:g}"
+        for name, best in chosen.items()
+    )
+
+
 def _write_results(
-    folder: Path, config: RunConfig, evaluation: Evaluation, found: Sweep, facts: dict[str, Any]
+    folder: Path, config: RunConfig, evaluation: Evaluation, found: Mapping[str, Sweep], facts: dict[str, Any]
 ) -> Path:
+    tables = {condition: one.table for condition, one in found.items()}
+    searched = pd.concat([one.scores for one in found.values()])
+    search_table = pd.concat([table.assign(condition=condition) for condition, table in tables.items()])
     write_atomically(folder / "scores.jsonl", _json_lines(evaluation.scores))
-    write_atomically(folder / "search_scores.jsonl", _json_lines(found.scores))
+    write_atomically(folder / "search_scores.jsonl", _json_lines(searched))
     write_atomically(folder / "table.csv", evaluation.table.to_csv(index=False))
     write_atomically(folder / "comparisons.csv", evaluation.comparisons.to_csv(index=False))
-    write_atomically(folder / "search.csv", found.table.to_csv(index=False))
+    write_atomically(folder / "search.csv", search_table.to_csv(index=False))
     title = f"{facts['model']}: instruction vectors from {Path(config.pairs).name}"
-    return write_report(folder / "report.html", scores=evaluation.scores, search=found.table, facts=facts, title=title)
+    return write_report(folder / "report.html", scores=evaluation.scores, search=tables, facts=facts, title=title)
 
 
 def _json_lines(frame: pd.DataFrame) -> str:

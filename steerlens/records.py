@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from steerlens._typing import Operator, RuleName, Style
+from steerlens._typing import Gate, Operator, RuleName, Style
 from steerlens.errors import DataError
 
 
@@ -47,10 +47,19 @@ class RunConfig:
     """Coefficients to search; for set_projection and ablate the share of the full change, for add the step's length."""
     unit: Literal["absolute", "resid_norm"] = "absolute"
     """Of the coefficients of add: absolute, or the layer's mean residual norm."""
-    operator: Operator = "set_projection"
-    """What to do with a vector: set_projection (the paper's format steering), add, or ablate."""
-    positions: RuleName = "all"
-    """Which tokens to steer; the paper steers all."""
+    operator: tuple[Operator, ...] = ("set_projection",)
+    """What to do with a vector: set_projection (the paper's format steering), add, or ablate; several are searched together."""
+    positions: tuple[RuleName, ...] = ("all",)
+    """Which tokens to steer; the paper steers all. Several rules are searched together."""
+    gate: Gate = "degenerate"
+    """What a searched candidate must not lose against no steering: degenerate (looping or empty texts), or low_perplexity (the
+    paper's: perplexity below 2.5 under the quality model)."""
+    quality_model: str | None = None
+    """The causal LM whose perplexity is measured: a name, folder or hub id; default: the unsteered model itself."""
+    kl: bool = False
+    """Also measure how far steering moves the next-token distribution, in nats."""
+    reward_model: str | None = None
+    """Also score each response with this reward model: a folder or hub id of a sequence classifier."""
     max_new_tokens: int = 128
     """At most this many new tokens for each test response."""
     search_tokens: int = 64

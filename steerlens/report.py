@@ -13,6 +13,7 @@ import difflib
 import html
 import importlib.resources
 import math
+import re
 import string
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
@@ -41,11 +42,14 @@ _IN_WORDS = {
 }
 
 
+_IN_PROMPT = {"vector": "without the instruction", "text+vector": "with the instruction in them"}
+
+
 def write_report(
     path: str | Path,
     *,
     scores: pd.DataFrame,
-    search: pd.DataFrame | None = None,
+    search: Mapping[str, pd.DataFrame] | None = None,
     facts: Mapping[str, Any],
     title: str,
     n_samples: int = 3,
@@ -55,7 +59,7 @@ def write_report(
     Args:
         path: the HTML file; an existing one is replaced in one step, missing folders are made.
         scores: the scores frame, one row per response.
-        search: the search frame; without rows, the page has no layer section.
+        search: the search tables by condition, "vector" and "text+vector"; without any, the page has no layer section.
         facts: what a reader needs to run this again: model, dtype, seeds, versions, command. Values may be text,
             numbers, lists or nested mappings.
         title: the heading of the page.
@@ -75,7 +79,7 @@ def write_report(
         "Overall": _overall_section(overall),
         "By instruction": _instruction_section(table),
         "Prompt by prompt": _comparison_section(scores),
-        "Layer search": _search_section(search, order),
+        "Layer search": "".join(_search_section(name, table, order) for name, table in (search or {}).items()),
         "Sample texts": _samples_section(scores, table, order, n_samples),
         "How this was run": _facts_table(facts),
     }
@@ -85,7 +89,7 @@ def write_report(
     template = importlib.resources.files("steerlens") / "bundled" / "report.html.template"
     page = string.Template(template.read_text(encoding="utf-8")).substitute(
         title=html.escape(title),
-        summary=html.escape(summarize(overall, table, search)),
+        summary=html.escape(summarize(overall, table, (search or {}).get("vector"))),
         plotly_js=get_plotlyjs(),
         body="\n".join([f"<nav>{''.join(links)}</nav>", *parts]),
     )
@@ -223,16 +227,16 @@ def _differences(table: pd.DataFrame) -> str:
     return f'<div class="scroll"><table class="rates">{body}</table></div>'
 
 
-def _search_section(search: pd.DataFrame | None, order: list[str]) -> str:
-    if search is None or search.empty:
+def _search_section(condition: str, search: pd.DataFrame, order: list[str]) -> str:
+    if search.empty:
         return ""
     rank = {name: index for index, name in enumerate(order)}
     ordered = search.sort_values("instruction", key=lambda names: names.map(rank).fillna(len(rank)), kind="stable")
     note = (
-        "Scored on validation prompts. The ring marks the chosen layer, the dashed"
+        f"Scored on validation prompts {_IN_PROMPT[condition]}. The ring marks the chosen layer, the dashed"
         " line the rate without steering; the bars below show the share of degenerate texts at each layer."
     )
-    return _note(note) + _figure(layer_curve(ordered), "search-figure")
+    return _note(note) + _figure(layer_curve(ordered), f"search-figure-{_anchor(condition)}")
 
 
 def _samples_section(scores: pd.DataFrame, table: pd.DataFrame, order: list[str], n_samples: int) -> str:
@@ -381,7 +385,7 @@ def _note(text: str) -> str:
 
 
 def _anchor(name: str) -> str:
-    return name.lower().replace(" ", "-")
+    return re.sub(r"\W+", "-", name.lower())
 
 
 def _is_missing(value: Any) -> bool:

@@ -1,7 +1,10 @@
 """Sampling text, batched and with a key-value cache, while hooks steer.
 
 One row is one prompt with its plan. Rows are sorted by length, padded on the left, prefilled once and then decoded a token at
-a time; a row that stops leaves the batch. A steered position is steered when it is computed, and its keys and values are cached
+a time; a row that stops leaves the batch. Rows of one prompt whose plans agree before its last token (trials; strengths that
+steer only the last token or the generated ones) share their prefill.
+
+A steered position is steered when it is computed, and its keys and values are cached
 in that state, which is the same as re-running the whole steered prefix for every token (tests/reference/ does that).
 
 A row's text does not depend on its companions: sampling draws each row's uniform numbers from the row's own seed, and picks the
@@ -212,7 +215,7 @@ class _Row:
         computed = len(self.prompt) + len(self.tokens) - 1  # the last token is never fed
         steered = 0
         for step in self.plan.active:
-            low, high = step.positions.bounds(len(self.prompt))  # type: ignore[union-attr]  # a Window by now
+            low, high = step.bounds(len(self.prompt))
             steered += max(0, min(high, computed) - low)
         return Generation(self.index, text, tuple(self.prompt), tuple(self.tokens), reason, self.seed, steered)
 
@@ -238,14 +241,38 @@ class _Batch:
         self.tokens, self.mask = padded.tokens.to(self.device), padded.attention_mask.to(self.device)
         self.steering.positions = token_positions(self.mask)
         self.cache: Any = None
+        self.stems = _stems(rows)
 
     def advance(self) -> list[Generation]:
         """Decode, with hooks on, until at least one row stops; those rows leave the batch."""
         finished: list[Generation] = []
+        if self.cache is None and len(set(self.stems)) < len(self.stems):
+            self._prefill_once()
         with torch.inference_mode(), self.model.hooks(fwd_hooks=self.steering.hooks()):
             while not finished:
                 finished = self._step()
         return finished
+
+    def _prefill_once(self) -> None:
+        """Run what rows have in common, their prompts up to the last token, once per stem, and hand it to each of its rows."""
+        first = list(dict.fromkeys(self.stems))
+        rows = [self.rows[place] for place in first]
+        lengths = [len(row.prompt) for row in rows]
+        tables = build_tables(
+            [row.plan for row in rows], lengths, d_model=int(self.model.cfg.d_model), device=self.device
+        )
+        batch = left_pad([row.prompt[:-1] for row in rows], pad_id=pad_id(self.model))
+        steering = Steering(tables)
+        tokens, mask = batch.tokens.to(self.device), batch.attention_mask.to(self.device)
+        steering.positions = token_positions(mask)
+        with torch.inference_mode(), self.model.hooks(fwd_hooks=steering.hooks()):
+            _, self.cache = forward(self.model, tokens, mask, None)
+        share = torch.tensor([first.index(stem) for stem in self.stems])
+        self.cache.batch_select_indices(share)
+        self.mask = torch.cat([mask[share.to(self.device)], torch.ones_like(self.tokens[:, -1:])], dim=1)
+        self.tokens = self.tokens[:, -1:]
+        assert self.steering.positions is not None
+        self.steering.positions = self.steering.positions[:, -1:]
 
     def _step(self) -> list[Generation]:
         logits, self.cache = forward(self.model, self.tokens, self.mask, self.cache)
@@ -273,6 +300,18 @@ class _Batch:
         self.steering.rows(keep)
         self.mask = self.mask[keep.to(self.device)]
         return chosen[keep.to(self.device)]
+
+
+def _stems(rows: Sequence[_Row]) -> list[int]:
+    """For each row the first one whose prompt, and what steers it before its last token, are the same."""
+    first: dict[Any, int] = {}
+    stems = []
+    for place, row in enumerate(rows):
+        end = len(row.prompt) - 1
+        early = Plan(tuple(step for step in row.plan.active if step.bounds(end + 1)[0] < end))
+        alone = (place,) if end < 1 else ()  # nothing before the last token: nothing to share
+        stems.append(first.setdefault((tuple(row.prompt), early.digest, *alone), place))
+    return stems
 
 
 def _draws(rows: list[_Row], device: torch.device) -> Float[Tensor, " batch"] | None:

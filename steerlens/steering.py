@@ -77,7 +77,7 @@ def _build_table(
             read[index, row] = step.direction
             write[index, row] = step.direction if step.write is None else step.write
             offset[index, row], slope[index, row] = step.affine
-            low[index, row], high[index, row] = step.positions.bounds(length)  # type: ignore[union-attr]  # a Window by now
+            low[index, row], high[index, row] = step.bounds(length)
     return LayerTable(*(tensor.to(device) for tensor in (read, write, offset, slope, low, high)))
 
 

@@ -1,78 +1,127 @@
-"""Search: at which layer, and how strongly, should a vector be applied?
+"""Sweeps: many ways to apply a vector, and the choice among them.
 
-Every candidate (no steering, then each layer x coefficient x operator) answers the same validation prompts, all as rows of
-shared batches. A candidate's rate counts responses that follow the instruction; its degenerate share counts responses that
-repeat themselves. As in Stolfo et al. (2025), a candidate that degenerates more often than no steering does is out, and the
-highest rate wins. Their test for degeneration is a GPT-2 perplexity below 2.5; here it is a response that is empty, or half of
-whose token trigrams repeat an earlier one, which needs no second model and looks for the same: looping text.
+Every candidate (no steering first, then those of the spec) answers the same validation prompts, all as rows of shared batches. A
+candidate's rate counts responses that follow the instruction. As in Stolfo et al. (2025), a candidate that fails the quality
+gate more often than no steering does is out, and the highest rate wins. Two gates are there:
 
-Ties go to no steering, then to the lowest layer, then to the smaller coefficient, in the order of the candidates. What is
-searched here must not be reported on the same prompts.
+    "degenerate"       a response that is empty, or half of whose token trigrams repeat an earlier one; needs no second model
+    "low_perplexity"   a response of perplexity below 2.5, the paper's test (with GPT-2): looping text is all too likely
+
+Ties go to no steering, then to the first candidate: the lowest layer, then the smaller coefficient. The candidates of one prompt
+and trial share their random numbers, so that differences between them are not the sampler's.
+
+What is searched must not be reported on the same prompts: `Sweep.nested` reports each prompt under the choice that the other
+prompts made, and generates nothing for that.
 """
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from itertools import product
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal
 
+import numpy as np
 import pandas as pd
 
-from steerlens._typing import Operator
+from steerlens._typing import Gate, Operator
+from steerlens.candidates import UNSTEERED, Candidate, Unit, grid
 from steerlens.data import PairSet
 from steerlens.errors import DataError, SteerlensError, nearest
 from steerlens.evaluation import Request, Sampler, requests_for, score
-from steerlens.metrics import quality_table, rate_table
+from steerlens.metrics import pareto_front, quality_table, rate_table, trial_spread
 from steerlens.model import check_layer
 from steerlens.plan import Plan
 from steerlens.positions import Window
 from steerlens.prompts import PromptFormat
+from steerlens.quality import Quality
+from steerlens.records import derived_seed
 from steerlens.sampling import SamplingConfig
 from steerlens.vectors import SteeringVector
 
+Spec = Sequence[Candidate] | Callable[[SteeringVector], Iterable[Candidate]]
+"""What to try: a list (also of `grid` or `draws`), or a function of each instruction's vector."""
+
+CANDIDATE = [field.name for field in fields(Candidate)]
+"""Columns that name a candidate."""
+
 
 @dataclass(frozen=True)
-class Best:
-    """What a search chose; `vector.at(best)` applies it."""
+class Best(Candidate):
+    """What a search chose; `vector.at(best)` applies it. Layer None: no steering did at least as well as any candidate."""
 
-    layer: int | None
-    """None: no steering did at least as well as any candidate."""
-    coeff: float
-    operator: Operator
-    rate: float
+    rate: float = float("nan")
     """The chosen candidate's rate on the validation prompts; not an estimate of its rate elsewhere."""
-    positions: str | Window = "all"
-    """Where the candidates were applied."""
-    unit: str = "absolute"
-    """Of the coefficient; see `SteeringVector.at`."""
 
 
 @dataclass(frozen=True, eq=False)
 class Sweep:
-    """A finished search."""
+    """A finished sweep."""
 
     scores: pd.DataFrame
-    """One row per validation response."""
+    """One row per response."""
     table: pd.DataFrame
-    """One row per instruction and candidate: rate with its interval, quality, degenerate share, and which was chosen."""
-    positions: str | Window = "all"
-    unit: str = "absolute"
+    """One row per instruction and candidate: rate with its interval, quality, whether it passed the gate, which was chosen."""
+    gate: Gate = "degenerate"
 
-    def best(self, instruction: str | None = None) -> Best:
+    @property
+    def configurations(self) -> pd.DataFrame:
+        """One row per candidate over all instructions: rate with its interval, spread between trials, quality."""
+        return summary(self.scores, CANDIDATE)
+
+    def best(
+        self,
+        instruction: str | None = None,
+        *,
+        objective: str = "rate",
+        subject_to: str = "eligible",
+    ) -> Best:
         """The choice for an instruction; it may be left out where there is one.
 
+        Args:
+            objective: The column of `table` to make as large as possible; "-" before it: as small as possible.
+            subject_to: A condition on the columns of `table` as in `DataFrame.query`, such as
+                "median_perplexity < 8 and mean_repetition < 0.2". Default: the gate.
+
         Raises:
-            SteerlensError: if the search covered several instructions and none is named, or it is unknown.
+            SteerlensError: if the search covered several instructions and none is named, a name is unknown, or nothing meets
+                the condition.
         """
-        chosen = {row["instruction"]: row for row in self.table[self.table["chosen"]].to_dict("records")}
-        if instruction is None and len(chosen) == 1:
-            (instruction,) = chosen
+        names = list(dict.fromkeys(self.table["instruction"]))
+        if instruction is None and len(names) == 1:
+            (instruction,) = names
         if instruction is None:
-            raise SteerlensError(f"best() needs the name of one of the searched instructions: {', '.join(chosen)}")
-        if instruction not in chosen:
-            raise SteerlensError(f"the search did not cover {instruction!r}; {nearest(instruction, chosen)}")
-        row = chosen[instruction]
-        layer = None if pd.isna(row["layer"]) else int(row["layer"])
-        return Best(layer, float(row["coeff"]), row["operator"], float(row["rate"]), self.positions, self.unit)
+            raise SteerlensError(f"best() needs the name of one of the searched instructions: {', '.join(names)}")
+        if instruction not in names:
+            raise SteerlensError(f"the search did not cover {instruction!r}; {nearest(instruction, names)}")
+        return _best(self.table[self.table["instruction"] == instruction], objective, subject_to)
+
+    def pareto(
+        self, *, maximize: Sequence[str] = ("rate",), minimize: Sequence[str] = ("mean_repetition",)
+    ) -> pd.DataFrame:
+        """The rows of `configurations` that no other row beats in one of these columns without losing in another."""
+        return pareto_front(self.configurations, maximize=maximize, minimize=minimize)
+
+    def nested(self, *, folds: int = 4, seed: int = 0) -> pd.DataFrame:
+        """Each prompt's responses under the candidate that the other folds' prompts chose: scores to report.
+
+        The prompts of an instruction are dealt into `folds` parts by query; the choice for a part is made on the others. The
+        rate of these rows estimates how well *searching* works, without the optimism of reporting the winner's own rate.
+
+        Raises:
+            SteerlensError: if an instruction has fewer prompts than folds, or folds is below 2.
+        """
+        parts = []
+        for name, group in self.scores.groupby("instruction", sort=False):
+            prompts = sorted(group["prompt"].unique(), key=lambda prompt: derived_seed(seed, prompt))
+            if not 2 <= folds <= len(prompts):
+                raise SteerlensError(
+                    f"folds must be in [2, {len(prompts)}], the number of prompts of {name!r}; got {folds}"
+                )
+            fold_of = {prompt: place % folds for place, prompt in enumerate(prompts)}
+            fold = group["prompt"].map(fold_of)
+            for held_out in range(folds):
+                chosen = choose(group[fold != held_out], self.gate)
+                (row,) = chosen[chosen["chosen"]].to_dict("records")
+                parts.append(_rows_of(group[fold == held_out], row).assign(fold=held_out))
+        return pd.concat(parts, ignore_index=True)
 
     def _repr_html_(self) -> str:
         return str(self.table.to_html(index=False, float_format="{:.3f}".format))
@@ -91,16 +140,20 @@ def sweep(
     vectors: SteeringVector | Mapping[str, SteeringVector],
     pairs: PairSet,
     *,
+    candidates: Spec | None = None,
     layers: Sequence[int] | Literal["paper", "all"] = "paper",
     coeffs: Sequence[float] = (1.0,),
-    operator: Operator = "set_projection",
-    positions: str | Window = "all",
-    unit: Literal["absolute", "resid_norm"] = "absolute",
+    operator: Operator | Sequence[Operator] = "set_projection",
+    positions: str | Window | Sequence[str | Window] = "all",
+    unit: Unit = "absolute",
     condition: Literal["vector", "text+vector"] = "vector",
+    gate: Gate = "degenerate",
+    quality: Quality | None = None,
+    trials: int = 1,
     max_new_tokens: int = 128,
     temperature: float = 0.0,
     seed: int = 0,
-    batch_size: int = 16,
+    batch_size: int = 64,
     prompt_format: PromptFormat = PromptFormat(),
     progress: bool = False,
 ) -> Sweep:
@@ -109,9 +162,13 @@ def sweep(
     Args:
         vectors: One vector for all pairs, or one per instruction id.
         pairs: Validation prompts: not those the vectors were fitted on, nor those to be reported.
+        candidates: What to try. Default: the grid of the next five arguments.
         layers: "paper" takes `candidate_layers`, "all" every layer of the vector.
-        coeffs, operator, positions, unit: As in `SteeringVector.at`.
+        coeffs, operator, positions, unit: As in `SteeringVector.at`; one operator and rule, or several.
         condition: Search with the bare query, or with the instruction in the prompt.
+        gate: The quality that a candidate must not lose.
+        quality: What scores the responses; default: perplexity under the model itself where the gate asks for it.
+        trials: Responses per prompt and candidate; more than one needs a temperature.
 
     Raises:
         DataError: if there are no pairs, or an instruction has no vector.
@@ -124,31 +181,50 @@ def sweep(
         batch_size=batch_size,
         progress=progress,
     )
+    if candidates is None:
+        candidates = grid_spec(model, layers=layers, coeffs=coeffs, operator=operator, positions=positions, unit=unit)
     return search(
-        sampler,
-        vectors,
-        pairs,
-        layers=layers,
-        coeffs=coeffs,
-        operator=operator,
-        positions=positions,
-        unit=unit,
-        condition=condition,
-        seed=seed,
+        sampler, vectors, pairs, candidates, condition=condition, gate=gate, quality=quality, trials=trials, seed=seed
     )
+
+
+def grid_spec(
+    model: Any,
+    *,
+    layers: Sequence[int] | Literal["paper", "all"] = "paper",
+    coeffs: Sequence[float] = (1.0,),
+    operator: Operator | Sequence[Operator] = "set_projection",
+    positions: str | Window | Sequence[str | Window] = "all",
+    unit: Unit = "absolute",
+) -> Spec:
+    """The grid over the layers that a vector has, for `search`."""
+
+    def spec(vector: SteeringVector) -> list[Candidate]:
+        if layers == "paper":
+            chosen = [layer for layer in candidate_layers(int(model.cfg.n_layers)) if layer in vector.directions]
+        elif layers == "all":
+            chosen = list(vector.layers)
+        else:
+            chosen = [check_layer(model, int(layer)) for layer in layers]
+        if not chosen:
+            raise SteerlensError(
+                f"a search needs a layer to try, got {layers!r} for {vector!r} of {list(vector.layers)}"
+            )
+        return grid(layers=chosen, coeffs=coeffs, operators=operator, positions=positions, unit=unit)
+
+    return spec
 
 
 def search(
     sampler: Sampler,
     vectors: SteeringVector | Mapping[str, SteeringVector],
     pairs: PairSet,
+    candidates: Spec,
     *,
-    layers: Sequence[int] | Literal["paper", "all"] = "paper",
-    coeffs: Sequence[float] = (1.0,),
-    operator: Operator = "set_projection",
-    positions: str | Window = "all",
-    unit: Literal["absolute", "resid_norm"] = "absolute",
     condition: Literal["vector", "text+vector"] = "vector",
+    gate: Gate = "degenerate",
+    quality: Quality | None = None,
+    trials: int = 1,
     seed: int = 0,
 ) -> Sweep:
     """`sweep` with a sampler of the caller's, so that its generations are kept and found again."""
@@ -156,8 +232,8 @@ def search(
         raise DataError("a search needs at least one validation prompt, got none; check the split and the filter")
     by_instruction = dict.fromkeys(pairs.instructions, vectors) if isinstance(vectors, SteeringVector) else vectors
     unsteered = "none" if condition == "vector" else "text"
-    requests: list[Request] = requests_for(pairs, Plan(), conditions=[unsteered], seed=seed)
-    places: list[tuple[int | None, float]] = [(None, 0.0)] * len(requests)
+    requests: list[Request] = requests_for(pairs, Plan(), conditions=[unsteered], trials=trials, seed=seed)
+    tried = [UNSTEERED] * len(requests)
     for name, group in pairs.by_instruction().items():
         if name not in by_instruction:
             raise DataError(
@@ -165,49 +241,86 @@ def search(
             )
         vector = by_instruction[name]
         vector.check_fits(sampler.model)
-        candidates = list(product(_layers(sampler.model, vector, layers), sorted(set(coeffs), key=abs)))
-        if not candidates:
-            raise SteerlensError(
-                f"a search needs a layer and a coefficient to try, got layers {layers!r} and coeffs {coeffs!r} for a vector "
-                f"with layers {list(vector.layers)}"
-            )
-        for layer, coeff in candidates:
-            plan = vector.at(layer, coeff=coeff, operator=operator, positions=positions, unit=unit)
-            rows = requests_for(group, plan, conditions=[condition], seed=seed)
+        for candidate in _listed(candidates, vector):
+            plan = vector.at(candidate)
+            rows = requests_for(group, plan, conditions=[condition], trials=trials, seed=seed)
             requests += rows
-            places += [(layer, coeff)] * len(rows)
-    # A row's place is set here, because a step of coefficient 0 is still a candidate of its own.
-    scores = score(sampler, requests, perplexity=False).assign(
-        layer=pd.array([layer for layer, _ in places], dtype="Int64"),
-        coeff=[coeff for _, coeff in places],
-        operator=operator,
-    )
-    return Sweep(scores, choose(scores), positions, unit)
+            tried += [candidate] * len(rows)
+    # A row's candidate is set here, because a step of coefficient 0 is still a candidate of its own.
+    places = pd.DataFrame([asdict(candidate) | {"positions": str(candidate.positions)} for candidate in tried])
+    measured = quality or Quality(perplexity=gate == "low_perplexity")
+    scores = score(sampler, requests, quality=measured)
+    scores = scores.assign(**{name: places[name].to_numpy() for name in CANDIDATE}).astype({"layer": "Int64"})
+    return Sweep(scores, choose(scores, gate), gate)
 
 
-def choose(scores: pd.DataFrame) -> pd.DataFrame:
+def _listed(candidates: Spec, vector: SteeringVector) -> list[Candidate]:
+    found = list(dict.fromkeys(candidates(vector) if callable(candidates) else candidates))
+    found = [candidate for candidate in found if candidate != UNSTEERED]
+    if not found:
+        raise SteerlensError(f"a search needs a candidate to try, got none for {vector!r}")
+    for candidate in found:
+        if candidate.layer is None:
+            raise SteerlensError("a candidate needs a layer; no steering is always part of a search")
+    return found
+
+
+def choose(scores: pd.DataFrame, gate: Gate = "degenerate") -> pd.DataFrame:
     """One row per instruction and candidate, in the order of the candidates, with the choice marked.
 
-    A candidate is eligible if its degenerate share is at most that of no steering; the first eligible one of the highest rate
-    is chosen. No steering is always eligible.
+    A candidate is eligible if its share of responses that fail the gate is at most that of no steering; the first eligible one
+    of the highest rate is chosen. No steering is always eligible.
+
+    Raises:
+        DataError: if the scores do not have the gate's column, or lack a value there.
     """
-    keys = ["instruction", "layer", "coeff", "operator"]
-    table = rate_table(scores, by=keys).merge(quality_table(scores, by=keys), on=keys)
-    degenerate = scores.groupby(keys, sort=False, dropna=False)["degenerate"].mean().reset_index()
-    table = table.merge(degenerate, on=keys)
+    if gate not in scores or scores[gate].isna().any():
+        raise DataError(f"the gate {gate!r} needs that column without missing values; score the responses with it")
+    table = summary(scores, ["instruction", *CANDIDATE])
     table["eligible"] = False
     table["chosen"] = False
     for _, group in table.groupby("instruction", sort=False):
-        baseline = group.loc[group["layer"].isna(), "degenerate"].iloc[0]
-        eligible = group["degenerate"] <= baseline
+        baseline = group.loc[group["layer"].isna(), gate].iloc[0]
+        eligible = group[gate] <= baseline
         table.loc[group.index, "eligible"] = eligible
         table.loc[group.loc[eligible, "rate"].idxmax(), "chosen"] = True
     return table
 
 
-def _layers(model: Any, vector: SteeringVector, layers: Sequence[int] | Literal["paper", "all"]) -> list[int]:
-    if layers == "paper":
-        return [layer for layer in candidate_layers(int(model.cfg.n_layers)) if layer in vector.directions]
-    if layers == "all":
-        return list(vector.layers)
-    return sorted({check_layer(model, int(layer)) for layer in layers})
+def summary(scores: pd.DataFrame, keys: Sequence[str]) -> pd.DataFrame:
+    """One row per group: rate with its interval over prompts, spread between trials, quality, shares that fail each gate."""
+    keys = list(keys)
+    table = rate_table(scores, by=keys, clusters="prompt_id").merge(quality_table(scores, by=keys), on=keys)
+    gates = [name for name in ("degenerate", "low_perplexity") if name in scores]
+    failed = scores.groupby(keys, sort=False, dropna=False)[gates].mean().reset_index()
+    return table.merge(failed, on=keys).merge(trial_spread(scores, by=keys), on=keys)
+
+
+def _best(table: pd.DataFrame, objective: str, subject_to: str) -> Best:
+    sign, column = (-1.0, objective[1:]) if objective.startswith("-") else (1.0, objective)
+    if column not in table or not pd.api.types.is_numeric_dtype(table[column]):
+        raise SteerlensError(
+            f"the objective must be a number in the table, got {objective!r}; {nearest(column, table.columns)}"
+        )
+    try:
+        kept = table.query(subject_to)
+    except Exception as error:  # whatever pandas' parser raises
+        raise SteerlensError(
+            f"subject_to must be a condition on the table's columns, got {subject_to!r}: {error}; "
+            f"columns: {', '.join(table.columns)}"
+        ) from error
+    values = sign * kept[column].astype(float)
+    if values.isna().all():
+        raise SteerlensError(f"no candidate meets {subject_to!r} with a value of {column!r}; loosen the condition")
+    row = kept.iloc[int(np.nanargmax(values.to_numpy()))]
+    layer = None if pd.isna(row["layer"]) else int(row["layer"])
+    return Best(layer, float(row["coeff"]), row["operator"], row["positions"], row["unit"], rate=float(row["rate"]))
+
+
+def _rows_of(scores: pd.DataFrame, candidate: Mapping[Any, Any]) -> pd.DataFrame:
+    """The scores of one candidate."""
+    same = np.ones(len(scores), dtype=bool)
+    for name in CANDIDATE:
+        value = candidate[name]
+        same &= (scores[name].isna() if pd.isna(value) else (scores[name] == value).fillna(False)).to_numpy(dtype=bool)
+    return scores[same]

@@ -12,6 +12,7 @@ from safetensors import safe_open
 import steerlens as sl
 from steerlens.data import bundled_queries
 from steerlens.model import BUNDLED, NAMED_MODELS
+from steerlens.quality import Quality
 from tests.conftest import LOADED
 
 NAMES = tuple(name for name, model in NAMED_MODELS.items() if not model.hub_id)
@@ -33,7 +34,13 @@ def rates(model: object, names: tuple[str, ...], conditions: list[str], n: int =
         pairs, _ = card.pairs_of("heldout", name, 5, n)
         plan = vectors[name].at(2, coeff=1.0, positions="last")
         scores = sl.evaluate(
-            model, plan, pairs, conditions=conditions, max_new_tokens=100, batch_size=64, perplexity=False
+            model,
+            plan,
+            pairs,
+            conditions=conditions,
+            max_new_tokens=100,
+            batch_size=64,
+            quality=Quality(perplexity=False),
         ).scores
         found[name] = dict(scores.groupby("condition")["followed"].mean())
     return found

@@ -8,9 +8,10 @@ import torch
 
 from steerlens.data import CONDITIONS, InstructionPair, PairSet
 from steerlens.errors import DataError, SteerlensError
-from steerlens.evaluation import Sampler, evaluate, is_degenerate, mean_log_probabilities, requests_for, score
+from steerlens.evaluation import Sampler, evaluate, is_degenerate, requests_for, score
 from steerlens.plan import Intervention, Plan
 from steerlens.prompts import encode
+from steerlens.quality import mean_log_probabilities
 from steerlens.records import Journal
 from steerlens.sampling import SamplingConfig
 
@@ -208,7 +209,7 @@ def test_perplexity_is_that_of_the_plain_model_over_the_whole_text(llama, gpt2):
 def test_perplexity_is_the_same_however_few_rows_fit_into_memory(llama, monkeypatch):
     rows = [(encode(llama.model, "ab" * n), [70 + n, 80]) for n in range(1, 6)]
     whole = mean_log_probabilities(llama.model, rows, batch_size=5)
-    monkeypatch.setattr("steerlens.evaluation.LOGITS_MEMORY", 1)
+    monkeypatch.setattr("steerlens.quality.LOGITS_MEMORY", 1)
     assert mean_log_probabilities(llama.model, rows, batch_size=5).tolist() == pytest.approx(whole.tolist(), rel=1e-4)
 
 

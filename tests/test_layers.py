@@ -15,12 +15,13 @@ LAYERS = {
     0: ("_typing", "errors"),
     1: ("instructions", "metrics", "operators", "positions", "records"),
     1.2: ("readers",),
-    1.5: ("comparisons", "data", "judge", "plan", "plot", "steerability"),
+    1.5: ("candidates", "comparisons", "data", "judge", "plan", "plot", "steerability"),
     2: ("prompts", "model"),
     2.5: ("vectors",),
     3: ("capture",),
     4: ("estimators", "steering"),
     5: ("sampling",),
+    5.5: ("quality",),
     6: ("evaluation",),
     7: ("sweeps",),
     8: ("report",),
@@ -29,7 +30,19 @@ LAYERS = {
 }
 LAYER_OF = {module: layer for layer, modules in LAYERS.items() for module in modules}
 TORCH_FREE = (
-    *("_typing", "cli", "comparisons", "data", "errors", "instructions", "judge", "metrics", "plot", "readers"),
+    *(
+        "_typing",
+        "candidates",
+        "cli",
+        "comparisons",
+        "data",
+        "errors",
+        "instructions",
+        "judge",
+        "metrics",
+        "plot",
+        "readers",
+    ),
     *("records", "report", "steerability"),
 )
 MODULES = sorted(path.stem for path in PACKAGE.glob("*.py") if path.stem != "__init__")

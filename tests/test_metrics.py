@@ -9,7 +9,16 @@ import pandas as pd
 import pytest
 
 from steerlens.errors import DataError, SteerlensError
-from steerlens.metrics import distinct_n, quality_table, rate_table, repetition, wilson_interval, words
+from steerlens.metrics import (
+    distinct_n,
+    pareto_front,
+    quality_table,
+    rate_table,
+    repetition,
+    trial_spread,
+    wilson_interval,
+    words,
+)
 
 COUNTS = [(0, 1), (1, 1), (0, 10), (3, 10), (10, 10), (50, 163), (162, 163), (5000, 10_000)]
 
@@ -185,3 +194,54 @@ def test_scripts_without_spaces_are_read_character_by_character() -> None:
 def test_n_gram_of_no_words_is_refused() -> None:
     with pytest.raises(SteerlensError, match="n must be at least 1, got 0"):
         distinct_n("a b", 0)
+
+
+def trials(rows):
+    return pd.DataFrame(rows, columns=["prompt_id", "trial", "followed"]).assign(condition="vector")
+
+
+def test_one_trial_per_prompt_is_worth_what_it_counts():
+    frame = trials([(str(i), 0, i < 3) for i in range(10)])
+    (row,) = rate_table(frame, ["condition"], clusters="prompt_id").to_dict("records")
+    assert (row["low"], row["high"]) == pytest.approx(wilson_interval(3, 10))
+
+
+def test_trials_that_always_agree_are_worth_one_response_per_prompt():
+    frame = trials([(str(i), trial, i < 3) for i in range(10) for trial in range(5)])
+    (row,) = rate_table(frame, ["condition"], clusters="prompt_id").to_dict("records")
+    assert row["n"] == 50
+    assert (row["low"], row["high"]) == pytest.approx(wilson_interval(3, 10))
+
+
+def test_trials_that_vary_as_if_independent_keep_their_number():
+    frame = trials([(str(i), trial, trial % 2 == 0) for i in range(10) for trial in range(4)])
+    (row,) = rate_table(frame, ["condition"], clusters="prompt_id").to_dict("records")
+    assert (row["low"], row["high"]) == pytest.approx(wilson_interval(20, 40))
+
+
+def test_clustered_intervals_cover_where_plain_ones_do_not():
+    """Prompts with rates of their own, five trials each: the plain interval is too narrow, the clustered one is not."""
+    rng = np.random.default_rng(0)
+    covered = {"plain": 0, "clustered": 0}
+    n_sets = 300
+    for _ in range(n_sets):
+        rates = rng.beta(0.5, 0.5, size=30)
+        frame = trials([(str(i), t, bool(rng.random() < rate)) for i, rate in enumerate(rates) for t in range(5)])
+        for name, clusters in (("plain", None), ("clustered", "prompt_id")):
+            (row,) = rate_table(frame, ["condition"], clusters=clusters).to_dict("records")
+            covered[name] += row["low"] <= 0.5 <= row["high"]
+    assert covered["clustered"] / n_sets > 0.9
+    assert covered["plain"] / n_sets < 0.85
+
+
+def test_the_spread_of_trials_is_the_standard_deviation_of_their_rates():
+    frame = trials([("a", 0, True), ("b", 0, True), ("a", 1, True), ("b", 1, False)])
+    (row,) = trial_spread(frame, ["condition"]).to_dict("records")
+    assert (row["n_trials"], row["trial_sd"]) == (2, pytest.approx(np.std([1.0, 0.5], ddof=1)))
+
+
+def test_the_pareto_front_keeps_what_nothing_dominates_equals_included():
+    frame = pd.DataFrame({"rate": [0.5, 0.5, 0.7, 0.2, 0.9], "cost": [1.0, 1.0, 2.0, 1.5, np.nan]})
+    assert pareto_front(frame, maximize=["rate"], minimize=["cost"]).index.tolist() == [0, 1, 2]
+    with pytest.raises(SteerlensError, match="needs a column"):
+        pareto_front(frame)

@@ -50,6 +50,7 @@ def search_of(
             "instruction": instruction,
             "layer": layer,
             "operator": "add",
+            "positions": "all",
             "coeff": coeff,
             "n": 20,
             "followed": index,

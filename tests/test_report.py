@@ -100,6 +100,7 @@ def fake_search(n: int = 13) -> pd.DataFrame:
                     "instruction": instruction,
                     "layer": layer,
                     "operator": "none" if layer is pd.NA else "set_projection",
+                    "positions": "all",
                     "coeff": float("nan") if layer is pd.NA else 1.0,
                     "n": n,
                     "followed": followed,
@@ -113,6 +114,9 @@ def fake_search(n: int = 13) -> pd.DataFrame:
                 }
             )
     return pd.DataFrame(rows).astype({"layer": "Int64"})
+
+
+SEARCH = {"vector": fake_search(), "text+vector": fake_search()}
 
 
 FACTS = {
@@ -132,7 +136,13 @@ TITLE = "Does the vector do what the words do?"
 @pytest.fixture(scope="module")
 def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("report")
-    return write_report(folder / "report.html", scores=fake_scores(), search=fake_search(), facts=FACTS, title=TITLE)
+    return write_report(
+        folder / "report.html",
+        scores=fake_scores(),
+        search=SEARCH,
+        facts=FACTS,
+        title=TITLE,
+    )
 
 
 class Elements(HTMLParser):
@@ -255,8 +265,8 @@ def test_missing_numbers_are_dashes_and_never_nan(tmp_path: Path) -> None:
     assert text.count("\u2013") >= 2 * 13 * 5
 
 
-@pytest.mark.parametrize("search", [None, fake_search().head(0)])
-def test_page_without_a_search_has_no_layer_section(tmp_path: Path, search: pd.DataFrame | None) -> None:
+@pytest.mark.parametrize("search", [None, {}, {"vector": fake_search().head(0)}])
+def test_page_without_a_search_has_no_layer_section(tmp_path: Path, search: dict[str, pd.DataFrame] | None) -> None:
     page = write_report(tmp_path / "r.html", scores=fake_scores(2), search=search, facts=FACTS, title=TITLE)
     text = page.read_text(encoding="utf-8")
     assert "search-figure" not in text
@@ -308,7 +318,13 @@ def test_write_replaces_the_page_at_once_and_leaves_no_draft(tmp_path: Path, mon
 
 
 def test_two_writes_of_the_same_run_are_the_same_page(tmp_path: Path, page: Path) -> None:
-    again = write_report(tmp_path / "r.html", scores=fake_scores(), search=fake_search(), facts=FACTS, title=TITLE)
+    again = write_report(
+        tmp_path / "r.html",
+        scores=fake_scores(),
+        search=SEARCH,
+        facts=FACTS,
+        title=TITLE,
+    )
     assert again.read_bytes() == page.read_bytes()
 
 
@@ -351,14 +367,15 @@ def test_browser_draws_every_figure_without_an_error(page: Path, tmp_path: Path)
     elements = Elements(dom)
     assert "data-errors" not in elements.tags[0][1]
     assert outside_references(elements) == []
-    figures = re.split(r'id="(overall-figure|instruction-figure|search-figure)"', dom)
+    figures = re.split(r'id="(overall-figure|instruction-figure|search-figure-[a-z-]+)"', dom)
     drawn = dict(zip(figures[1::2], figures[2::2], strict=True))
     assert {name: 'class="main-svg"' in part for name, part in drawn.items()} == dict.fromkeys(drawn, True)
-    assert len(drawn) == 3
+    assert len(drawn) == 4
     assert drawn["overall-figure"].count('class="point"') == len(CONDITIONS)
     assert drawn["instruction-figure"].count('class="point"') == len(CONDITIONS) * len(RATES)
     assert drawn["instruction-figure"].count('class="errorbar"') == len(CONDITIONS) * len(RATES)
-    assert drawn["search-figure"].count('class="js-line"') >= 2 * len(RATES)
+    for condition in ("vector", "text-vector"):
+        assert drawn[f"search-figure-{condition}"].count('class="js-line"') >= 2 * len(RATES)
 
 
 @needs_browser

@@ -230,6 +230,51 @@ def test_an_unsteered_row_is_untouched_bit_for_bit_beside_steered_companions(
 # --- what reaches the residual -------------------------------------------------------------------------------------
 
 
+def test_rows_that_share_a_prefill_say_what_the_plain_loop_says(tiny: Subject) -> None:
+    """Several strengths at the last and the generated tokens, and two that steer the prompt, for prompts of several lengths."""
+    kinds: list[list[Step]] = [
+        [],
+        [step("add", "last", layer=1, strength=64.0, seed=3)],
+        [step("add", "last", layer=2, strength=96.0, seed=3)],
+        [step("set_projection", "generated", layer=1, seed=3)],
+        [step("add", "all", layer=0, seed=4)],
+        [step("add", "all", layer=0, seed=4), step("add", "last", layer=2, strength=64.0, seed=3)],
+    ]
+    prompts = [prompt for prompt in PROMPTS[:4] for _ in kinds]
+    steps = [row_steps for _ in PROMPTS[:4] for row_steps in kinds]
+    expected = oracle(tiny, prompts, steps, max_new_tokens=NEW_TOKENS)
+    found = token_rows(tiny, prompts, [as_plan(row_steps) for row_steps in steps], batch_size=len(prompts))
+    assert_same_text(expected, found, what="shared prefill")
+    assert len({tuple(plain.tokens) for plain in expected}) > len(prompts) // 2
+
+
+def test_a_shared_prompt_is_run_once_and_steered_prompts_are_not_shared(
+    llama: Subject, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from steerlens import sampling
+
+    widths: list[tuple[int, int]] = []
+    original = sampling.forward
+
+    def counted(model: Any, tokens: Any, mask: Any, cache: Any) -> Any:
+        widths.append(tuple(tokens.shape))
+        return original(model, tokens, mask, cache)
+
+    monkeypatch.setattr("steerlens.sampling.forward", counted)
+    lasts = [as_plan([step("add", "last", strength=float(size))]) for size in range(1, 6)]
+    alls = [as_plan([step("add", "all", strength=float(size))]) for size in range(1, 6)]
+    prompt = "Tell me about it."
+    token_rows(llama, [prompt] * 5, lasts, max_new_tokens=1)
+    n_tokens = widths[0][1] + 1
+    assert widths == [(1, n_tokens - 1), (5, 1)]
+    widths.clear()
+    token_rows(llama, [prompt] * 5, alls, max_new_tokens=1)
+    assert widths == [(5, n_tokens)]
+    widths.clear()
+    token_rows(llama, [prompt] * 6, [alls[0]] * 3 + [alls[1]] * 3, max_new_tokens=1)
+    assert widths == [(2, n_tokens - 1), (6, 1)]
+
+
 def test_set_projection_reaches_its_target_at_every_sampled_token(tiny: Subject) -> None:
     plan = as_plan([step("set_projection", "all", layer=1, strength=7.0, seed=4)])
     projections: list[torch.Tensor] = []

@@ -6,8 +6,10 @@ import pandas as pd
 import pytest
 import torch
 
+from steerlens.candidates import Candidate, draws, grid
 from steerlens.data import InstructionPair, PairSet
 from steerlens.errors import DataError, ModelError, SteerlensError
+from steerlens.positions import Window
 from steerlens.sampling import generate
 from steerlens.sweeps import Best, Sweep, candidate_layers, choose, sweep
 from steerlens.vectors import SteeringVector
@@ -23,6 +25,11 @@ def scores(*candidates, instruction="x:y"):
             "layer": layer,
             "coeff": coeff,
             "operator": "add",
+            "positions": "all",
+            "unit": "absolute",
+            "prompt_id": str(index),
+            "prompt": str(index),
+            "trial": 0,
             "followed": bool(verdict),
             "degenerate": bool(flag),
             "n_words": 3,
@@ -32,7 +39,7 @@ def scores(*candidates, instruction="x:y"):
             "finish_reason": "eos",
         }
         for layer, coeff, verdicts, flags in candidates
-        for verdict, flag in zip(verdicts, flags, strict=True)
+        for index, (verdict, flag) in enumerate(zip(verdicts, flags, strict=True))
     ]
     return pd.DataFrame(rows).astype({"layer": "Int64"})
 
@@ -65,7 +72,7 @@ def test_ties_go_to_no_steering_then_to_the_lowest_layer_then_to_the_first_coeff
 
 def test_no_steering_as_the_choice_is_an_empty_plan():
     vector = SteeringVector({0: torch.tensor([1.0, 0.0])})
-    assert len(vector.at(Best(None, 0.0, "add", 0.0))) == 0
+    assert len(vector.at(Best(None, 0.0, "add"))) == 0
 
 
 def test_best_wants_a_name_where_there_are_several_and_knows_only_what_was_searched():
@@ -123,8 +130,7 @@ def test_the_choice_keeps_the_positions_and_the_unit_that_were_searched(llama, v
     normed = replace(vector, resid_norm=dict.fromkeys(range(4), 5.0))
     options = {"layers": [1], "coeffs": [0.5], "operator": "add", "positions": "last", "unit": "resid_norm"}
     found = sweep(llama.model, normed, pairs, max_new_tokens=3, **options)
-    chosen = replace(found.best(), layer=1, coeff=0.5)
-    (step,) = normed.at(chosen)
+    (step,) = normed.at(found.best(subject_to="layer == 1"))
     assert (str(step.positions), step.operator, step.coeff) == ("last", "add", 2.5)
 
 
@@ -135,15 +141,15 @@ def test_candidates_are_sorted_and_counted_once(llama, vector, pairs):
     assert (found.table["n"] == len(pairs)).all()
 
 
-@pytest.mark.parametrize("nothing", [{"layers": []}, {"coeffs": []}])
+@pytest.mark.parametrize("nothing", [{"layers": []}, {"coeffs": []}, {"candidates": []}])
 def test_a_search_without_candidates_is_refused_and_not_taken_for_no_steering(llama, vector, pairs, nothing):
-    with pytest.raises(SteerlensError, match="a search needs a layer and a coefficient to try"):
+    with pytest.raises(SteerlensError, match=r"a search needs a (layer|candidate)"):
         sweep(llama.model, vector, pairs, **nothing)
 
 
 def test_the_papers_layers_must_be_in_the_vector(llama, vector, pairs):
     one_layer = SteeringVector({1: vector.directions[1]}, proj_with={1: 1.0})
-    with pytest.raises(SteerlensError, match=r"for a vector with layers \[1\]"):
+    with pytest.raises(SteerlensError, match=r"needs a layer to try, got 'paper' for .* of \[1\]"):
         sweep(llama.model, one_layer, pairs, layers="paper")
 
 
@@ -160,3 +166,84 @@ def test_bad_searches_are_refused_before_anything_is_generated(llama, vector, pa
         sweep(llama.model, vector, pairs, layers=[9])
     with pytest.raises(DataError, match="every instruction needs a vector, got none for 'punctuation:no_comma'"):
         sweep(llama.model, {"a:b": vector}, pairs)
+
+
+def test_operators_and_positions_are_searched_together_and_come_back_as_they_were(llama, vector, pairs):
+    window = Window(-3, None, "generation")
+    candidates = grid(layers=[2], operators=["add", "set_projection"], positions=["last", window])
+    found = sweep(llama.model, vector, pairs, candidates=candidates, max_new_tokens=2)
+    tried = found.table.dropna(subset=["layer"])
+    assert tried[["operator", "positions"]].drop_duplicates().shape[0] == 4
+    for candidate, row in zip(candidates, tried.to_dict("records"), strict=True):
+        again = found.best(subject_to=f"operator == {row['operator']!r} and positions == {row['positions']!r}")
+        assert vector.at(again).digest == vector.at(candidate).digest
+
+
+def test_a_function_a_list_and_random_draws_are_specs_too(llama, vector, pairs):
+    listed = [Candidate(1), Candidate(3, coeff=0.5)]
+    by_list = sweep(llama.model, vector, pairs, candidates=listed, max_new_tokens=2)
+    by_function = sweep(llama.model, vector, pairs, candidates=lambda v: listed, max_new_tokens=2)
+    pd.testing.assert_frame_equal(by_list.scores, by_function.scores)
+    drawn = draws(3, layers=vector.layers, coeff_range=(1.0, 4.0))
+    random = sweep(llama.model, vector, pairs, candidates=drawn, max_new_tokens=2)
+    assert random.table.dropna(subset=["layer"])["coeff"].tolist() == [one.coeff for one in drawn]
+
+
+def test_the_best_may_be_asked_for_another_objective_under_conditions():
+    frame = scores((None, 0.0, [0, 0], [0, 0]), (2, 1.0, [1, 1], [1, 1]), (4, 1.0, [0, 1], [0, 1]))
+    found = Sweep(frame, choose(frame))
+    assert found.best().layer is None
+    assert found.best(subject_to="degenerate <= 0.5").layer == 4
+    assert found.best(subject_to="n > 0").layer == 2
+    assert found.best(objective="-degenerate", subject_to="rate > 0").layer == 4
+    with pytest.raises(SteerlensError, match="no candidate meets 'rate > 2'"):
+        found.best(subject_to="rate > 2")
+    with pytest.raises(SteerlensError, match="subject_to must be a condition on the table's columns"):
+        found.best(subject_to="speed > 2")
+    with pytest.raises(SteerlensError, match="the objective must be a number in the table, got 'operator'"):
+        found.best(objective="operator")
+
+
+def test_the_front_is_over_all_instructions_and_trades_following_for_quality():
+    frame = scores(
+        (None, 0.0, [0, 0], [0, 0]), (2, 1.0, [1, 1], [1, 1]), (4, 1.0, [0, 1], [0, 1]), (5, 1.0, [0, 1], [1, 1])
+    )
+    front = Sweep(frame, choose(frame)).pareto(minimize=["degenerate"])
+    assert [None if pd.isna(layer) else layer for layer in front["layer"]] == [None, 2, 4]
+
+
+def test_nested_scores_are_chosen_on_other_prompts():
+    """Layer 2 follows on the first half only, layer 4 on the second: what looks best on the rest fails where it is tried."""
+    frame = scores((None, 0.0, [0] * 4, [0] * 4), (2, 1.0, [1, 1, 0, 0], [0] * 4), (4, 1.0, [0, 0, 1, 1], [0] * 4))
+    sweep_ = Sweep(frame, choose(frame))
+    nested = sweep_.nested(folds=4)
+    assert sorted(nested["prompt"]) == ["0", "1", "2", "3"]
+    for row in nested.to_dict("records"):
+        others = frame[frame["prompt"] != row["prompt"]]
+        chosen = choose(others)
+        assert row["layer"] == chosen.loc[chosen["chosen"], "layer"].iloc[0]
+    assert nested["followed"].mean() == 0.0 < sweep_.best().rate
+    with pytest.raises(SteerlensError, match=r"folds must be in \[2, 4\]"):
+        sweep_.nested(folds=5)
+
+
+def test_the_papers_gate_refuses_low_perplexity_and_needs_it_measured(llama, vector, pairs):
+    frame = scores((None, 0.0, [0, 0], [0, 0]), (2, 1.0, [1, 1], [0, 0]), (4, 1.0, [0, 1], [0, 0]))
+    with pytest.raises(DataError, match="the gate 'low_perplexity' needs that column"):
+        choose(frame, "low_perplexity")
+    looping = frame.assign(low_perplexity=frame["layer"].eq(2).fillna(False).astype(bool))
+    table = choose(looping, "low_perplexity")
+    assert table.loc[table["chosen"], "layer"].tolist() == [4]
+    found = sweep(llama.model, vector, pairs, layers=[1], gate="low_perplexity", max_new_tokens=4)
+    assert found.scores["low_perplexity"].tolist() == (found.scores["perplexity"] < 2.5).tolist()
+
+
+def test_trials_are_rows_of_their_own_and_their_spread_is_reported(llama, vector, pairs):
+    options = {"layers": [1], "temperature": 1.0, "max_new_tokens": 6}
+    one, three = (sweep(llama.model, vector, pairs, trials=trials, **options) for trials in (1, 3))
+    assert len(three.scores) == 3 * len(one.scores)
+    first = three.scores[three.scores["trial"] == 0].reset_index(drop=True)
+    assert first["response"].tolist() == one.scores["response"].tolist()
+    assert (three.table["n_trials"] == 3).all()
+    assert three.table["trial_sd"].notna().all()
+    assert one.table["trial_sd"].isna().all()
