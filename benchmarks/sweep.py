@@ -1,0 +1,113 @@
+"""How much faster a sweep is as rows of shared batches than its configurations one after another.
+
+    python benchmarks/sweep.py --out runs/benchmarks/sweep.json
+
+The sweep: 4 layers x 3 coefficients x 12 instructions on `tiny`, greedy. Both contestants call `generate`: the sweep once
+with all rows, the other one configuration at a time, each with its prompts as one batch. They take turns, so that a busy machine
+slows both; what is reported is the ratio, per round. Texts must be identical.
+"""
+
+import json
+import statistics
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import tyro
+
+import steerlens as sl
+from steerlens.candidates import Candidate, grid
+from steerlens.data import PairSet
+from steerlens.model import library_versions
+from steerlens.plan import Plan
+from steerlens.records import write_atomically
+from steerlens.vectors import SteeringVector
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What is measured."""
+
+    out: Path | None = None
+    """A JSON file for the figures; default: print only."""
+    model: str = "tiny"
+    pairs: str = "tiny"
+    layers: tuple[int, ...] = (1, 3, 5, 7)
+    coeffs: tuple[float, ...] = (0.5, 1.0, 1.5)
+    n_prompts: int = 4
+    """Prompts per configuration."""
+    max_new_tokens: int = 32
+    batch_size: int = 256
+    rounds: int = 3
+    positions: str = "all"
+
+
+def prepare(settings: Settings) -> tuple[Any, list[tuple[str, Plan]], list[list[tuple[str, Plan]]]]:
+    """The model, all rows of the sweep, and the same rows by configuration."""
+    model = sl.load_model(settings.model)
+    train, valid, _ = sl.load_pairs(settings.pairs).split()
+    vectors = {
+        name: sl.fit_steering_vector(sl.record_activations(model, group.sample(8)))
+        for name, group in train.by_instruction().items()
+    }
+    candidates = grid(layers=settings.layers, coeffs=settings.coeffs, positions=settings.positions)
+    parts = [
+        configuration(vectors[name], candidate, group.sample(settings.n_prompts))
+        for name, group in valid.by_instruction().items()
+        for candidate in candidates
+    ]
+    return model, [row for part in parts for row in part], parts
+
+
+def configuration(vector: SteeringVector, candidate: Candidate, pairs: PairSet) -> list[tuple[str, Plan]]:
+    plan = vector.at(candidate)
+    return [(prompt, plan) for prompt in pairs.prompts("none")]
+
+
+def texts(model: Any, rows: list[tuple[str, Plan]], settings: Settings) -> list[str]:
+    done = sl.generate(
+        model,
+        [prompt for prompt, _ in rows],
+        steering=[plan for _, plan in rows],
+        max_new_tokens=settings.max_new_tokens,
+        batch_size=settings.batch_size,
+    )
+    return [row.text for row in done]
+
+
+def measure(settings: Settings) -> dict[str, Any]:
+    """Seconds of each round, the ratio, and how many texts differ."""
+    model, rows, parts = prepare(settings)
+    rounds = []
+    different = 0
+    for _ in range(settings.rounds):
+        start = time.perf_counter()
+        together = texts(model, rows, settings)
+        middle = time.perf_counter()
+        one_by_one = [text for part in parts for text in texts(model, part, settings)]
+        end = time.perf_counter()
+        different += sum(a != b for a, b in zip(together, one_by_one, strict=True))
+        rounds.append(
+            {"together": middle - start, "one_by_one": end - middle, "ratio": (end - middle) / (middle - start)}
+        )
+    return {
+        "settings": {key: str(value) for key, value in asdict(settings).items()},
+        "configurations": len(parts),
+        "rows": len(rows),
+        "rounds": rounds,
+        "ratio": statistics.median(one["ratio"] for one in rounds),
+        "different_texts": different,
+        "versions": library_versions(),
+    }
+
+
+def main(settings: Settings) -> None:
+    found = measure(settings)
+    print(json.dumps(found, indent=2))
+    if settings.out is not None:
+        write_atomically(settings.out, json.dumps(found, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Settings))
