@@ -5,6 +5,9 @@ classifies, by the side of the midpoint on which a projection falls, so that `cr
 activations are along that direction. `fit_steering_vector` runs an estimator at every layer of recorded activations.
 """
 
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,9 +18,14 @@ from sklearn.base import BaseEstimator, ClassifierMixin, TransformerMixin
 from sklearn.utils.multiclass import check_classification_targets, type_of_target
 from sklearn.utils.validation import check_is_fitted, validate_data
 from torch import Tensor
+from tqdm import tqdm
 
-from steerlens.capture import ActivationMeans, Activations
+from steerlens.capture import ActivationMeans, Activations, record_activations
+from steerlens.data import PairSet
 from steerlens.errors import SteerlensError
+from steerlens.model import model_digest
+from steerlens.prompts import PromptFormat, template_digest
+from steerlens.records import content_key
 from steerlens.vectors import PROJECTIONS, SteeringVector
 
 ArrayLike = Any
@@ -119,6 +127,41 @@ def fit_steering_vector(activations: Activations | ActivationMeans, *, estimator
         for name, value in projection_statistics(without, with_, direction).items():
             fields[name][layer] = value
     return SteeringVector(**fields, metadata={**activations.metadata, "method": type(estimator).__name__})
+
+
+def fit_vectors(
+    model: Any,
+    sets: Mapping[str, PairSet],
+    *,
+    folder: str | Path | None = None,
+    batch_size: int = 32,
+    prompt_format: PromptFormat = PromptFormat(),
+    progress: bool = False,
+) -> dict[str, SteeringVector]:
+    """One mean-difference vector per named set of pairs; those that the folder holds already are read from there.
+
+    A file is named by a hash of the model's weights, the prompt format and the pairs, so a vector is found again exactly when it
+    would come out the same, under whatever name. Each set is recorded on its own: a vector does not depend on the others.
+
+    Raises:
+        DataError: for an empty set, or a pair without a base query.
+
+    Example:
+        >>> fit_vectors(model, {word: keyword_pairs(queries, word) for word in words})   # doctest: +SKIP
+    """
+    found: dict[str, SteeringVector] = {}
+    settings = [model_digest(model), str(model.cfg.dtype), template_digest(model, prompt_format)]
+    for name, pairs in tqdm(sets.items(), desc="fit", unit="vector", disable=not progress):
+        path = None if folder is None else Path(folder) / f"{content_key([*settings, pairs.content_hash])}.safetensors"
+        if path is not None and path.is_file():
+            found[name] = SteeringVector.load(path)
+            continue
+        activations = record_activations(model, pairs, batch_size=batch_size, prompt_format=prompt_format)
+        # A set is one instruction here, also where its pairs differ in their ids.
+        found[name] = fit_steering_vector(replace(activations, instructions=(name,) * len(pairs)))
+        if path is not None:
+            found[name].save(path)
+    return found
 
 
 def projection_statistics(

@@ -509,10 +509,10 @@ def _import_registry() -> Mapping[str, Any]:
         instructions_util.nltk = types.SimpleNamespace(
             tokenize=nltk.tokenize,
             word_tokenize=lambda text: [
-                word for part in _split_sentences(text) for word in nltk.word_tokenize(part, preserve_line=True)
+                word for part in split_sentences(text) for word in nltk.word_tokenize(part, preserve_line=True)
             ],
         )
-        splitter = types.SimpleNamespace(tokenize=_split_sentences)
+        splitter = types.SimpleNamespace(tokenize=split_sentences)
         instructions_util._get_sentence_tokenizer = lambda: splitter
     registry: Mapping[str, Any] = instructions_registry.INSTRUCTION_DICT
     return registry
@@ -560,7 +560,8 @@ def _detect_language(text: str) -> str:
     return language
 
 
-def _split_sentences(text: str) -> list[str]:
+def split_sentences(text: str) -> list[str]:
+    """The sentences of an English text, by pysbd; line breaks do not end one."""
     import pysbd
 
     # A new segmenter each time, since it keeps the text. Line breaks end a sentence in pysbd, but not in Punkt.
