@@ -10,11 +10,11 @@ import shlex
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
-from steerlens._typing import Operator, RuleName
+from steerlens._typing import Gate, Operator, RuleName
 from steerlens.errors import SteerlensError
 from steerlens.records import RunConfig, pairs_for, writable_folder
 
@@ -40,6 +40,113 @@ def run(
     result = run_job(config, out, command=shlex.join(["steerlens", *sys.argv[1:]]))
     print(result.evaluation)
     print(f"\nreport: {result.report}")
+
+
+def sweep(
+    out: Annotated[Path, tyro.conf.arg(help=OUT)] = Path("runs/sweep"),
+    model: str = "tiny",
+    pairs: str = "auto",
+    instructions: tuple[str, ...] = (),
+    layers: tuple[int, ...] = (),
+    coeffs: tuple[float, ...] = (1.0,),
+    operator: tuple[Operator, ...] = ("set_projection",),
+    positions: tuple[RuleName, ...] = ("all",),
+    unit: Literal["absolute", "resid_norm"] = "absolute",
+    n_random: int | None = None,
+    condition: Literal["vector", "text+vector"] = "vector",
+    gate: Gate = "degenerate",
+    n_train: int = 48,
+    n_valid: int = 8,
+    trials: int = 1,
+    temperature: float = 0.0,
+    max_new_tokens: int = 64,
+    seed: int = 0,
+    batch_size: int = 64,
+    engine: Literal["local", "ray"] = "local",
+    ray_address: str | None = None,
+    n_workers: int | None = None,
+) -> None:
+    """Try layers, coefficients, operators and positions on validation prompts; keep every response, pick the best.
+
+    For example:
+      steerlens sweep --layers 1 3 5 7 --coeffs 0.5 1 1.5 --out runs/sweep
+      steerlens sweep --operator add --unit resid_norm --coeffs 0.25 2 --n-random 40 --trials 3 --temperature 1
+
+    Args:
+        model: A local folder, a named model, or a hub id.
+        pairs: "tiny" or "format" (bundled), or a JSONL file; auto is tiny for the tiny models, else format.
+        instructions: Instruction ids; default all of the pairs.
+        layers: Layers to try; default all.
+        coeffs: Coefficients to try; with --n-random, the lowest and the highest.
+        operator: set_projection, add, or ablate; several are tried.
+        positions: Which tokens to steer; several rules are tried.
+        unit: Of the coefficients of add: absolute, or the layer's mean residual norm.
+        n_random: Draw this many candidates at random, instead of every combination.
+        condition: With the bare query, or with the instruction in the prompt.
+        gate: What a candidate must not lose against no steering.
+        n_train: Training pairs per instruction, at most.
+        n_valid: Validation prompts per instruction, at most.
+        trials: Responses per prompt and candidate; more than one needs a temperature.
+        temperature: 0 is greedy.
+        max_new_tokens: At most this many new tokens for each response.
+        seed: For splits, phrasings, draws and samples.
+        batch_size: Rows per batch.
+        engine: In this process, or on a Ray cluster.
+        ray_address: Of a running Ray cluster; default: one is started here.
+        n_workers: Ray workers; default: as many as the cluster's processors allow.
+    """
+    from steerlens.candidates import draws, grid
+    from steerlens.estimators import fit_vectors
+    from steerlens.job import engine_for, select_pairs
+    from steerlens.model import load_model
+    from steerlens.plot import layer_curve
+    from steerlens.records import write_atomically
+    from steerlens.sweeps import sweep as run_sweep
+
+    config = RunConfig(
+        model=model,
+        pairs=pairs_for(pairs, model),
+        instructions=instructions,
+        n_train=n_train,
+        n_valid=n_valid,
+        seed=seed,
+        engine=engine,
+        ray_address=ray_address,
+        n_workers=n_workers,
+    )
+    folder = writable_folder(out)
+    train, valid, _, _ = select_pairs(config)
+    loaded = load_model(model)
+    chosen = layers or range(int(loaded.cfg.n_layers))
+    options: dict[str, Any] = {"layers": chosen, "operators": operator, "positions": positions, "unit": unit}
+    if n_random is None:
+        candidates = grid(coeffs=coeffs, **options)
+    else:
+        candidates = draws(n_random, coeff_range=(min(coeffs), max(coeffs)), seed=seed, **options)
+    vectors = fit_vectors(loaded, train.by_instruction(), folder=folder / "vectors", progress=True)
+    with engine_for(config) as workers:
+        found = run_sweep(
+            loaded,
+            vectors,
+            valid,
+            candidates=candidates,
+            condition=condition,
+            gate=gate,
+            trials=trials,
+            max_new_tokens=max_new_tokens,
+            temperature=temperature,
+            seed=seed,
+            batch_size=batch_size,
+            out=folder,
+            engine=workers,
+            progress=True,
+        )
+    write_atomically(folder / "sweep.html", layer_curve(found.table).to_html())
+    columns = ["instruction", "layer", "operator", "positions", "coeff", "n", "rate", "low", "high", "degenerate"]
+    print(found.table.loc[found.table["chosen"], columns].to_string(index=False, float_format="{:.3f}".format))
+    print(
+        f"\n{len(found.configurations)} candidates, {len(found.scores)} responses: {folder / 'table.csv'}, sweep.html"
+    )
 
 
 def fit(
@@ -236,6 +343,7 @@ def instructions() -> None:
 
 COMMANDS: dict[str, Callable[..., Any]] = {
     "run": run,
+    "sweep": sweep,
     "fit": fit,
     "generate": generate,
     "evaluate": evaluate,

@@ -14,8 +14,9 @@ perplexity of the response under the unsteered model given the bare query (`qual
 repetition is a broken model, and a rate that the random direction shares is not the vector's.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from typing import Any
 
 import pandas as pd
@@ -53,6 +54,12 @@ class Request:
     @property
     def prompt(self) -> str:
         return self.pair.text(self.condition)
+
+
+Batch = Sequence[Request]
+Record = dict[str, Any]
+Engine = Callable[["Sampler", Sequence[Batch]], Iterator[tuple[int, list[Record]]]]
+"""What answers batches: for each its place and its records, as they are done."""
 
 
 def requests_for(
@@ -110,6 +117,7 @@ class Sampler:
     Args:
         journal: Where generations are kept; None keeps them in memory.
         batch_size: Rows per batch. A batch is written once all of its rows have stopped.
+        engine: What answers batches, in any order; default: this process, one after another (see `engines` for Ray).
     """
 
     def __init__(
@@ -120,9 +128,11 @@ class Sampler:
         prompt_format: PromptFormat = PromptFormat(),
         batch_size: int = 16,
         journal: Journal | None = None,
+        engine: "Engine | None" = None,
         progress: bool = False,
     ) -> None:
         self.model, self.sampling, self.prompt_format = model, sampling, prompt_format
+        self.engine = self._here if engine is None else partial(engine, self)
         self.batch_size, self.journal, self.progress = batch_size, journal, progress
         self.records: dict[str, dict[str, Any]] = {} if journal is None else journal.records
         self.greedy = sampling.temperature == 0
@@ -165,46 +175,54 @@ class Sampler:
         total = sum(map(len, missing))
         with tqdm(total=total, desc="generate", unit="row", disable=not self.progress or not total) as bar:
             n_tokens = 0
-            for batch in missing:
-                found = self._batch([by_key[key] for key in batch])
+            for place, found in self.engine([[by_key[key] for key in batch] for batch in missing]):
+                batch = missing[place]
                 self._keep({"key": key, **record} for key, record in zip(batch, found, strict=True))
                 n_tokens += sum(len(record["tokens"]) for record in found)
                 bar.update(len(batch))
                 bar.set_postfix_str(f"{n_tokens / max(bar.format_dict['elapsed'], 1e-9):.0f} tok/s")
         return [self.records[key] for key in request_keys]
 
-    def _batch(self, requests: Sequence[Request]) -> list[dict[str, Any]]:
-        rows: list[Generation] = list(
-            stream(
-                self.model,
-                [request.prompt for request in requests],
-                steering=[request.plan for request in requests],
-                sampling=self.sampling,
-                seed=[request.seed for request in requests],
-                batch_size=len(requests),
-                prompt_format=self.prompt_format,
-            )
-        )
-        rows.sort(key=lambda row: row.index)
-        return [
-            {
-                "prompt": request.prompt,
-                "text": row.text,
-                "finish_reason": row.finish_reason,
-                "seed": row.seed,
-                "n_steered": row.n_steered,
-                "plan": [step.record() for step in request.plan.active],
-                "prompt_tokens": list(row.prompt_tokens),
-                "tokens": list(row.tokens),
-            }
-            for request, row in zip(requests, rows, strict=True)
-        ]
+    def _here(self, batches: Sequence[Batch]) -> Iterator[tuple[int, list[Record]]]:
+        for place, batch in enumerate(batches):
+            yield place, answer(self.model, batch, self.sampling, self.prompt_format)
 
     def _keep(self, records: Iterable[dict[str, Any]]) -> None:
         if self.journal is not None:
             self.journal.append(records)
         else:
             self.records.update((record["key"], record) for record in records)
+
+
+def answer(
+    model: Any, batch: Batch, sampling: SamplingConfig, prompt_format: PromptFormat = PromptFormat()
+) -> list[Record]:
+    """The records of one batch of requests, in their order: text, tokens, and what they came from."""
+    rows: list[Generation] = list(
+        stream(
+            model,
+            [request.prompt for request in batch],
+            steering=[request.plan for request in batch],
+            sampling=sampling,
+            seed=[request.seed for request in batch],
+            batch_size=len(batch),
+            prompt_format=prompt_format,
+        )
+    )
+    rows.sort(key=lambda row: row.index)
+    return [
+        {
+            "prompt": request.prompt,
+            "text": row.text,
+            "finish_reason": row.finish_reason,
+            "seed": row.seed,
+            "n_steered": row.n_steered,
+            "plan": [step.record() for step in request.plan.active],
+            "prompt_tokens": list(row.prompt_tokens),
+            "tokens": list(row.tokens),
+        }
+        for request, row in zip(batch, rows, strict=True)
+    ]
 
 
 @dataclass(frozen=True, eq=False)

@@ -12,7 +12,7 @@ never finds an old answer.
 import contextlib
 import json
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -23,12 +23,21 @@ from steerlens.capture import record_activations
 from steerlens.data import CONDITIONS, PairSet, load_pairs, query_key
 from steerlens.errors import DataError, SteerlensError
 from steerlens.estimators import fit_steering_vector
-from steerlens.evaluation import Evaluation, Sampler, requests_for, score
+from steerlens.evaluation import Engine, Evaluation, Sampler, requests_for, score
 from steerlens.instructions import sentence_splitter
 from steerlens.model import check_layer, library_versions, load_model, model_digest, model_facts, model_id
 from steerlens.prompts import PromptFormat, encode_all, template_digest
 from steerlens.quality import Quality
-from steerlens.records import Journal, RunConfig, content_key, pairs_for, writable_folder, write_atomically
+from steerlens.records import (
+    PLACE,
+    Journal,
+    RunConfig,
+    content_key,
+    json_lines,
+    pairs_for,
+    writable_folder,
+    write_atomically,
+)
 from steerlens.report import write_report
 from steerlens.sampling import SamplingConfig
 from steerlens.sweeps import Sweep, candidate_layers, grid_spec, search
@@ -60,6 +69,10 @@ def run(
     Raises:
         SteerlensError: before anything is generated, if a setting, a file or the folder will not do.
     """
+    if model is not None and config.engine == "ray":
+        raise SteerlensError(
+            "Ray workers load the model themselves, and one was handed over loaded; name it in the settings"
+        )
     folder = writable_folder(out)
     name = config.model if model is None else model_id(model)
     config = replace(config, pairs=pairs_for(config.pairs, name))
@@ -74,7 +87,7 @@ def run(
     identity = run_identity(config, model, train, valid, test)
     _start(folder, config, identity)
     vectors = _vectors(folder, config, model, train, progress=progress)
-    with Journal(folder / "generations.jsonl") as journal:
+    with Journal(folder / "generations.jsonl") as journal, engine_for(config) as engine:
 
         def sampler(tokens: int) -> Sampler:
             return Sampler(
@@ -83,6 +96,7 @@ def run(
                 prompt_format=_prompt_format(config),
                 batch_size=config.batch_size,
                 journal=journal,
+                engine=engine,
                 progress=progress,
             )
 
@@ -119,6 +133,28 @@ def run(
     facts = _facts(config, model, identity, (train, valid, test), found, notes, command)
     report = _write_results(folder, config, evaluation, found, facts)
     return RunResult(folder, evaluation, found, vectors, report, facts)
+
+
+@contextlib.contextmanager
+def engine_for(config: RunConfig) -> Iterator[Engine | None]:
+    """The engine that the settings ask for; None answers in this process.
+
+    Raises:
+        SteerlensError: if Ray is not installed or not reached.
+    """
+    if config.engine == "local":
+        yield None
+        return
+    from steerlens.engines import ray_engine
+
+    with ray_engine(
+        config.model,
+        address=config.ray_address,
+        n_workers=config.n_workers,
+        dtype=config.dtype,
+        device=config.device,
+    ) as engine:
+        yield engine
 
 
 SEARCHED: tuple[Literal["vector", "text+vector"], ...] = ("vector", "text+vector")
@@ -191,7 +227,7 @@ def _at_most(pairs: PairSet, n: int, seed: int) -> PairSet:
 
 def run_identity(config: RunConfig, model: Any, *parts: PairSet) -> str:
     """A hash of the settings, the model's weights and the prompts: equal for runs with equal results."""
-    settings = {key: value for key, value in asdict(config).items() if key not in ("model", "pairs", "data", "device")}
+    settings = {key: value for key, value in asdict(config).items() if key not in ("model", "pairs", "data", *PLACE)}
     return content_key([settings, model_digest(model), [part.content_hash for part in parts]])
 
 
@@ -306,17 +342,13 @@ def _write_results(
     tables = {condition: one.table for condition, one in found.items()}
     searched = pd.concat([one.scores for one in found.values()])
     search_table = pd.concat([table.assign(condition=condition) for condition, table in tables.items()])
-    write_atomically(folder / "scores.jsonl", _json_lines(evaluation.scores))
-    write_atomically(folder / "search_scores.jsonl", _json_lines(searched))
+    write_atomically(folder / "scores.jsonl", json_lines(evaluation.scores))
+    write_atomically(folder / "search_scores.jsonl", json_lines(searched))
     write_atomically(folder / "table.csv", evaluation.table.to_csv(index=False))
     write_atomically(folder / "comparisons.csv", evaluation.comparisons.to_csv(index=False))
     write_atomically(folder / "search.csv", search_table.to_csv(index=False))
     title = f"{facts['model']}: instruction vectors from {Path(config.pairs).name}"
     return write_report(folder / "report.html", scores=evaluation.scores, search=tables, facts=facts, title=title)
-
-
-def _json_lines(frame: pd.DataFrame) -> str:
-    return str(frame.to_json(orient="records", lines=True, force_ascii=False))
 
 
 def _prompt_format(config: RunConfig) -> PromptFormat:

@@ -15,10 +15,13 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from steerlens._typing import Gate, Operator, RuleName, Style
 from steerlens.errors import DataError
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 
 @dataclass(frozen=True)
@@ -80,6 +83,16 @@ class RunConfig:
     """Of the weights: float32, bfloat16 or float16."""
     device: str | None = None
     """As in PyTorch; default: the best one present."""
+    engine: Literal["local", "ray"] = "local"
+    """Where responses are generated: in this process, or on a Ray cluster, with the same results."""
+    ray_address: str | None = None
+    """Of a running Ray cluster; default: one is started on this machine."""
+    n_workers: int | None = None
+    """Ray workers; default: as many as the cluster's processors allow."""
+
+
+PLACE = ("device", "engine", "ray_address", "n_workers")
+"""Settings that say where a run runs, not what comes out."""
 
 
 def pairs_for(pairs: str, model: str) -> str:
@@ -134,6 +147,11 @@ def write_atomically(path: str | os.PathLike[str], text: str) -> Path:
     with atomic_path(path) as scratch:
         scratch.write_text(text, encoding="utf-8", newline="\n")
     return Path(path)
+
+
+def json_lines(frame: "pd.DataFrame") -> str:
+    """A frame as JSON lines, one row each."""
+    return str(frame.to_json(orient="records", lines=True, force_ascii=False))
 
 
 class Journal:

@@ -15,7 +15,9 @@ prompts made, and generates nothing for that.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, fields
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -25,14 +27,14 @@ from steerlens._typing import Gate, Operator
 from steerlens.candidates import UNSTEERED, Candidate, Unit, grid
 from steerlens.data import PairSet
 from steerlens.errors import DataError, SteerlensError, nearest
-from steerlens.evaluation import Request, Sampler, requests_for, score
+from steerlens.evaluation import Engine, Request, Sampler, requests_for, score
 from steerlens.metrics import pareto_front, quality_table, rate_table, trial_spread
 from steerlens.model import check_layer
 from steerlens.plan import Plan
 from steerlens.positions import Window
 from steerlens.prompts import PromptFormat
 from steerlens.quality import Quality
-from steerlens.records import derived_seed
+from steerlens.records import Journal, derived_seed, json_lines, writable_folder, write_atomically
 from steerlens.sampling import SamplingConfig
 from steerlens.vectors import SteeringVector
 
@@ -123,6 +125,11 @@ class Sweep:
                 parts.append(_rows_of(group[fold == held_out], row).assign(fold=held_out))
         return pd.concat(parts, ignore_index=True)
 
+    def save(self, folder: str | Path) -> None:
+        """Write scores.jsonl (one row per response) and table.csv (one per instruction and candidate) into a folder."""
+        write_atomically(Path(folder) / "scores.jsonl", json_lines(self.scores))
+        write_atomically(Path(folder) / "table.csv", self.table.to_csv(index=False))
+
     def _repr_html_(self) -> str:
         return str(self.table.to_html(index=False, float_format="{:.3f}".format))
 
@@ -155,6 +162,8 @@ def sweep(
     seed: int = 0,
     batch_size: int = 64,
     prompt_format: PromptFormat = PromptFormat(),
+    out: str | Path | None = None,
+    engine: Engine | None = None,
     progress: bool = False,
 ) -> Sweep:
     """The rate of every candidate on validation prompts, and the choice for each instruction.
@@ -169,23 +178,40 @@ def sweep(
         gate: The quality that a candidate must not lose.
         quality: What scores the responses; default: perplexity under the model itself where the gate asks for it.
         trials: Responses per prompt and candidate; more than one needs a temperature.
+        out: A folder that keeps every response as it is made (generations.jsonl), so that the same sweep goes on where it was
+            cut short and a larger one generates only what is new; scores.jsonl and table.csv are written at the end.
+        engine: Where responses are generated; default: in this process (see `engines.ray_engine`).
 
     Raises:
         DataError: if there are no pairs, or an instruction has no vector.
         SteerlensError: if a layer is out of range or not in a vector, or there is no candidate.
     """
-    sampler = Sampler(
-        model,
-        sampling=SamplingConfig(max_new_tokens, temperature),
-        prompt_format=prompt_format,
-        batch_size=batch_size,
-        progress=progress,
-    )
     if candidates is None:
         candidates = grid_spec(model, layers=layers, coeffs=coeffs, operator=operator, positions=positions, unit=unit)
-    return search(
-        sampler, vectors, pairs, candidates, condition=condition, gate=gate, quality=quality, trials=trials, seed=seed
-    )
+    with nullcontext() if out is None else Journal(writable_folder(out) / "generations.jsonl") as journal:
+        sampler = Sampler(
+            model,
+            sampling=SamplingConfig(max_new_tokens, temperature),
+            prompt_format=prompt_format,
+            batch_size=batch_size,
+            journal=journal,
+            engine=engine,
+            progress=progress,
+        )
+        found = search(
+            sampler,
+            vectors,
+            pairs,
+            candidates,
+            condition=condition,
+            gate=gate,
+            quality=quality,
+            trials=trials,
+            seed=seed,
+        )
+    if out is not None:
+        found.save(out)
+    return found
 
 
 def grid_spec(

@@ -53,7 +53,7 @@ def test_help_is_quick_and_has_examples():
     assert "steerlens run --model smollm2-135m" in done.stdout
 
 
-@pytest.mark.parametrize("command", ["run", "fit", "generate", "evaluate", "info", "models", "instructions"])
+@pytest.mark.parametrize("command", ["run", "sweep", "fit", "generate", "evaluate", "info", "models", "instructions"])
 def test_every_command_explains_itself(steerlens, command):
     done = steerlens(command, "--help")
     assert done.returncode == 0
@@ -127,3 +127,19 @@ def test_a_closed_pipe_is_no_error():
     done = subprocess.run(["bash", "-c", f"set -o pipefail; {command}"], capture_output=True, text=True, check=False)
     assert "Traceback" not in done.stderr
     assert "BrokenPipe" not in done.stderr
+
+
+def test_a_sweep_keeps_its_responses_and_prints_what_it_chose(steerlens, tiny_folders, pairs_file, tmp_path):
+    command = ("sweep", "--model", tiny_folders["llama"], "--pairs", pairs_file, "--layers", 1, 3, "--out", tmp_path)
+    common = (*command, "--max-new-tokens", 6, "--n-valid", 2)
+    done = steerlens(*common, "--coeffs", 0.5, 1, "--operator", "set_projection", "ablate")
+    assert done.returncode == 0, done.stderr
+    assert "9 candidates, 9 responses" in done.stdout
+    assert {path.name for path in tmp_path.iterdir()} == {
+        *("vectors", "generations.jsonl", "scores.jsonl", "table.csv", "sweep.html"),
+    }
+    drawn = steerlens(*common, "--n-random", 3, "--coeffs", 0.5, 2, "--temperature", 1, "--trials", 2)
+    assert "4 candidates, 8 responses" in drawn.stdout
+    refused = steerlens(*common, "--trials", 2)
+    assert refused.returncode == 2
+    assert "several trials need a temperature" in refused.stderr

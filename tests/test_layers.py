@@ -24,6 +24,7 @@ LAYERS = {
     5: ("sampling",),
     5.5: ("quality",),
     6: ("evaluation",),
+    6.5: ("engines",),
     7: ("sweeps",),
     8: ("report",),
     8.5: ("job",),

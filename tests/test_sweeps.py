@@ -6,6 +6,7 @@ import pandas as pd
 import pytest
 import torch
 
+from steerlens import evaluation
 from steerlens.candidates import Candidate, draws, grid
 from steerlens.data import InstructionPair, PairSet
 from steerlens.errors import DataError, ModelError, SteerlensError
@@ -247,3 +248,30 @@ def test_trials_are_rows_of_their_own_and_their_spread_is_reported(llama, vector
     assert (three.table["n_trials"] == 3).all()
     assert three.table["trial_sd"].notna().all()
     assert one.table["trial_sd"].isna().all()
+
+
+def test_a_sweep_with_a_folder_goes_on_where_it_was_cut_short(llama, vector, pairs, tmp_path, monkeypatch):
+    options = {"layers": [1, 3], "coeffs": [1.0, 2.0], "max_new_tokens": 6, "batch_size": 4}
+    whole = sweep(llama.model, vector, pairs, out=tmp_path / "whole", **options)
+    original, calls = evaluation.answer, []
+
+    def dies(*args, **kwargs):
+        calls.append(1)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return original(*args, **kwargs)
+
+    monkeypatch.setattr("steerlens.evaluation.answer", dies)
+    with pytest.raises(KeyboardInterrupt):
+        sweep(llama.model, vector, pairs, out=tmp_path / "cut", **options)
+    assert not (tmp_path / "cut" / "table.csv").exists()
+    kept = (tmp_path / "cut" / "generations.jsonl").read_text()
+    assert kept.count("\n") == 8
+    sweep(llama.model, vector, pairs, out=tmp_path / "cut", **options)
+    assert (tmp_path / "cut" / "generations.jsonl").read_text().startswith(kept)
+    for name in ("scores.jsonl", "table.csv"):
+        assert (tmp_path / "cut" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+    lines = (tmp_path / "cut" / "generations.jsonl").read_text().count("\n")
+    more = sweep(llama.model, vector, pairs, out=tmp_path / "cut", **{**options, "layers": [1, 2, 3]})
+    assert len(more.table) == len(whole.table) + 2
+    assert (tmp_path / "cut" / "generations.jsonl").read_text().count("\n") == lines + 2 * len(pairs)

@@ -1,0 +1,176 @@
+"""Engines: what answers the batches of a sampler, here or on a Ray cluster.
+
+A batch is answered whole by one worker, and batches are formed by the sampler before an engine sees them. So rows share the same
+batches, and round alike, on one machine and on many; workers use as many threads as this process. Every worker loads the model
+once, says which weights it holds (a worker with others is refused), and answers batches until none is left. This process alone
+writes what comes back, in the order in which it comes.
+
+A worker that dies, with its node or without, takes only its batch with it: another one starts in its place, and the batch goes to
+the next that is free. A batch that kills three workers is given up with an error.
+"""
+
+import logging
+from collections import Counter, deque
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from steerlens.errors import SteerlensError
+from steerlens.evaluation import Batch, Record, Sampler, answer
+from steerlens.model import load_model, model_digest
+
+TRIES = 3
+"""So often a batch, or the start of a worker, may be cut short by a death before the run is given up."""
+
+
+@contextmanager
+def ray_engine(
+    model: str,
+    *,
+    address: str | None = None,
+    n_workers: int | None = None,
+    dtype: str = "float32",
+    device: str | None = None,
+) -> Iterator["RayEngine"]:
+    """An engine on a Ray cluster, shut down at the end; give it to a `Sampler` of the same model.
+
+    Args:
+        model: What workers load: a name or hub id, or a folder that every node can read.
+        address: Of a running cluster; default: one is started on this machine.
+        n_workers: Default: as many as the cluster's processors allow, each with this process's number of threads.
+
+    Raises:
+        SteerlensError: if Ray is not installed, or the cluster cannot be reached.
+    """
+    try:
+        import ray
+    except ImportError as error:
+        raise SteerlensError('--engine ray needs Ray, which is not installed; pip install "steerlens[ray]"') from error
+    mine = not ray.is_initialized()
+    if mine:
+        try:
+            ray.init(address=address, include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
+        except (ConnectionError, ValueError, RuntimeError) as error:
+            raise SteerlensError(
+                f"a Ray cluster must answer at {address!r}: {error}; start one, or leave the address out"
+            ) from error
+    engine = RayEngine(ray, model, n_workers, torch.get_num_threads(), dtype, device)
+    try:
+        yield engine
+    finally:
+        engine.close()
+        if mine:
+            ray.shutdown()
+
+
+class _Worker:
+    """What runs on a worker: a model, loaded once."""
+
+    def __init__(self, model: str, dtype: str, device: str | None, n_threads: int) -> None:
+        torch.set_num_threads(n_threads)
+        self.model = load_model(model, dtype=dtype, device=device, progress=False)
+
+    def digest(self) -> str:
+        return model_digest(self.model)
+
+    def answer(self, batch: Batch, sampling: Any, prompt_format: Any) -> list[Record]:
+        return answer(self.model, batch, sampling, prompt_format)
+
+
+@dataclass
+class RayEngine:
+    """Workers that answer batches; made by `ray_engine`."""
+
+    ray: Any
+    model: str
+    n_workers: int | None
+    n_threads: int
+    dtype: str
+    device: str | None
+    starting: dict[Any, Any] = field(default_factory=dict)
+    """Reference to a worker's digest -> the worker that is loading its model."""
+    idle: list[Any] = field(default_factory=list)
+    deaths: int = 0
+    """Workers that died so far."""
+
+    def __call__(self, sampler: Sampler, batches: Sequence[Batch]) -> Iterator[tuple[int, list[Record]]]:
+        """Each batch's place and records, as workers finish."""
+        waiting = deque(range(len(batches)))
+        tries: Counter[int] = Counter()
+        busy: dict[Any, tuple[Any, int]] = {}
+        expected = model_digest(sampler.model)
+        for _ in range(min(self._size(), len(batches)) - len(self.idle) - len(self.starting)):
+            self._start()
+        try:
+            while waiting or busy:
+                while self.idle and waiting:
+                    worker, place = self.idle.pop(), waiting.popleft()
+                    busy[worker.answer.remote(batches[place], sampler.sampling, sampler.prompt_format)] = (
+                        worker,
+                        place,
+                    )
+                (done,), _ = self.ray.wait([*busy, *self.starting], num_returns=1)
+                if done in self.starting:
+                    self._started(done, expected)
+                    continue
+                worker, place = busy.pop(done)
+                try:
+                    records = self.ray.get(done)
+                except self.ray.exceptions.RayActorError as error:
+                    self.deaths += 1
+                    tries[place] += 1
+                    if tries[place] >= TRIES:
+                        raise SteerlensError(
+                            f"a batch must not kill its worker, and one of {len(batches[place])} rows did so {TRIES} times: "
+                            f"{error}; is the worker short of memory? Lower batch_size"
+                        ) from error
+                    waiting.appendleft(place)
+                    self._start()
+                    continue
+                self.idle.append(worker)
+                yield place, records
+        finally:
+            for worker, _ in busy.values():  # cut short: what they are at is not wanted any more
+                self.ray.kill(worker)
+
+    def _size(self) -> int:
+        fitting = int(self.ray.cluster_resources().get("CPU", 1)) // self.n_threads
+        return max(1, fitting if self.n_workers is None else self.n_workers)
+
+    def _start(self) -> None:
+        # A worker that asks for more processors than any node has would wait for ever.
+        largest = max((node["Resources"].get("CPU", 0) for node in self.ray.nodes() if node["Alive"]), default=1)
+        worker = (
+            self.ray.remote(_Worker)
+            .options(num_cpus=min(self.n_threads, largest))
+            .remote(self.model, self.dtype, self.device, self.n_threads)
+        )
+        self.starting[worker.digest.remote()] = worker
+
+    def _started(self, done: Any, expected: str) -> None:
+        worker = self.starting.pop(done)
+        try:
+            digest = self.ray.get(done)
+        except self.ray.exceptions.RayActorError as error:
+            self.deaths += 1
+            if "creation" in str(error).lower() or self.deaths >= TRIES + self._size():
+                raise SteerlensError(
+                    f"a worker must be able to load {self.model!r}, got: {error}; every node needs steerlens and the model"
+                ) from error
+            self._start()
+            return
+        if digest != expected:
+            raise SteerlensError(
+                f"workers must hold this process's weights (digest {expected}), and one loaded {self.model!r} with {digest}; "
+                "use one folder that every node can read"
+            )
+        self.idle.append(worker)
+
+    def close(self) -> None:
+        """End all workers."""
+        for worker in [*self.idle, *self.starting.values()]:
+            self.ray.kill(worker)
+        self.idle, self.starting = [], {}
