@@ -8,12 +8,16 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from steerlens.calibration import calibrate
+    from steerlens.candidates import Candidate, draws, grid
     from steerlens.capture import ActivationMeans, Activations, record_activations, record_means
     from steerlens.comparisons import bootstrap_mean, compare_conditions, holm, mcnemar
     from steerlens.data import InstructionPair, PairSet, load_pairs
+    from steerlens.engines import ray_engine
     from steerlens.errors import DataError, ModelError, SteerlensError
-    from steerlens.estimators import MeanDifference, fit_steering_vector
+    from steerlens.estimators import MeanDifference, fit_steering_vector, fit_vectors
     from steerlens.evaluation import Evaluation, evaluate
+    from steerlens.families import keyword_pairs, length_pairs, sentence_count, sentence_pairs
     from steerlens.instructions import check, format_instructions, register_check
     from steerlens.job import RunResult, run
     from steerlens.judge import Judge, Judgement, judge_frame
@@ -21,34 +25,42 @@ if TYPE_CHECKING:
     from steerlens.plan import Intervention, Plan
     from steerlens.positions import Window
     from steerlens.prompts import PromptFormat
+    from steerlens.quality import Quality
     from steerlens.records import RunConfig
     from steerlens.report import write_report
     from steerlens.sampling import Generation, SamplingConfig, generate, stream
     from steerlens.steerability import agreement, d_prime, sample_slopes, steerability_summary
     from steerlens.steering import steer
     from steerlens.sweeps import Best, Sweep, sweep
+    from steerlens.transfer import RidgeMap, fit_ridge_map
     from steerlens.vectors import SteeringVector
 
 _HOME = {
+    "calibration": ("calibrate",),
+    "candidates": ("Candidate", "draws", "grid"),
     "capture": ("ActivationMeans", "Activations", "record_activations", "record_means"),
     "comparisons": ("bootstrap_mean", "compare_conditions", "holm", "mcnemar"),
     "data": ("InstructionPair", "PairSet", "load_pairs"),
     "errors": ("DataError", "ModelError", "SteerlensError"),
-    "estimators": ("MeanDifference", "fit_steering_vector"),
+    "engines": ("ray_engine",),
+    "estimators": ("MeanDifference", "fit_steering_vector", "fit_vectors"),
     "evaluation": ("Evaluation", "evaluate"),
     "sampling": ("Generation", "SamplingConfig", "generate", "stream"),
+    "families": ("keyword_pairs", "length_pairs", "sentence_count", "sentence_pairs"),
     "instructions": ("check", "format_instructions", "register_check"),
     "judge": ("Judge", "Judgement", "judge_frame"),
     "model": ("load_model",),
     "plan": ("Intervention", "Plan"),
     "positions": ("Window",),
     "prompts": ("PromptFormat",),
+    "quality": ("Quality",),
     "records": ("RunConfig",),
     "report": ("write_report",),
     "job": ("RunResult", "run"),
     "steerability": ("agreement", "d_prime", "sample_slopes", "steerability_summary"),
     "steering": ("steer",),
     "sweeps": ("Best", "Sweep", "sweep"),
+    "transfer": ("RidgeMap", "fit_ridge_map"),
     "vectors": ("SteeringVector",),
 }
 _MODULE_OF = {name: module for module, names in _HOME.items() for name in names}
