@@ -343,6 +343,7 @@ def _score(request: Request, record: Mapping[str, Any]) -> dict[str, Any]:
         "distinct_2": distinct_n(text),
         "n_tokens": len(record["tokens"]),
         "finish_reason": record["finish_reason"],
+        "query": pair.query,
         "prompt": request.prompt,
         "response": text,
         "key": record["key"],

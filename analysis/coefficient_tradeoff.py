@@ -1,0 +1,121 @@
+"""Following against quality as the coefficient grows (Stolfo et al. 2025, answers to reviewers; PASTA's sweep in AISteer360).
+
+    python analysis/coefficient_tradeoff.py --out runs/analysis/coefficient_tradeoff
+
+Format vectors are added at one layer, the best of a small search, with coefficients in units of the layer's mean residual norm; a
+second series takes every layer at coefficients calibrated to equal divergence from the unsteered model. Quality is the perplexity
+of the response under the unsteered model, its repetition, and the divergence in nats per token. The front is what no
+configuration beats in following without losing in repetition. Instructions that no coefficient moves as far as a divergence are
+left out of its series; `n` says how many responses remain.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import pandas as pd
+import plotly.graph_objects as go
+import tyro
+from plotly.subplots import make_subplots
+from study import Frames, Study, conduct, lab, line
+
+from steerlens.calibration import calibrate
+from steerlens.candidates import grid
+from steerlens.estimators import fit_vectors
+from steerlens.metrics import pareto_front
+from steerlens.plot import CONDITION_COLORS
+from steerlens.quality import Quality
+from steerlens.sweeps import search, summary
+
+
+@dataclass(frozen=True)
+class Settings(Study):
+    out: Path = Path("runs/analysis/coefficient_tradeoff")
+    coeffs: tuple[float, ...] = (0.125, 0.25, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0)
+    """In mean residual norms."""
+    target_kl: tuple[float, ...] = (0.1, 0.5, 2.0)
+    """Divergences to calibrate to, in nats per token."""
+
+
+def measure(settings: Settings) -> Frames:
+    quality = Quality(kl=True)
+    with lab(settings) as here:
+        train, valid, test = here.format_pairs()
+        vectors = fit_vectors(here.model, train.by_instruction(), progress=True)
+        best = here.best_for_all(
+            [(vectors[name], pairs) for name, pairs in valid.by_instruction().items()], here.steps(0.5, 1.0)
+        )
+        layer = here.layers[0] if best.layer is None else best.layer
+        rows = grid(
+            layers=[layer], coeffs=settings.coeffs, operators="add", positions=best.positions, unit="resid_norm"
+        )
+        swept = search(here.sampler, vectors, test, rows, quality=quality).configurations
+        calibrated = []
+        for target in settings.target_kl:
+            options = {"target_kl": target, "layers": list(here.layers), "positions": best.positions}
+            prompts = valid.prompts("none")[: settings.n_valid]
+            found = [
+                search(here.sampler, vector, test.filter(name), steps, quality=quality).scores.dropna(subset=["layer"])
+                for name, vector in vectors.items()
+                if (steps := calibrate(here.model, vector, prompts, **options))
+            ]
+            if found:
+                calibrated.append(by_layer(pd.concat(found)).assign(target_kl=target))
+    return {"tradeoff": swept, "calibrated": pd.concat(calibrated)}
+
+
+def by_layer(scores: pd.DataFrame) -> pd.DataFrame:
+    """Each layer over all instructions, whose coefficients differ."""
+    return summary(scores, ["layer"])
+
+
+def draw(frames: Frames) -> dict[str, go.Figure]:
+    swept = frames["tradeoff"]
+    front = pareto_front(swept, maximize=["rate"], minimize=["mean_repetition"]).sort_values("mean_repetition")
+    figure = make_subplots(cols=2, horizontal_spacing=0.12)
+    orange, grey = CONDITION_COLORS["vector"], CONDITION_COLORS["random"]
+    steered = swept.dropna(subset=["layer"])
+    line(figure, steered, "coeff", "followed", orange, row=1, col=1)
+    line(figure, steered, "coeff", "degenerate", grey, y="degenerate", dash="dot", row=1, col=1)
+    labels = [
+        "none" if pd.isna(layer) else f"{coeff:g}" for layer, coeff in zip(swept["layer"], swept["coeff"], strict=True)
+    ]
+    figure.add_scatter(
+        x=swept["mean_repetition"], y=swept["rate"], mode="markers+text", text=labels, textposition="top center",
+        marker={"size": 10, "color": orange}, name="coefficient", showlegend=False, row=1, col=2,
+    )  # fmt: skip
+    figure.add_scatter(
+        x=front["mean_repetition"], y=front["rate"], mode="lines", line={"color": "#1F2328", "dash": "dot"},
+        name="Pareto front", row=1, col=2,
+    )  # fmt: skip
+    figure.update_yaxes(tickformat=".0%", range=[0, 1.05])
+    figure.update_yaxes(title_text="responses", row=1, col=1)
+    figure.update_xaxes(title_text="coefficient, in mean residual norms", type="log", row=1, col=1)
+    figure.update_xaxes(title_text="repeated trigrams", tickformat=".0%", row=1, col=2)
+    layer = int(steered["layer"].iloc[0])
+    figure.update_layout(
+        title_text=f"Format vectors added at layer {layer}: following and quality",
+        width=1000,
+        height=460,
+        margin={"t": 90},
+    )
+    return {"tradeoff": figure, "calibrated": draw_calibrated(frames["calibrated"])}
+
+
+def draw_calibrated(table: pd.DataFrame) -> go.Figure:
+    figure = go.Figure()
+    for color, (target, rows) in zip(
+        ("#F2A66B", "#D55E00", "#8A3C00", "#4A2000"), table.groupby("target_kl"), strict=False
+    ):
+        line(figure, rows, "layer", f"{target:g} nats per token", color)
+    figure.update_xaxes(title_text="steered layer")
+    figure.update_yaxes(title_text="followed", tickformat=".0%", range=[0, 1])
+    return figure.update_layout(
+        title_text="Layers at equal force: format vectors at calibrated coefficients",
+        width=900,
+        height=440,
+        margin={"t": 90},
+    )
+
+
+if __name__ == "__main__":
+    conduct(tyro.cli(Settings, description=__doc__), measure, draw, ["tradeoff", "calibrated"])

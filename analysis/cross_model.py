@@ -1,0 +1,101 @@
+"""Vectors of one model in another: as they are, and through a ridge map (Stolfo et al. 2025, section 7, and beyond).
+
+    python analysis/cross_model.py --out runs/analysis/cross_model                                      # tiny -> tiny-base
+    python analysis/cross_model.py --out runs/analysis/cross_real --source smollm2-135m --model tiny    # other architecture
+
+Format vectors are fitted in the source and applied to the target (`--model`), whose layers are searched anew. "as it is" needs
+equal widths and depths; "mapped" fits the vector on activations that went through a ridge map, fitted on residuals of the same
+training texts in both models. `r2.csv` says how well the map predicts residuals of unseen texts, layer by layer. The target's own
+vectors and random directions of equal norm stand beside them; tests are bare queries.
+"""
+
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+
+import pandas as pd
+import plotly.graph_objects as go
+import tyro
+from plotly.subplots import make_subplots
+from study import Frames, Study, conduct, lab
+
+from steerlens.candidates import grid
+from steerlens.capture import record_activations
+from steerlens.estimators import fit_steering_vector
+from steerlens.evaluation import requests_for, score
+from steerlens.metrics import rate_table
+from steerlens.model import load_model
+from steerlens.quality import Quality
+from steerlens.sweeps import search
+from steerlens.transfer import fit_ridge_map
+
+
+@dataclass(frozen=True)
+class Settings(Study):
+    out: Path = Path("runs/analysis/cross_model")
+    model: str = "tiny-base"
+    """The target."""
+    source: str = "tiny"
+    """Where the vectors come from."""
+
+
+def measure(settings: Settings) -> Frames:
+    quality = Quality(perplexity=False)
+    source = load_model(settings.source)
+    with lab(settings) as here, warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*was fitted in")  # that is the experiment
+        train, valid, test = here.format_pairs()
+        theirs = record_activations(source, train, progress=True)
+        own = record_activations(here.model, train, progress=True)
+        ridge = fit_ridge_map(theirs, own)
+        r2 = ridge.scores(record_activations(source, test), record_activations(here.model, test))
+        fits = {"own": own, "mapped": ridge.transform(theirs)}
+        same = all(getattr(source.cfg, size) == getattr(here.model.cfg, size) for size in ("d_model", "n_layers"))
+        if same:
+            fits["as it is"] = theirs
+        frames = []
+        for kind, activations in fits.items():
+            vectors = {name: fit_steering_vector(part) for name, part in activations.by_instruction().items()}
+            candidates = grid(layers=here.layers, positions=list(settings.positions))
+            found = search(here.sampler, vectors, valid, candidates)
+            plans = {name: vector.at(found.best(name)) for name, vector in vectors.items()}
+            requests = requests_for(test, plans, conditions=["none", "vector", "random"], seed=settings.seed)
+            scores = score(here.sampler, requests, quality=quality).assign(vectors=kind)
+            overall = scores.assign(instruction="all")
+            frames.append(rate_table(pd.concat([scores, overall]), ["vectors", "instruction", "condition"]))
+        return {"cells": pd.concat(frames), "r2": r2}
+
+
+def draw(frames: Frames) -> dict[str, go.Figure]:
+    table = frames["cells"]
+    figure = make_subplots(cols=2, column_widths=[0.62, 0.38], horizontal_spacing=0.14)
+    overall = table[table["instruction"] == "all"]
+    bars = [("no vector", "own", "none", "#C2C6CC")]
+    colors = {"own": "#0072B2", "mapped": "#009E73", "as it is": "#D55E00"}
+    for kind in ("own", "as it is", "mapped"):
+        bars += [(kind, kind, "vector", colors[kind]), (f"{kind}, random", kind, "random", "#858B94")]
+    for label, kind, condition, color in bars:
+        rows = overall[(overall["vectors"] == kind) & (overall["condition"] == condition)]
+        if len(rows):
+            error = {"type": "data", "array": rows["high"] - rows["rate"], "arrayminus": rows["rate"] - rows["low"]}
+            figure.add_bar(x=[label], y=rows["rate"], error_y=error, marker_color=color, showlegend=False, row=1, col=1)
+    r2 = frames["r2"]
+    figure.add_scatter(
+        x=r2["layer"],
+        y=r2["r2"],
+        mode="lines+markers",
+        line={"color": colors["mapped"]},
+        showlegend=False,
+        row=1,
+        col=2,
+    )
+    figure.update_yaxes(title_text="followed", tickformat=".0%", rangemode="tozero", row=1, col=1)
+    figure.update_yaxes(title_text="R² of the map, unseen texts", range=[min(0, r2["r2"].min()), 1.02], row=1, col=2)
+    figure.update_xaxes(tickangle=-30, row=1, col=1)
+    figure.update_xaxes(title_text="target layer", row=1, col=2)
+    figure.update_layout(title_text="Vectors of another model, bare queries", width=1000, height=480)
+    return {"cross_model": figure}
+
+
+if __name__ == "__main__":
+    conduct(tyro.cli(Settings, description=__doc__), measure, draw, ["cells", "r2"])

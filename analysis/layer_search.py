@@ -1,0 +1,78 @@
+"""At which layer do format vectors work, and what do they cost there? (Stolfo et al. 2025, figure 5 and appendix)
+
+    python analysis/layer_search.py --out runs/analysis/layer_search
+
+Every layer answers the same validation prompts of all format instructions, without and with the text. Beside the rate stands the
+share of degenerate texts. `nested.csv` reports each prompt under the layer that the *other* prompts chose, against the winner's
+own rate: the difference is what searching flatters.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import pandas as pd
+import plotly.graph_objects as go
+import tyro
+from plotly.subplots import make_subplots
+from study import Frames, Study, conduct, lab, line
+
+from steerlens.candidates import grid
+from steerlens.estimators import fit_vectors
+from steerlens.metrics import wilson_interval
+from steerlens.plot import CONDITION_COLORS
+from steerlens.sweeps import search
+
+
+@dataclass(frozen=True)
+class Settings(Study):
+    out: Path = Path("runs/analysis/layer_search")
+
+
+def measure(settings: Settings) -> Frames:
+    tables, nested = [], []
+    with lab(settings) as here:
+        train, valid, _ = here.format_pairs()
+        vectors = fit_vectors(here.model, train.by_instruction(), progress=True)
+        layers = settings.layers or range(int(here.model.cfg.n_layers))
+        candidates = grid(layers=layers, positions=list(settings.positions))
+        for condition in ("vector", "text+vector"):
+            found = search(here.sampler, vectors, valid, candidates, condition=condition)
+            tables.append(found.configurations.assign(condition=condition))
+            others = found.nested(folds=min(4, settings.n_valid))
+            winners = found.table[found.table["chosen"]]
+            counts = {"itself": (winners["followed"].sum(), winners["n"].sum())}
+            counts["others"] = (others["followed"].sum(), len(others))
+            for chosen_on, (followed, n) in counts.items():
+                low, high = wilson_interval(int(followed), int(n))
+                row = {"condition": condition, "chosen_on": chosen_on, "n": n, "followed": followed}
+                nested.append(row | {"rate": followed / n, "low": low, "high": high})
+    return {"layers": pd.concat(tables), "nested": pd.DataFrame(nested)}
+
+
+def draw(frames: Frames) -> dict[str, go.Figure]:
+    table = frames["layers"]
+    figure = make_subplots(rows=2, shared_xaxes=True, row_heights=[0.7, 0.3], vertical_spacing=0.06)
+    steered = table.dropna(subset=["layer"])
+    dashes = dict(zip(steered["positions"].unique(), ("solid", "dot", "dash", "dashdot"), strict=False))
+    for (condition, positions), rows in steered.groupby(["condition", "positions"]):
+        color, name = CONDITION_COLORS[condition], f"{condition}, {positions} tokens"
+        line(figure, rows, "layer", name, color, dash=dashes[positions], row=1, col=1)
+        line(figure, rows, "layer", name, color, y="degenerate", dash=dashes[positions], row=2, col=1)
+        figure.data[-1].showlegend = False
+    for condition, rows in table[table["layer"].isna()].groupby("condition"):
+        name = {"vector": "none", "text+vector": "text"}[condition]
+        figure.add_hline(
+            y=rows["rate"].iloc[0], line={"color": CONDITION_COLORS[name], "width": 2, "dash": "dash"}, row=1, col=1,
+            annotation={"text": name, "font": {"color": CONDITION_COLORS[name]}, "xanchor": "right"},
+        )  # fmt: skip
+    figure.update_yaxes(title_text="followed", tickformat=".0%", range=[0, 1], row=1, col=1)
+    figure.update_yaxes(title_text="degenerate", tickformat=".0%", rangemode="tozero", row=2, col=1)
+    figure.update_xaxes(title_text="steered layer", row=2, col=1)
+    figure.update_layout(
+        title_text="Format instructions: rate by layer, validation prompts", height=560, width=960, margin={"t": 90}
+    )
+    return {"layers": figure}
+
+
+if __name__ == "__main__":
+    conduct(tyro.cli(Settings, description=__doc__), measure, draw, ["layers", "nested"])

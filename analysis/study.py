@@ -1,0 +1,178 @@
+"""What the scripts of this folder share: settings, prompts, a resumable sampler, saved frames, and figures drawn from them.
+
+A script has `measure`, which runs the model and returns tables, and `draw`, which makes figures of the saved tables alone:
+`--redraw` needs no model. Responses are kept in `generations.jsonl`, so a script that was cut short goes on.
+"""
+
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import plotly.graph_objects as go
+from draw import save
+
+from steerlens.candidates import Candidate, grid
+from steerlens.data import PairSet, bundled_queries, load_pairs
+from steerlens.evaluation import Sampler, requests_for
+from steerlens.families import keyword_pairs
+from steerlens.model import load_model
+from steerlens.plan import Plan
+from steerlens.records import Journal, derived_seed, pairs_for, writable_folder, write_atomically
+from steerlens.sampling import SamplingConfig
+from steerlens.sweeps import Best, choose, search
+from steerlens.vectors import SteeringVector
+
+Frames = dict[str, pd.DataFrame]
+
+
+@dataclass(frozen=True)
+class Study:
+    """Settings of every script."""
+
+    out: Path
+    """Folder for responses, tables and figures."""
+    model: str = "tiny"
+    """A local folder, a named model, or a hub id."""
+    data: Path | None = None
+    """Test prompts (JSONL); default: bundled queries that nothing was fitted or searched on."""
+    n_train: int = 32
+    """Queries that vectors are fitted on, at most."""
+    n_valid: int = 8
+    """Validation prompts per instruction, at most."""
+    n_test: int = 24
+    """Test prompts per instruction, at most."""
+    layers: tuple[int, ...] = ()
+    """Layers to search; default: every second one from a fifth of the depth on."""
+    positions: tuple[str, ...] = ("all", "last")
+    """Which tokens to steer: rules to search."""
+    max_new_tokens: int = 96
+    batch_size: int = 128
+    seed: int = 0
+    redraw: bool = False
+    """Only draw the figures again, from the tables in `out`."""
+
+    @property
+    def pairs(self) -> str:
+        """The bundled prompts that suit the model."""
+        return pairs_for("auto", self.model)
+
+
+class Lab:
+    """A loaded model with its sampler and its queries, dealt into three parts that share none."""
+
+    def __init__(self, settings: Study, journal: Journal) -> None:
+        self.settings = settings
+        self.model = load_model(settings.model)
+        self.sampler = Sampler(
+            self.model,
+            sampling=SamplingConfig(settings.max_new_tokens),
+            batch_size=settings.batch_size,
+            journal=journal,
+            progress=True,
+        )
+        queries = sorted(bundled_queries(settings.pairs), key=lambda query: derived_seed(settings.seed, query))
+        third = len(queries) // 3
+        self.train = queries[:third][: settings.n_train]
+        self.valid = queries[third : 2 * third][: settings.n_valid]
+        self.test = queries[2 * third :][: settings.n_test]
+
+    @property
+    def layers(self) -> Sequence[int]:
+        n_layers = int(self.model.cfg.n_layers)
+        return self.settings.layers or range(n_layers // 5, n_layers, 2)
+
+    def format_pairs(self) -> tuple[PairSet, PairSet, PairSet]:
+        """The bundled format instructions: pairs to fit on, to search on, and to test."""
+        parts = load_pairs(self.settings.pairs, seed=self.settings.seed).split(seed=self.settings.seed)
+        sizes = (self.settings.n_train, self.settings.n_valid, self.settings.n_test)
+        train, valid, test = (part.sample_per_instruction(n) for part, n in zip(parts, sizes, strict=True))
+        return train, valid, test
+
+    def said_words(self, queries: Sequence[str]) -> dict[str, str]:
+        """For each query the longest new word of the model's own answer, each word once; queries without one are left out."""
+        asked = keyword_pairs(queries, "xyzzy", "exclude")  # only the bare queries are asked
+        records = self.sampler.generate(requests_for(asked, Plan(), conditions=["none"]))
+        found: dict[str, str] = {}
+        for pair, record in zip(asked, records, strict=True):
+            query = str(pair.query)
+            new = [word for word in re.findall(r"[a-z]{5,}", record["text"]) if word not in query.lower()]
+            new = [word for word in new if word not in found.values()]
+            if new:
+                found[query] = max(new, key=len)
+        return found
+
+    def steps(self, *coeffs: float) -> list[Candidate]:
+        """Candidates that add: coefficients in mean residual norms, at the layers and positions of the settings."""
+        options: Any = {"positions": self.settings.positions, "operators": "add", "unit": "resid_norm"}
+        return grid(layers=self.layers, coeffs=coeffs, **options)
+
+    def best_for_all(
+        self,
+        groups: Sequence[tuple[SteeringVector, PairSet]],
+        candidates: Sequence[Candidate],
+        condition: Any = "vector",
+    ) -> Best:
+        """The one candidate that does best over all groups of validation pairs, each steered by its own vector."""
+        found = [search(self.sampler, vector, pairs, candidates, condition=condition) for vector, pairs in groups]
+        scores = pd.concat([one.scores for one in found]).assign(instruction="all")
+        (row,) = choose(scores).query("chosen").to_dict("records")
+        layer = None if pd.isna(row["layer"]) else int(row["layer"])
+        return Best(layer, row["coeff"], row["operator"], row["positions"], row["unit"], rate=row["rate"])
+
+
+@contextmanager
+def lab(settings: Study) -> Iterator[Lab]:
+    """The laboratory of a script; its responses are kept in the output folder."""
+    with Journal(writable_folder(settings.out) / "generations.jsonl") as journal:
+        yield Lab(settings, journal)
+
+
+def conduct(
+    settings: Study,
+    measure: Callable[[Any], Frames],
+    draw: Callable[[Frames], Mapping[str, go.Figure]],
+    names: Sequence[str],
+) -> Frames:
+    """Measure, save the tables as CSV, and draw the figures from what was saved."""
+    if not settings.redraw:
+        for name, frame in measure(settings).items():
+            write_atomically(settings.out / f"{name}.csv", frame.to_csv(index=False))
+    frames = {name: pd.read_csv(settings.out / f"{name}.csv") for name in names}
+    for name, frame in frames.items():
+        if len(frame) <= 60:
+            print(f"\n{name}\n{frame.to_string(index=False, float_format='{:.3f}'.format)}")
+    for name, figure in draw(frames).items():
+        save(figure, settings.out, name, width=int(figure.layout.width or 900), height=int(figure.layout.height or 480))
+    return frames
+
+
+def line(
+    figure: go.Figure,
+    rows: pd.DataFrame,
+    x: str,
+    name: str,
+    color: str,
+    *,
+    y: str = "rate",
+    dash: str = "solid",
+    **place: Any,
+) -> None:
+    """A line with points through a table's rates, with their intervals where the table has them."""
+    rows = rows.sort_values(x)
+    bars = None
+    if y == "rate":
+        bars = {
+            "array": rows["high"] - rows["rate"],
+            "arrayminus": rows["rate"] - rows["low"],
+            "thickness": 1,
+            "width": 3,
+        }
+    trace = go.Scatter(
+        x=rows[x], y=rows[y], name=name, mode="lines+markers", line={"color": color, "dash": dash}, marker={"size": 8},
+        error_y=bars and {**bars, "type": "data", "color": color},
+    )  # fmt: skip
+    figure.add_trace(trace, **place)
