@@ -89,8 +89,10 @@ def draw(frames: Frames) -> dict[str, go.Figure]:
     )  # fmt: skip
     figure.update_yaxes(tickformat=".0%", range=[0, 1.05])
     figure.update_yaxes(title_text="responses", row=1, col=1)
-    figure.update_xaxes(title_text="coefficient, in mean residual norms", type="log", row=1, col=1)
-    figure.update_xaxes(title_text="repeated trigrams", tickformat=".0%", row=1, col=2)
+    figure.update_xaxes(
+        title_text="coefficient, in mean residual norms", type="log", tickvals=steered["coeff"].unique(), row=1, col=1
+    )
+    figure.update_xaxes(title_text="repeated trigrams", tickformat=".1%", row=1, col=2)
     layer = int(steered["layer"].iloc[0])
     figure.update_layout(
         title_text=f"Format vectors added at layer {layer}: following and quality",
@@ -107,9 +109,10 @@ def draw_calibrated(table: pd.DataFrame) -> go.Figure:
         ("#F2A66B", "#D55E00", "#8A3C00", "#4A2000"), table.groupby("target_kl"), strict=False
     ):
         line(figure, rows, "layer", f"{target:g} nats per token", color)
-    figure.update_xaxes(title_text="steered layer")
+    figure.update_xaxes(title_text="steered layer", dtick=1)
     figure.update_yaxes(title_text="followed", tickformat=".0%", range=[0, 1])
     return figure.update_layout(
+        showlegend=True,
         title_text="Layers at equal force: format vectors at calibrated coefficients",
         width=900,
         height=440,

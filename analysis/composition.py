@@ -3,9 +3,9 @@
     python analysis/composition.py --out runs/analysis/composition
 
 Every format instruction's vector is applied alone and together with every other one, and with conciseness, to bare queries: row
-A, column B of `pairs.csv` is the rate of A's check under both, next to A's under its own vector alone. Each vector keeps the layer,
-position and operator that its own search chose; two vectors at one layer act one after the other. `length.csv`: a format and "at
-most n sentences" together, each asked for by text, by vector, or by both.
+A, column B of `pairs.csv` is the rate of A's check under both, next to A's under its own vector alone. Each vector keeps the
+layer, position and operator that its own search chose; two vectors at one layer act one after the other. `length.csv`: a format
+and "at most n sentences" together, each asked for by text, by vector, or by both.
 """
 
 from dataclasses import dataclass
@@ -134,7 +134,7 @@ def draw(frames: Frames) -> dict[str, go.Figure]:
     figure = go.Figure(heat)
     figure.update_xaxes(title_text="together with the vector of", tickangle=-35)
     figure.update_yaxes(title_text="followed", autorange="reversed")
-    title = "Two vectors at once: rate of the row's instruction, coloured by the change from its own vector alone"
+    title = "Two vectors at once: rates of the row's instruction, and the change by the second vector"
     return {
         "pairs": figure.update_layout(title_text=title, width=1040, height=680),
         "length": draw_length(frames["length"]),

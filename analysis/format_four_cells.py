@@ -30,6 +30,7 @@ def measure(settings: Settings) -> Frames:
     config = RunConfig(
         model=settings.model,
         data=None if settings.data is None else str(settings.data),
+        instructions=settings.instructions,
         n_train=settings.n_train,
         n_valid=settings.n_valid,
         n_test=settings.n_test,

@@ -67,7 +67,7 @@ def draw(frames: Frames) -> dict[str, go.Figure]:
         )  # fmt: skip
     figure.update_yaxes(title_text="followed", tickformat=".0%", range=[0, 1], row=1, col=1)
     figure.update_yaxes(title_text="degenerate", tickformat=".0%", rangemode="tozero", row=2, col=1)
-    figure.update_xaxes(title_text="steered layer", row=2, col=1)
+    figure.update_xaxes(title_text="steered layer", dtick=1 if steered["layer"].nunique() < 20 else None, row=2, col=1)
     figure.update_layout(
         title_text="Format instructions: rate by layer, validation prompts", height=560, width=960, margin={"t": 90}
     )

@@ -39,6 +39,7 @@ def measure(settings: Settings) -> Frames:
     config = RunConfig(
         model=settings.model,
         data=None if settings.data is None else str(settings.data),
+        instructions=settings.instructions,
         n_train=settings.n_train,
         n_valid=settings.n_valid,
         n_test=settings.n_test,
@@ -69,9 +70,11 @@ def draw(frames: Frames) -> dict[str, go.Figure]:
         one, two = (table[table["condition"] == name].set_index("instruction") for name in (before, after))
         gain = two["rate"] - one["rate"]
         cost = np.log2(two["median_perplexity"] / one["median_perplexity"])
+        # What the vector did not change has no room for a name: it all lies at the origin.
+        names = [short_label(name) if abs(gain[name]) > 0.01 or abs(cost[name]) > 0.1 else "" for name in gain.index]
         figure.add_scatter(
-            x=cost, y=gain, mode="markers+text", text=[short_label(name) for name in gain.index],
-            name=f"{after} against {before}", textposition="top center", textfont={"size": 10}, marker={"size": 10, "color": CONDITION_COLORS[after]},
+            x=cost, y=gain, mode="markers+text", text=names, name=f"{after} against {before}", hovertext=gain.index,
+            textposition="top center", textfont={"size": 10}, marker={"size": 10, "color": CONDITION_COLORS[after]},
         )  # fmt: skip
     figure.add_hline(y=0, line={"color": "#858B94", "width": 1})
     figure.add_vline(x=0, line={"color": "#858B94", "width": 1})

@@ -39,6 +39,8 @@ class Study:
     """A local folder, a named model, or a hub id."""
     data: Path | None = None
     """Test prompts (JSONL); default: bundled queries that nothing was fitted or searched on."""
+    instructions: tuple[str, ...] = ()
+    """Format instructions (ids); default: all twelve."""
     n_train: int = 32
     """Queries that vectors are fitted on, at most."""
     n_valid: int = 8
@@ -87,7 +89,9 @@ class Lab:
 
     def format_pairs(self) -> tuple[PairSet, PairSet, PairSet]:
         """The bundled format instructions: pairs to fit on, to search on, and to test."""
-        parts = load_pairs(self.settings.pairs, seed=self.settings.seed).split(seed=self.settings.seed)
+        parts = load_pairs(
+            self.settings.pairs, instructions=self.settings.instructions or None, seed=self.settings.seed
+        ).split(seed=self.settings.seed)
         sizes = (self.settings.n_train, self.settings.n_valid, self.settings.n_test)
         train, valid, test = (part.sample_per_instruction(n) for part, n in zip(parts, sizes, strict=True))
         return train, valid, test

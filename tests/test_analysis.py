@@ -1,0 +1,89 @@
+"""The scripts of the paper's figures, each run end to end on the embedded model, small; figures are drawn from what was saved."""
+
+import importlib
+
+import plotly.graph_objects as go
+import pytest
+import study
+
+SMALL = {
+    "layers": (2, 5),
+    "n_train": 6,
+    "n_valid": 2,
+    "n_test": 3,
+    "max_new_tokens": 20,
+    "positions": ("last",),
+    "instructions": ("change_case:english_lowercase", "detectable_format:title"),
+}
+# What each script saves, and settings of its own.
+SCRIPTS = {
+    "format_four_cells": (["table", "comparisons"], {}),
+    "layer_search": (["layers", "nested"], {}),
+    "coefficient_tradeoff": (["tradeoff", "calibrated"], {"coeffs": (0.5, 1.0), "target_kl": (0.5,)}),
+    "length": (["sentences", "levels"], {"ns": (1, 3), "coeffs": (0.5,)}),
+    "keywords": (["cells", "comparisons", "choices"], {"words": ("dream", "garden"), "coeffs": (0.5,)}),
+    "exclusion": (["by_coefficient", "words"], {"coeffs": (1.0,)}),
+    "composition": (["pairs", "length"], {}),
+    "cross_model": (["cells", "r2"], {}),
+    "quality_by_instruction": (["quality"], {}),
+}
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_a_script_measures_saves_and_draws_from_what_it_saved(name, tmp_path, monkeypatch):
+    tables, own = SCRIPTS[name]
+    script = importlib.import_module(name)
+    assert f"python analysis/{name}.py" in script.__doc__
+    drawn: dict[str, go.Figure] = {}
+    monkeypatch.setattr(study, "save", lambda figure, folder, name, **size: drawn.update({name: figure}))
+    settings = script.Settings(out=tmp_path, **SMALL, **own)
+    frames = study.conduct(settings, script.measure, script.draw, tables)
+    assert {path.stem for path in tmp_path.glob("*.csv")} == set(tables)
+    for frame in frames.values():
+        assert len(frame)
+        if {"low", "rate", "high"} <= set(frame) and "difference" not in frame:
+            assert ((frame["low"] <= frame["rate"]) & (frame["rate"] <= frame["high"])).all()
+    first = {name: figure.to_json() for name, figure in drawn.items()}
+    assert first
+    assert all(figure.layout.title.text and figure.data for figure in drawn.values())
+    monkeypatch.setattr(study, "load_model", None)  # drawing again needs no model
+    again = script.Settings(out=tmp_path, redraw=True, **SMALL, **own)
+    study.conduct(again, lambda settings: pytest.fail("redrawing must not measure"), script.draw, tables)
+    assert {name: figure.to_json() for name, figure in drawn.items()} == first
+
+
+def test_queries_are_dealt_into_parts_that_share_none(tmp_path):
+    import length
+
+    with study.lab(length.Settings(out=tmp_path, n_train=500, n_valid=500, n_test=500)) as here:
+        parts = [set(here.train), set(here.valid), set(here.test)]
+    assert all(parts)
+    assert len(set.union(*parts)) == sum(map(len, parts))
+
+
+def test_words_to_exclude_are_words_that_the_model_says(tmp_path):
+    import exclusion
+
+    with study.lab(exclusion.Settings(out=tmp_path, max_new_tokens=20)) as here:
+        found = here.said_words(here.test[:4])
+        texts = {record["prompt"]: record["text"] for record in here.sampler.records.values()}
+    assert found
+    assert len(set(found.values())) == len(found)
+    for query, word in found.items():
+        assert word in texts[query]
+        assert word not in query.lower()
+
+
+def test_one_candidate_is_chosen_over_all_groups(tmp_path):
+    import length
+
+    from steerlens.estimators import fit_vectors
+    from steerlens.families import sentence_pairs
+
+    with study.lab(length.Settings(out=tmp_path, max_new_tokens=20, layers=(2,), positions=("last",))) as here:
+        sets = {str(n): sentence_pairs(here.train[:6], "exactly", n) for n in (1, 2)}
+        vectors = fit_vectors(here.model, sets)
+        groups = [(vectors[str(n)], sentence_pairs(here.valid[:2], "exactly", n)) for n in (1, 2)]
+        best = here.best_for_all(groups, here.steps(0.5, 1.0))
+    assert best.layer in (None, 2)
+    assert 0 <= best.rate <= 1
