@@ -23,6 +23,7 @@ import pandas as pd
 import plotly.graph_objects as go
 import tyro
 from draw import save
+from plotly.subplots import make_subplots
 from tiny_corpus import Example, examples, names_entity, true_facts, world
 
 from steerlens.candidates import Candidate, grid
@@ -55,7 +56,7 @@ class Settings:
 
     out: Path = Path("runs/tiny/card")
     figures: Path = Path("analysis/figures")
-    models: tuple[str, ...] = ("tiny", "tiny-half")
+    models: tuple[str, ...] = ("tiny", "tiny-half", "tiny-plain")
     """Names or folders of models with a chat template."""
     base: str = "tiny-base"
     """The model that the first model's vectors are tried on, too."""
@@ -156,6 +157,8 @@ def main(settings: Settings) -> None:
     for text in (model_table(frame), *(instruction_table(frame, name) for name in frame["model"].unique())):
         print(text, end="\n\n", flush=True)
     draw(settings.out, settings.figures, Path(settings.models[0]).name)
+    if {"tiny-half", "tiny-plain"} <= set(frame["model"]):
+        draw_twins(search, frame, settings.figures)
 
 
 def _keep(searches: list[pd.DataFrame], scores: list[pd.DataFrame], found: tuple[Any, Any], name: str) -> None:
@@ -199,6 +202,41 @@ def draw(out: Path, figures: Path, model: str) -> None:
     fig = go.Figure(heat).update_xaxes(title_text="layer whose residual is steered, at the last prompt token only")
     fig.update_layout(title_text=f"{model}: where each instruction can be set (validation prompts)")
     save(fig, figures, f"{model}_layers", width=760, height=640)
+
+
+TWINS = {"tiny-half": "#D55E00", "tiny-plain": "#0072B2"}
+
+
+def draw_twins(search: pd.DataFrame, scores: pd.DataFrame, figures: Path) -> None:
+    """What hiding the instruction in training changes: the twins' vectors, by instruction and by layer."""
+    fig = make_subplots(cols=2, column_widths=[0.6, 0.4], horizontal_spacing=0.1)
+    cells = scores[scores["model"].isin(TWINS)].pivot_table(
+        index="instruction", columns=["model", "condition"], values="followed"
+    )
+    cells = cells.sort_values([("tiny-half", "vector"), ("tiny-plain", "vector")])
+    for name, color in TWINS.items():
+        label = {"tiny-half": "hidden in 60 % of training", "tiny-plain": "never hidden"}[name]
+        for condition, symbol, size in (("text", "line-ns-open", 12), ("vector", "diamond", 11)):
+            marker = {"color": color, "symbol": symbol, "size": size, "line": {"width": 2, "color": color}}
+            fig.add_scatter(
+                x=cells[name, condition], y=cells.index, mode="markers", marker=marker, name=f"{label}: {condition}",
+                row=1, col=1,
+            )  # fmt: skip
+        steered = search[(search["model"] == name) & search["layer"].notna() & (search["operator"] == "set_projection")]
+        for positions, dash in (("last", "solid"), ("all", "dot")):
+            rate = steered[steered["positions"] == positions].groupby("layer")["rate"].mean()
+            line = {"color": color, "dash": dash}
+            fig.add_scatter(
+                x=rate.index, y=rate, mode="lines", line=line, name=f"{label}: {positions} tokens steered", row=1, col=2
+            )
+    fig.update_xaxes(tickformat=".0%", range=[-0.03, 1.03], title_text="held-out answers that follow", row=1, col=1)
+    fig.update_xaxes(title_text="steered layer", dtick=1, row=1, col=2)
+    fig.update_yaxes(
+        tickformat=".0%", range=[0, 1], title_text="followed, mean over instructions (validation)", row=1, col=2
+    )
+    legend = {"y": -0.12, "yanchor": "top"}
+    fig.update_layout(title_text="Twins: what hiding the instruction in training changes", legend=legend)
+    save(fig, figures, "tiny_twins", width=1080, height=720)
 
 
 def model_table(scores: pd.DataFrame) -> str:
