@@ -41,7 +41,7 @@ class Settings(Study):
 
 def measure(settings: Settings) -> Frames:
     quality = Quality(perplexity=False)
-    source = load_model(settings.source)
+    source = load_model(settings.source, dtype=settings.dtype)
     with lab(settings) as here, warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*was fitted in")  # that is the experiment
         train, valid, test = here.format_pairs()

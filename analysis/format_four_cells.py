@@ -40,6 +40,7 @@ def measure(settings: Settings) -> Frames:
         search_tokens=settings.max_new_tokens,
         batch_size=settings.batch_size,
         seed=settings.seed,
+        dtype=settings.dtype,
         kl=True,
     )
     evaluation = run(config, settings.out / "run", command=f"python {Path(__file__).name}").evaluation

@@ -49,6 +49,7 @@ def measure(settings: Settings) -> Frames:
         search_tokens=settings.max_new_tokens,
         batch_size=settings.batch_size,
         seed=settings.seed,
+        dtype=settings.dtype,
         kl=True,
         reward_model=settings.reward_model,
     )

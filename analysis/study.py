@@ -53,6 +53,8 @@ class Study:
     """Which tokens to steer: rules to search."""
     max_new_tokens: int = 96
     batch_size: int = 128
+    dtype: str = "float32"
+    """Of the weights; bfloat16 is faster for models of some size."""
     seed: int = 0
     redraw: bool = False
     """Only draw the figures again, from the tables in `out`."""
@@ -68,7 +70,7 @@ class Lab:
 
     def __init__(self, settings: Study, journal: Journal) -> None:
         self.settings = settings
-        self.model = load_model(settings.model)
+        self.model = load_model(settings.model, dtype=settings.dtype)
         self.sampler = Sampler(
             self.model,
             sampling=SamplingConfig(settings.max_new_tokens),

@@ -33,6 +33,8 @@ class Settings:
     """A JSON file for the figures; default: print only."""
     model: str = "tiny"
     pairs: str = "tiny"
+    instructions: tuple[str, ...] = ()
+    """Ids; default: all twelve."""
     layers: tuple[int, ...] = (1, 3, 5, 7)
     coeffs: tuple[float, ...] = (0.5, 1.0, 1.5)
     n_prompts: int = 4
@@ -46,7 +48,7 @@ class Settings:
 def prepare(settings: Settings) -> tuple[Any, list[tuple[str, Plan]], list[list[tuple[str, Plan]]]]:
     """The model, all rows of the sweep, and the same rows by configuration."""
     model = sl.load_model(settings.model)
-    train, valid, _ = sl.load_pairs(settings.pairs).split()
+    train, valid, _ = sl.load_pairs(settings.pairs, instructions=settings.instructions or None).split()
     vectors = {
         name: sl.fit_steering_vector(sl.record_activations(model, group.sample(8)))
         for name, group in train.by_instruction().items()

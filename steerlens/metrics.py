@@ -165,14 +165,15 @@ def pareto_front(frame: pd.DataFrame, *, maximize: Sequence[str] = (), minimize:
 
 def quality_table(frame: pd.DataFrame, by: Sequence[str]) -> pd.DataFrame:
     """How the responses of each group read: columns `by`, then mean_words, mean_repetition, mean_distinct_2,
-    median_perplexity and cut (the share of responses that ended at the length limit); where they were measured, mean_kl and
-    mean_reward, too.
+    median_perplexity and cut (the share of responses that ended at the length limit); where they were measured, mean_kl,
+    mean_reward and low_perplexity (a share), too.
 
     Missing values are left out of a mean; a group that has only missing values stays missing.
     """
     columns = ["n_words", "repetition", "distinct_2", "perplexity", "finish_reason"]
     require_columns(frame, [*by, *columns], what="the scores frame")
     extra = {f"mean_{name}": (name, "mean") for name in ("kl", "reward") if name in frame}
+    extra |= {"low_perplexity": ("low_perplexity", "mean")} if "low_perplexity" in frame else {}
     numbers = {name: pd.to_numeric(frame[name]).astype("Float64").astype(float) for name in columns[:-1]}
     cut = (frame["finish_reason"] == "length").astype(float)
     table: pd.DataFrame = _grouped(frame.assign(**numbers, _cut=cut), by).agg(

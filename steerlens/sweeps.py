@@ -314,11 +314,10 @@ def choose(scores: pd.DataFrame, gate: Gate = "degenerate") -> pd.DataFrame:
 
 
 def summary(scores: pd.DataFrame, keys: Sequence[str]) -> pd.DataFrame:
-    """One row per group: rate with its interval over prompts, spread between trials, quality, shares that fail each gate."""
+    """One row per group: rate with its interval over prompts, spread between trials, quality, the share of degenerate responses."""
     keys = list(keys)
     table = rate_table(scores, by=keys, clusters="prompt_id").merge(quality_table(scores, by=keys), on=keys)
-    gates = [name for name in ("degenerate", "low_perplexity") if name in scores]
-    failed = scores.groupby(keys, sort=False, dropna=False)[gates].mean().reset_index()
+    failed = scores.groupby(keys, sort=False, dropna=False)["degenerate"].mean().reset_index()
     return table.merge(failed, on=keys).merge(trial_spread(scores, by=keys), on=keys)
 
 
