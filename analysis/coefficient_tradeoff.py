@@ -2,11 +2,11 @@
 
     python analysis/coefficient_tradeoff.py --out runs/analysis/coefficient_tradeoff
 
-Format vectors are added at one layer, the best of a small search, with coefficients in units of the layer's mean residual norm; a
-second series takes every layer at coefficients calibrated to equal divergence from the unsteered model. Quality is the perplexity
-of the response under the unsteered model, its repetition, and the divergence in nats per token. The front is what no
-configuration beats in following without losing in repetition. Instructions that no coefficient moves as far as a divergence are
-left out of its series; `n` says how many responses remain.
+Format vectors are added at one layer, the best of a small search (the first where none beats no steering), with coefficients in
+units of the layer's mean residual norm; a second series takes every layer at coefficients calibrated to equal divergence from
+the unsteered model. Quality is the perplexity of the response under the unsteered model, its repetition, and the divergence in
+nats per token. The front is what no configuration beats in following without losing in repetition. Instructions that no
+coefficient moves as far as a divergence are left out of its series; `n` says how many responses remain.
 """
 
 from dataclasses import dataclass
@@ -16,10 +16,11 @@ import pandas as pd
 import plotly.graph_objects as go
 import tyro
 from plotly.subplots import make_subplots
-from study import Frames, Study, conduct, lab, line
+from study import FormatStudy, Frames, conduct, lab, line
 
 from steerlens.calibration import calibrate
 from steerlens.candidates import grid
+from steerlens.errors import DataError
 from steerlens.estimators import fit_vectors
 from steerlens.metrics import pareto_front
 from steerlens.plot import CONDITION_COLORS
@@ -28,7 +29,7 @@ from steerlens.sweeps import search, summary
 
 
 @dataclass(frozen=True)
-class Settings(Study):
+class Settings(FormatStudy):
     out: Path = Path("runs/analysis/coefficient_tradeoff")
     coeffs: tuple[float, ...] = (0.125, 0.25, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0)
     """In mean residual norms."""
@@ -52,7 +53,7 @@ def measure(settings: Settings) -> Frames:
         calibrated = []
         for target in settings.target_kl:
             options = {"target_kl": target, "layers": list(here.layers), "positions": best.positions}
-            prompts = valid.prompts("none")[: settings.n_valid]
+            prompts = list(dict.fromkeys(valid.prompts("none")))[: settings.n_valid]
             found = [
                 search(here.sampler, vector, test.filter(name), steps, quality=quality).scores.dropna(subset=["layer"])
                 for name, vector in vectors.items()
@@ -60,7 +61,9 @@ def measure(settings: Settings) -> Frames:
             ]
             if found:
                 calibrated.append(by_layer(pd.concat(found)).assign(target_kl=target))
-    return {"tradeoff": swept, "calibrated": pd.concat(calibrated)}
+    if not calibrated:
+        raise DataError(f"no layer moves the model by any of {settings.target_kl} nats; lower --target-kl")
+    return {"tradeoff": swept.assign(layer_was_best=best.layer is not None), "calibrated": pd.concat(calibrated)}
 
 
 def by_layer(scores: pd.DataFrame) -> pd.DataFrame:

@@ -14,7 +14,7 @@ from pathlib import Path
 import pandas as pd
 import plotly.graph_objects as go
 import tyro
-from study import Frames, Lab, Study, conduct, lab
+from study import FormatStudy, Frames, Lab, conduct, lab
 
 from steerlens.candidates import grid
 from steerlens.data import InstructionPair, PairSet
@@ -32,7 +32,7 @@ CONCISE = "conciseness"
 
 
 @dataclass(frozen=True)
-class Settings(Study):
+class Settings(FormatStudy):
     out: Path = Path("runs/analysis/composition")
     n_test: int = 12
     n_sentences: int = 2
@@ -103,9 +103,9 @@ def with_length(here: Lab, settings: Settings, test: PairSet, plans: dict[str, P
 
 
 def verdict(pair: InstructionPair, text: str, index: int) -> bool:
-    """Whether one of the pair's two instructions is followed, loosely: the first id is the format, the rest the length."""
-    checks = check_all(text, pair.instruction_ids, pair.kwargs)
-    return all(one.loose for one in (checks[:1] if index == 0 else checks[1:]))
+    """Whether one of the pair's two instructions is followed: the format (the first id) loosely, a count strictly."""
+    first, *rest = check_all(text, pair.instruction_ids, pair.kwargs)
+    return first.loose if index == 0 else all(one.strict for one in rest)
 
 
 def joined(one: InstructionPair, other: InstructionPair) -> InstructionPair:

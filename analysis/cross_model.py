@@ -5,22 +5,23 @@
 
 Format vectors are fitted in the source and applied to the target (`--model`), whose layers are searched anew. "as it is" needs
 equal widths and depths; "mapped" fits the vector on activations that went through a ridge map, fitted on residuals of the same
-training texts in both models. `r2.csv` says how well the map predicts residuals of unseen texts, layer by layer. The target's own
-vectors and random directions of equal norm stand beside them; tests are bare queries.
+training texts in both models, without those of the instruction that is carried (with them, the map would know the target's own
+vector). `r2.csv` says how well a map predicts residuals of unseen texts, layer by layer. The target's own vectors and random
+directions of equal norm stand beside them; tests are bare queries.
 """
 
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pandas as pd
 import plotly.graph_objects as go
 import tyro
 from plotly.subplots import make_subplots
-from study import Frames, Study, conduct, lab
+from study import FormatStudy, Frames, conduct, lab
 
 from steerlens.candidates import grid
-from steerlens.capture import record_activations
+from steerlens.capture import Activations, record_activations
 from steerlens.estimators import fit_steering_vector
 from steerlens.evaluation import requests_for, score
 from steerlens.metrics import rate_table
@@ -31,7 +32,7 @@ from steerlens.transfer import fit_ridge_map
 
 
 @dataclass(frozen=True)
-class Settings(Study):
+class Settings(FormatStudy):
     out: Path = Path("runs/analysis/cross_model")
     model: str = "tiny-base"
     """The target."""
@@ -47,15 +48,14 @@ def measure(settings: Settings) -> Frames:
         train, valid, test = here.format_pairs()
         theirs = record_activations(source, train, progress=True)
         own = record_activations(here.model, train, progress=True)
-        ridge = fit_ridge_map(theirs, own)
-        r2 = ridge.scores(record_activations(source, test), record_activations(here.model, test))
-        fits = {"own": own, "mapped": ridge.transform(theirs)}
+        r2 = fit_ridge_map(theirs, own).scores(record_activations(source, test), record_activations(here.model, test))
+        fits = {"own": own.by_instruction(), "mapped": mapped_without_itself(theirs, own)}
         same = all(getattr(source.cfg, size) == getattr(here.model.cfg, size) for size in ("d_model", "n_layers"))
         if same:
-            fits["as it is"] = theirs
+            fits["as it is"] = theirs.by_instruction()
         frames = []
-        for kind, activations in fits.items():
-            vectors = {name: fit_steering_vector(part) for name, part in activations.by_instruction().items()}
+        for kind, parts in fits.items():
+            vectors = {name: fit_steering_vector(part) for name, part in parts.items()}
             candidates = grid(layers=here.layers, positions=list(settings.positions))
             found = search(here.sampler, vectors, valid, candidates)
             plans = {name: vector.at(found.best(name)) for name, vector in vectors.items()}
@@ -64,6 +64,25 @@ def measure(settings: Settings) -> Frames:
             overall = scores.assign(instruction="all")
             frames.append(rate_table(pd.concat([scores, overall]), ["vectors", "instruction", "condition"]))
         return {"cells": pd.concat(frames), "r2": r2}
+
+
+def mapped_without_itself(theirs: Activations, own: Activations) -> dict[str, Activations]:
+    """Each instruction's source activations through a map that was fitted on the other instructions' texts."""
+    found = {}
+    for name, part in theirs.by_instruction().items():
+        others = [index for index, one in enumerate(theirs.instructions) if one != name]
+        ridge = fit_ridge_map(*(subset(one, others) for one in (theirs, own)))
+        found[name] = ridge.transform(part)
+    return found
+
+
+def subset(activations: Activations, indices: list[int]) -> Activations:
+    return replace(
+        activations,
+        resid=activations.resid[indices],
+        prompt_ids=tuple(activations.prompt_ids[index] for index in indices),
+        instructions=tuple(activations.instructions[index] for index in indices),
+    )
 
 
 def draw(frames: Frames) -> dict[str, go.Figure]:

@@ -3,9 +3,10 @@
     python analysis/exclusion.py --out runs/analysis/exclusion
 
 Words that the model says anyway are the ones worth excluding: for each test query, the longest word of its own unsteered answer
-that is not in the query. Both vectors are fitted on other queries and applied at one layer over a range of coefficients, in mean
-residual norms. The paper found subtraction to work and exclusion vectors to promote the word they name; `by_coefficient.csv` has
-the strict rate and the share of degenerate texts for both.
+that is not in the query. Both vectors are fitted on other queries and applied at one layer over a range of coefficients, in
+mean residual norms. As the words are chosen because they are said, any change of the text lowers their share: a random
+direction of equal norm stands beside both. The paper found subtraction to work and exclusion vectors to promote the word they
+name; `by_coefficient.csv` has the strict rate and the share of degenerate texts for all three.
 """
 
 from dataclasses import dataclass
@@ -53,8 +54,12 @@ def measure(settings: Settings) -> Frames:
                         plan = vector.at(
                             layer, coeff=sign * size, operator="add", unit="resid_norm", positions=positions
                         )
+                    label = {"size": size, "steered_layer": layer, "word": word}
                     requests += requests_for(one, plan, conditions=["vector"], seed=settings.seed)
-                    labels += [{"method": method, "size": size, "steered_layer": layer, "word": word}] * len(one)
+                    labels += [label | {"method": method}] * len(one)
+                    if sign < 0:
+                        requests += requests_for(one, plan, conditions=["random"], seed=settings.seed)
+                        labels += [label | {"method": "random direction"}] * len(one)
         scores = score(here.sampler, requests).join(pd.DataFrame(labels))
     scores["followed"] = scores["followed_strict"]
     words = scores[["word", "prompt"]].drop_duplicates()
@@ -64,7 +69,11 @@ def measure(settings: Settings) -> Frames:
 def draw(frames: Frames) -> dict[str, go.Figure]:
     table = frames["by_coefficient"]
     figure = go.Figure()
-    colors = {"subtract inclusion": CONDITION_COLORS["vector"], "add exclusion": CONDITION_COLORS["text"]}
+    colors = {
+        "subtract inclusion": CONDITION_COLORS["vector"],
+        "add exclusion": CONDITION_COLORS["text"],
+        "random direction": CONDITION_COLORS["random"],
+    }
     for method, color in colors.items():
         rows = table[table["method"] == method]
         line(figure, rows, "size", method, color)

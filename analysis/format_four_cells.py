@@ -14,7 +14,7 @@ from pathlib import Path
 
 import plotly.graph_objects as go
 import tyro
-from study import Frames, Study, conduct
+from study import FormatStudy, Frames, conduct
 
 from steerlens.job import run
 from steerlens.plot import four_cells
@@ -22,8 +22,10 @@ from steerlens.records import RunConfig
 
 
 @dataclass(frozen=True)
-class Settings(Study):
+class Settings(FormatStudy):
     out: Path = Path("runs/analysis/format_four_cells")
+    data: Path | None = None
+    """Test prompts (JSONL); default: bundled queries that nothing was fitted or searched on."""
 
 
 def measure(settings: Settings) -> Frames:
@@ -49,7 +51,8 @@ def measure(settings: Settings) -> Frames:
 
 def draw(frames: Frames) -> dict[str, go.Figure]:
     table = frames["table"]
-    overall = four_cells(table[table["instruction"] == "all"].drop(columns="instruction"))
+    several = (table["instruction"] == "all").any()  # one instruction is its own summary
+    overall = four_cells((table[table["instruction"] == "all"] if several else table).drop(columns="instruction"))
     return {"overall": overall, "by_instruction": four_cells(table[table["instruction"] != "all"])}
 
 

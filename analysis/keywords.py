@@ -38,8 +38,10 @@ class Settings(Study):
     out: Path = Path("runs/analysis/keywords")
     words: tuple[str, ...] = ("dream", "science", "garden", "number", "winter", "holiday", "river", "bread")
     """Words to ask for, where there are no data files."""
+    data: Path | None = None
+    """Test prompts that include a word (JSONL); default: bundled queries that nothing was fitted or searched on."""
     exclude_data: Path | None = None
-    """Test prompts that exclude a word; `--data` holds those that include one."""
+    """Test prompts that exclude a word."""
     coeffs: tuple[float, ...] = (0.25, 0.5, 1.0, 1.5)
     """Sizes of the steps to search, in mean residual norms; exclusion takes them with a minus sign."""
 
@@ -99,7 +101,7 @@ def choice(
     """Layer, position and coefficient that do best for the validation words."""
     sign = 1.0 if mode == "include" else -1.0
     groups = [(vectors[word], pairs) for word, pairs in valid.items()]
-    return here.best_for_all(groups, here.steps(*(sign * size for size in settings.coeffs)), condition)
+    return here.best_for_all(groups, here.steps(*(sign * size for size in settings.coeffs)), condition, strict=True)
 
 
 def test_groups(here: Lab, settings: Settings, mode: Mode) -> tuple[dict[str, PairSet], int]:

@@ -14,7 +14,7 @@ import pandas as pd
 import plotly.graph_objects as go
 import tyro
 from plotly.subplots import make_subplots
-from study import Frames, Study, conduct, lab, line
+from study import FormatStudy, Frames, conduct, lab, line
 
 from steerlens.candidates import grid
 from steerlens.estimators import fit_vectors
@@ -24,7 +24,7 @@ from steerlens.sweeps import search
 
 
 @dataclass(frozen=True)
-class Settings(Study):
+class Settings(FormatStudy):
     out: Path = Path("runs/analysis/layer_search")
 
 

@@ -56,7 +56,7 @@ def plan_for(
     levels = {"at_most": "extremely_short", "at_least": "extremely_verbose"}
     own = {n: vectors[levels.get(relation, f"exactly {n}")] for n in settings.ns}
     groups = [(own[n], sentence_pairs(here.valid, relation, n)) for n in settings.ns]
-    best = here.best_for_all(groups, here.steps(*settings.coeffs), condition="text+vector")
+    best = here.best_for_all(groups, here.steps(*settings.coeffs), condition="text+vector", strict=True)
     where = "none" if best.layer is None else f"layer {best.layer}, {best.positions}, {best.coeff:g} norms"
     return {n: (vector.at(best), where) for n, vector in own.items()}
 
@@ -69,9 +69,12 @@ def rated(here: Lab, settings: Settings, relation: Any, plans: dict[int, tuple[P
         requests = requests_for(pairs, plan, conditions=["text", "text+vector"], seed=settings.seed)
         scores = score(here.sampler, requests, quality=Quality(perplexity=False))
         counts = scores["response"].map(sentence_count)
-        table = rate_table(scores, ["condition"]).assign(relation=relation, sentences_asked=n, steered_at=where)
+        table = rate_table(scores, ["condition"], "followed_strict").assign(
+            relation=relation, sentences_asked=n, steered_at=where
+        )
         table["mean_sentences"] = counts.groupby(scores["condition"], sort=False).mean().to_numpy()
         table["mean_words"] = scores.groupby("condition", sort=False)["n_words"].mean().to_numpy()
+        table["cut"] = scores["finish_reason"].eq("length").groupby(scores["condition"], sort=False).mean().to_numpy()
         rows.append(table)
     return pd.concat(rows)
 
@@ -92,6 +95,7 @@ def levels(here: Lab, settings: Settings, vectors: dict[str, SteeringVector]) ->
             mean = bootstrap_mean(counts)
             row = {"level": level, "coeff": coeff, "layer": layer, "n": len(counts), "mean_words": mean.mean}
             rows.append(row | {"low": mean.low, "high": mean.high})
+            rows[-1]["cut"] = sum(record["finish_reason"] == "length" for record in records) / len(records)
             rows[-1]["mean_sentences"] = sum(sentence_count(record["text"]) for record in records) / len(records)
     return pd.DataFrame(rows)
 

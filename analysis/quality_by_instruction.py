@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 import plotly.graph_objects as go
 import tyro
-from study import Frames, Study, conduct
+from study import FormatStudy, Frames, conduct
 
 from steerlens.job import run
 from steerlens.judge import Judge, judge_frame
@@ -25,8 +25,10 @@ from steerlens.records import RunConfig
 
 
 @dataclass(frozen=True)
-class Settings(Study):
+class Settings(FormatStudy):
     out: Path = Path("runs/analysis/quality_by_instruction")
+    data: Path | None = None
+    """Test prompts (JSONL); default: bundled queries that nothing was fitted or searched on."""
     reward_model: str | None = None
     """A reward model's folder or hub id."""
     judge_url: str | None = None

@@ -16,12 +16,12 @@ import plotly.graph_objects as go
 from draw import save
 
 from steerlens.candidates import Candidate, grid
-from steerlens.data import PairSet, bundled_queries, load_pairs
+from steerlens.data import PairSet, load_pairs
 from steerlens.evaluation import Sampler, requests_for
 from steerlens.families import keyword_pairs
 from steerlens.model import load_model
 from steerlens.plan import Plan
-from steerlens.records import Journal, derived_seed, pairs_for, writable_folder, write_atomically
+from steerlens.records import Journal, pairs_for, writable_folder, write_atomically
 from steerlens.sampling import SamplingConfig
 from steerlens.sweeps import Best, choose, search
 from steerlens.vectors import SteeringVector
@@ -37,10 +37,6 @@ class Study:
     """Folder for responses, tables and figures."""
     model: str = "tiny"
     """A local folder, a named model, or a hub id."""
-    data: Path | None = None
-    """Test prompts (JSONL); default: bundled queries that nothing was fitted or searched on."""
-    instructions: tuple[str, ...] = ()
-    """Format instructions (ids); default: all twelve."""
     n_train: int = 32
     """Queries that vectors are fitted on, at most."""
     n_valid: int = 8
@@ -65,6 +61,14 @@ class Study:
         return pairs_for("auto", self.model)
 
 
+@dataclass(frozen=True)
+class FormatStudy(Study):
+    """Settings of scripts about format instructions."""
+
+    instructions: tuple[str, ...] = ()
+    """Ids; default: all twelve."""
+
+
 class Lab:
     """A loaded model with its sampler and its queries, dealt into three parts that share none."""
 
@@ -78,11 +82,11 @@ class Lab:
             journal=journal,
             progress=True,
         )
-        queries = sorted(bundled_queries(settings.pairs), key=lambda query: derived_seed(settings.seed, query))
-        third = len(queries) // 3
-        self.train = queries[:third][: settings.n_train]
-        self.valid = queries[third : 2 * third][: settings.n_valid]
-        self.test = queries[2 * third :][: settings.n_test]
+        self.parts = load_pairs(settings.pairs, seed=settings.seed).split(seed=settings.seed)
+        sizes = (settings.n_train, settings.n_valid, settings.n_test)
+        self.train, self.valid, self.test = (
+            list(dict.fromkeys(str(pair.query) for pair in part))[:n] for part, n in zip(self.parts, sizes, strict=True)
+        )
 
     @property
     def layers(self) -> Sequence[int]:
@@ -91,9 +95,8 @@ class Lab:
 
     def format_pairs(self) -> tuple[PairSet, PairSet, PairSet]:
         """The bundled format instructions: pairs to fit on, to search on, and to test."""
-        parts = load_pairs(
-            self.settings.pairs, instructions=self.settings.instructions or None, seed=self.settings.seed
-        ).split(seed=self.settings.seed)
+        wanted = getattr(self.settings, "instructions", ())
+        parts = [part.filter(wanted) if wanted else part for part in self.parts]
         sizes = (self.settings.n_train, self.settings.n_valid, self.settings.n_test)
         train, valid, test = (part.sample_per_instruction(n) for part, n in zip(parts, sizes, strict=True))
         return train, valid, test
@@ -105,7 +108,7 @@ class Lab:
         found: dict[str, str] = {}
         for pair, record in zip(asked, records, strict=True):
             query = str(pair.query)
-            new = [word for word in re.findall(r"[a-z]{5,}", record["text"]) if word not in query.lower()]
+            new = [word for word in re.findall(r"\b[a-z]{5,}\b", record["text"]) if word not in query.lower()]
             new = [word for word in new if word not in found.values()]
             if new:
                 found[query] = max(new, key=len)
@@ -121,10 +124,16 @@ class Lab:
         groups: Sequence[tuple[SteeringVector, PairSet]],
         candidates: Sequence[Candidate],
         condition: Any = "vector",
+        *,
+        strict: bool = False,
     ) -> Best:
-        """The one candidate that does best over all groups of validation pairs, each steered by its own vector."""
+        """The one candidate that does best over all groups of validation pairs, each steered by its own vector.
+
+        `strict`: by the strict verdicts. The loose ones may drop a line, which is not what a count or a forbidden word is about.
+        """
         found = [search(self.sampler, vector, pairs, candidates, condition=condition) for vector, pairs in groups]
         scores = pd.concat([one.scores for one in found]).assign(instruction="all")
+        scores["followed"] = scores["followed_strict" if strict else "followed"]
         (row,) = choose(scores).query("chosen").to_dict("records")
         layer = None if pd.isna(row["layer"]) else int(row["layer"])
         return Best(layer, row["coeff"], row["operator"], row["positions"], row["unit"], rate=row["rate"])

@@ -42,7 +42,7 @@ def calibrate(
 ) -> list[Candidate]:
     """A candidate per layer with the coefficient that moves the model by `target_kl` nats per token on average.
 
-    Layers where no coefficient in `RANGE` reaches the target are left out.
+    Layers where no coefficient in `RANGE` meets the target, because all move the model less, or all more, are left out.
 
     Args:
         prompts: Validation prompts; the model's greedy, unsteered responses to them are what is moved.
@@ -72,8 +72,9 @@ def calibrate(
         return {layer: sum(values[i * n : (i + 1) * n]) / n for i, layer in enumerate(plans)}
 
     low, high = (dict.fromkeys(vector.layers if layers is None else layers, math.log2(end)) for end in RANGE)
-    reached = divergence(high)
-    low, high = ({layer: ends[layer] for layer in ends if reached[layer] >= target_kl} for ends in (low, high))
+    least, most = divergence(low), divergence(high)
+    inside = [layer for layer in low if least[layer] < target_kl <= most[layer]]
+    low, high = ({layer: ends[layer] for layer in inside} for ends in (low, high))
     for _ in range(n_steps if low else 0):
         middle = {layer: (low[layer] + high[layer]) / 2 for layer in low}
         for layer, value in divergence(middle).items():

@@ -18,7 +18,7 @@ from typing import Any, Literal
 
 from steerlens._typing import Operator
 from steerlens.errors import SteerlensError
-from steerlens.positions import Window
+from steerlens.positions import Window, as_window
 
 Unit = Literal["absolute", "resid_norm"]
 
@@ -34,6 +34,10 @@ class Candidate:
     positions: str | Window = "all"
     unit: Unit = "absolute"
     """Of the coefficient of `add`; see `SteeringVector.at`."""
+
+    def __post_init__(self) -> None:
+        # One spelling per rule, so that a candidate written two ways is one.
+        object.__setattr__(self, "positions", str(as_window(self.positions)))
 
 
 UNSTEERED = Candidate(None, coeff=0.0)
@@ -91,10 +95,10 @@ def draws(
     """
     low, high = coeff_range
     choices = sorted(set(layers))
-    if n < 1 or not choices or not 0 < low <= high:
+    if n < 1 or not (choices and _several(operators) and _several(positions)) or not 0 < low <= high:
         raise SteerlensError(
-            f"draws need n of at least 1, a layer, and a range 0 < low <= high, got n {n}, layers {choices}, "
-            f"coeff_range {coeff_range}; for negative coefficients use grid() or a list"
+            f"draws need n of at least 1, a layer, an operator, positions, and a range 0 < low <= high, got n {n}, "
+            f"layers {choices}, coeff_range {coeff_range}; for negative coefficients use grid() or a list"
         )
     rng = random.Random(seed)
     found = []

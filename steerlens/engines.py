@@ -20,7 +20,10 @@ import torch
 
 from steerlens.errors import SteerlensError
 from steerlens.evaluation import Batch, Record, Sampler, answer
-from steerlens.model import load_model, model_digest
+from steerlens.model import load_model, model_device, model_digest
+
+PATIENCE = 120
+"""Seconds to wait for the first worker, or for an idle one to answer."""
 
 TRIES = 3
 """So often a batch, or the start of a worker, may be cut short by a death before the run is given up."""
@@ -52,7 +55,9 @@ def ray_engine(
     mine = not ray.is_initialized()
     if mine:
         try:
-            ray.init(address=address, include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
+            ray.init(
+                address=address or "local", include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR
+            )
         except (ConnectionError, ValueError, RuntimeError) as error:
             raise SteerlensError(
                 f"a Ray cluster must answer at {address!r}: {error}; start one, or leave the address out"
@@ -95,6 +100,10 @@ class RayEngine:
     idle: list[Any] = field(default_factory=list)
     deaths: int = 0
     """Workers that died so far."""
+    failed_starts: int = 0
+    """Workers that died while they were starting, since one last started."""
+    n_gpus: int = 0
+    """Of each worker: one where this process's model is on a GPU."""
 
     def __call__(self, sampler: Sampler, batches: Sequence[Batch]) -> Iterator[tuple[int, list[Record]]]:
         """Each batch's place and records, as workers finish."""
@@ -102,6 +111,7 @@ class RayEngine:
         tries: Counter[int] = Counter()
         busy: dict[Any, tuple[Any, int]] = {}
         expected = model_digest(sampler.model)
+        self.n_gpus = int(model_device(sampler.model).type == "cuda")
         for _ in range(min(self._size(), len(batches)) - len(self.idle) - len(self.starting)):
             self._start()
         try:
@@ -112,14 +122,20 @@ class RayEngine:
                         worker,
                         place,
                     )
-                (done,), _ = self.ray.wait([*busy, *self.starting], num_returns=1)
+                ready, _ = self.ray.wait([*busy, *self.starting], num_returns=1, timeout=None if busy else PATIENCE)
+                if not ready:
+                    raise SteerlensError(
+                        f"a worker must find {self._processors():g} free processors, and none did in {PATIENCE} seconds; "
+                        "wait until the cluster has room, or use another"
+                    )
+                (done,) = ready
                 if done in self.starting:
                     self._started(done, expected)
                     continue
                 worker, place = busy.pop(done)
                 try:
                     records = self.ray.get(done)
-                except self.ray.exceptions.RayActorError as error:
+                except (self.ray.exceptions.RayActorError, self.ray.exceptions.ObjectLostError) as error:
                     self.deaths += 1
                     tries[place] += 1
                     if tries[place] >= TRIES:
@@ -128,6 +144,7 @@ class RayEngine:
                             f"{error}; is the worker short of memory? Lower batch_size"
                         ) from error
                     waiting.appendleft(place)
+                    self._drop_dead()
                     self._start()
                     continue
                 self.idle.append(worker)
@@ -140,15 +157,26 @@ class RayEngine:
         fitting = int(self.ray.cluster_resources().get("CPU", 1)) // self.n_threads
         return max(1, fitting if self.n_workers is None else self.n_workers)
 
-    def _start(self) -> None:
-        # A worker that asks for more processors than any node has would wait for ever.
+    def _processors(self) -> float:
+        """Of one worker: one that asks for more than any node has would wait for ever."""
         largest = max((node["Resources"].get("CPU", 0) for node in self.ray.nodes() if node["Alive"]), default=1)
-        worker = (
-            self.ray.remote(_Worker)
-            .options(num_cpus=min(self.n_threads, largest))
-            .remote(self.model, self.dtype, self.device, self.n_threads)
-        )
+        return min(self.n_threads, largest)
+
+    def _start(self) -> None:
+        actor = self.ray.remote(_Worker).options(num_cpus=self._processors(), num_gpus=self.n_gpus)
+        worker = actor.remote(self.model, self.dtype, self.device, self.n_threads)
         self.starting[worker.digest.remote()] = worker
+
+    def _drop_dead(self) -> None:
+        """Forget idle workers that died, with their node perhaps, so that no batch is blamed for them."""
+        alive = []
+        for worker in self.idle:
+            try:
+                self.ray.get(worker.digest.remote(), timeout=PATIENCE)
+                alive.append(worker)
+            except (self.ray.exceptions.RayActorError, self.ray.exceptions.GetTimeoutError):
+                self.deaths += 1
+        self.idle = alive
 
     def _started(self, done: Any, expected: str) -> None:
         worker = self.starting.pop(done)
@@ -156,7 +184,8 @@ class RayEngine:
             digest = self.ray.get(done)
         except self.ray.exceptions.RayActorError as error:
             self.deaths += 1
-            if "creation" in str(error).lower() or self.deaths >= TRIES + self._size():
+            self.failed_starts += 1
+            if "creation" in str(error).lower() or self.failed_starts >= TRIES + self._size():
                 raise SteerlensError(
                     f"a worker must be able to load {self.model!r}, got: {error}; every node needs steerlens and the model"
                 ) from error
@@ -167,6 +196,7 @@ class RayEngine:
                 f"workers must hold this process's weights (digest {expected}), and one loaded {self.model!r} with {digest}; "
                 "use one folder that every node can read"
             )
+        self.failed_starts = 0
         self.idle.append(worker)
 
     def close(self) -> None:

@@ -6,7 +6,7 @@ For each pair and condition one response is generated and judged by the instruct
     text          the query with its instruction         text+vector   that, steered
     random        the bare query, changed at every token by what the vector would add, along a random direction
 
-The random direction is one draw per instruction (`Plan.placebo`).
+The random direction is one draw per plan (`Plan.placebo`).
 
 `followed` is IFEval's loose verdict over all of a pair's instructions, as in Stolfo et al. (2025) for format instructions;
 `followed_strict` stands beside it. Quality is measured on the same responses: words, repetition, distinct bigrams, and the
@@ -94,7 +94,7 @@ def requests_for(
         for condition in conditions:
             used = text_plan if condition == "text+vector" else plan if condition in STEERED else Plan()
             if condition == "random":
-                used = plan.placebo(seed=derived_seed(seed, "random", pair.instruction_id))
+                used = plan.placebo(seed=derived_seed(seed, "random", pair.instruction_id, plan.digest))
             for trial in range(trials):
                 row_seed = derived_seed(seed, pair.query or pair.prompt, trial)
                 requests.append(Request(pair, condition, used, trial, row_seed))

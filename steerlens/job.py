@@ -84,6 +84,8 @@ def run(
     )
     _say(progress, f"{model_facts(model)['model']}: {train!r} to fit, {valid!r} to search, {test!r} to test")
     check_settings(config, model, valid, test)
+    quality = Quality(True, config.quality_model, config.kl, config.reward_model)
+    quality.check()
     identity = run_identity(config, model, train, valid, test)
     _start(folder, config, identity)
     vectors = _vectors(folder, config, model, train, progress=progress)
@@ -128,7 +130,6 @@ def run(
         requests = requests_for(
             test, plans, text_plans=text_plans, conditions=CONDITIONS, trials=config.trials, seed=config.seed
         )
-        quality = Quality(True, config.quality_model, config.kl, config.reward_model)
         evaluation = Evaluation(score(sampler(config.max_new_tokens), requests, quality=quality))
     facts = _facts(config, model, identity, (train, valid, test), found, notes, command)
     report = _write_results(folder, config, evaluation, found, facts)
@@ -176,8 +177,10 @@ def select_pairs(config: RunConfig) -> tuple[PairSet, PairSet, PairSet, list[str
         train, valid = pairs.split(seed=config.seed, fractions=(0.75, 0.25))
         test = _test_pairs(config, pairs, notes)
         train, valid = (_without_queries(part, test, notes) for part in (train, valid))
-        kept = set(test.instructions)
-        train, valid = (PairSet(pair for pair in part if pair.instruction_id in kept) for part in (train, valid))
+    kept = set(test.instructions)
+    if untested := sorted({*train.instructions, *valid.instructions} - kept):
+        notes.append(f"not tested, for want of test prompts: {', '.join(untested)}")
+    train, valid = (PairSet(pair for pair in part if pair.instruction_id in kept) for part in (train, valid))
     train, valid = (_at_most(part, n, config.seed) for part, n in ((train, config.n_train), (valid, config.n_valid)))
     test = test if config.n_test is None else _at_most(test, config.n_test, config.seed)
     for name, part in (("training", train), ("validation", valid), ("test", test)):
@@ -243,7 +246,7 @@ def check_settings(config: RunConfig, model: Any, valid: PairSet, test: PairSet)
         raise SteerlensError("coeffs must name at least one coefficient, got none; 1 is the full change")
     for layer in config.layers:
         check_layer(model, layer)
-    needed = ((valid, config.search_tokens, ["none"]), (test, config.max_new_tokens, ["none", "text"]))
+    needed = ((valid, config.search_tokens, ["none", "text"]), (test, config.max_new_tokens, ["none", "text"]))
     for part, tokens, conditions in needed:
         SamplingConfig(tokens, config.temperature)
         for condition in conditions:

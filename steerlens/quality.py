@@ -11,6 +11,7 @@
 What these do not show: whether the response answers the query. A fluent answer to another question has a fine perplexity.
 """
 
+import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -44,6 +45,17 @@ class Quality:
     """Also the divergence of each response from the unsteered model."""
     reward_model: str | None = None
     """A folder or hub id of a sequence classifier with one label; None measures no reward."""
+
+    def check(self) -> None:
+        """Load the models that are named, so that a wrong name shows before anything is generated.
+
+        Raises:
+            ModelError: if one cannot be loaded, or is no reward model.
+        """
+        if self.quality_model is not None:
+            _causal_lm(self.quality_model)
+        if self.reward_model is not None:
+            _classifier(self.reward_model)
 
 
 @dataclass(frozen=True)
@@ -194,8 +206,6 @@ def _classifier(name: str) -> tuple[Any, Any]:
             f"a reward model must give one number by trained weights, got {name!r} with {classifier.config.num_labels} labels "
             f"and {len(info['missing_keys'])} missing weights; choose a model that was trained as a reward model"
         )
-    if tokenizer.pad_token_id is None:
-        tokenizer.pad_token = tokenizer.eos_token
     if classifier.config.pad_token_id is None:
         classifier.config.pad_token_id = tokenizer.pad_token_id
     return classifier.eval(), tokenizer
@@ -208,10 +218,13 @@ def rewards(name: str, pairs: Sequence[tuple[str, str]], batch_size: int = 8) ->
         ModelError: if the model cannot be loaded, or has more than one label.
     """
     classifier, tokenizer = _classifier(name)
+    # Another token in the place of padding would be taken for the text's end, so without one texts go one by one.
+    batch_size = batch_size if tokenizer.pad_token_id is not None else 1
+    takes_segments = "token_type_ids" in inspect.signature(classifier.forward).parameters
     values: list[float] = []
     for start in range(0, len(pairs), batch_size):
         part = pairs[start : start + batch_size]
-        options = {"return_tensors": "pt", "padding": True, "truncation": True}
+        options = {"return_tensors": "pt", "padding": batch_size > 1, "truncation": True}
         if tokenizer.chat_template:
             chats = [
                 [{"role": "user", "content": query}, {"role": "assistant", "content": text}] for query, text in part
@@ -220,7 +233,8 @@ def rewards(name: str, pairs: Sequence[tuple[str, str]], batch_size: int = 8) ->
             batch = tokenizer(rendered, add_special_tokens=False, **options)
         else:
             batch = tokenizer([query for query, _ in part], [text for _, text in part], **options)
-        batch.pop("token_type_ids", None)
+        if not takes_segments:
+            batch.pop("token_type_ids", None)
         with torch.inference_mode():
             values += classifier(**batch.to(classifier.device)).logits[:, 0].float().tolist()
     return values

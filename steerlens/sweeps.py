@@ -65,8 +65,9 @@ class Sweep:
 
     @property
     def configurations(self) -> pd.DataFrame:
-        """One row per candidate over all instructions: rate with its interval, spread between trials, quality."""
-        return summary(self.scores, CANDIDATE)
+        """One row per candidate over all instructions that tried it (n_instructions): rate, spread of trials, quality."""
+        counts = self.scores.groupby(CANDIDATE, sort=False, dropna=False)["instruction"].nunique()
+        return summary(self.scores, CANDIDATE).merge(counts.rename("n_instructions").reset_index(), on=CANDIDATE)
 
     def best(
         self,
@@ -96,10 +97,16 @@ class Sweep:
         return _best(self.table[self.table["instruction"] == instruction], objective, subject_to)
 
     def pareto(
-        self, *, maximize: Sequence[str] = ("rate",), minimize: Sequence[str] = ("mean_repetition",)
+        self, *, maximize: Sequence[str] = ("rate",), minimize: Sequence[str] = ("degenerate", "mean_repetition")
     ) -> pd.DataFrame:
-        """The rows of `configurations` that no other row beats in one of these columns without losing in another."""
-        return pareto_front(self.configurations, maximize=maximize, minimize=minimize)
+        """The rows of `configurations` that no other row beats in one of these columns without losing in another.
+
+        Only candidates that every instruction tried are compared: others met easier or harder instructions.
+        """
+        table = self.configurations
+        return pareto_front(
+            table[table["n_instructions"] == table["n_instructions"].max()], maximize=maximize, minimize=minimize
+        )
 
     def nested(self, *, folds: int = 4, seed: int = 0) -> pd.DataFrame:
         """Each prompt's responses under the candidate that the other folds' prompts chose: scores to report.
@@ -112,13 +119,13 @@ class Sweep:
         """
         parts = []
         for name, group in self.scores.groupby("instruction", sort=False):
-            prompts = sorted(group["prompt"].unique(), key=lambda prompt: derived_seed(seed, prompt))
-            if not 2 <= folds <= len(prompts):
+            asked = group["query"].fillna(group["prompt"]).str.casefold()
+            queries = sorted(asked.unique(), key=lambda query: derived_seed(seed, query))
+            if not 2 <= folds <= len(queries):
                 raise SteerlensError(
-                    f"folds must be in [2, {len(prompts)}], the number of prompts of {name!r}; got {folds}"
+                    f"folds must be in [2, {len(queries)}], the number of queries of {name!r}; got {folds}"
                 )
-            fold_of = {prompt: place % folds for place, prompt in enumerate(prompts)}
-            fold = group["prompt"].map(fold_of)
+            fold = asked.map({query: place % folds for place, query in enumerate(queries)})
             for held_out in range(folds):
                 chosen = choose(group[fold != held_out], self.gate)
                 (row,) = chosen[chosen["chosen"]].to_dict("records")
@@ -254,6 +261,16 @@ def search(
     seed: int = 0,
 ) -> Sweep:
     """`sweep` with a sampler of the caller's, so that its generations are kept and found again."""
+    measured = quality or Quality(perplexity=gate == "low_perplexity")
+    rules = {
+        'condition must be "vector" or "text+vector"': condition in ("vector", "text+vector"),
+        'gate must be "degenerate", or "low_perplexity" with perplexity measured': gate == "degenerate"
+        or (gate == "low_perplexity" and measured.perplexity),
+        "trials must be at least 1": trials >= 1,
+    }
+    for rule, holds in rules.items():
+        if not holds:
+            raise SteerlensError(f"{rule}, got condition {condition!r}, gate {gate!r}, {measured}, trials {trials}")
     if len(pairs) == 0:
         raise DataError("a search needs at least one validation prompt, got none; check the split and the filter")
     by_instruction = dict.fromkeys(pairs.instructions, vectors) if isinstance(vectors, SteeringVector) else vectors
@@ -273,8 +290,7 @@ def search(
             requests += rows
             tried += [candidate] * len(rows)
     # A row's candidate is set here, because a step of coefficient 0 is still a candidate of its own.
-    places = pd.DataFrame([asdict(candidate) | {"positions": str(candidate.positions)} for candidate in tried])
-    measured = quality or Quality(perplexity=gate == "low_perplexity")
+    places = pd.DataFrame([asdict(candidate) for candidate in tried])
     scores = score(sampler, requests, quality=measured)
     scores = scores.assign(**{name: places[name].to_numpy() for name in CANDIDATE}).astype({"layer": "Int64"})
     return Sweep(scores, choose(scores, gate), gate)
@@ -314,7 +330,7 @@ def choose(scores: pd.DataFrame, gate: Gate = "degenerate") -> pd.DataFrame:
 
 
 def summary(scores: pd.DataFrame, keys: Sequence[str]) -> pd.DataFrame:
-    """One row per group: rate with its interval over prompts, spread between trials, quality, the share of degenerate responses."""
+    """One row per group: rate with its interval over prompts, spread between trials, quality, share of degenerate responses."""
     keys = list(keys)
     table = rate_table(scores, by=keys, clusters="prompt_id").merge(quality_table(scores, by=keys), on=keys)
     failed = scores.groupby(keys, sort=False, dropna=False)["degenerate"].mean().reset_index()

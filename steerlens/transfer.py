@@ -7,7 +7,9 @@ Two models read the same texts; row i of `X` (source) and `Y` (target) is the re
 
 A mapped vector is fitted on mapped activations, `X W + b` of both sides, so its direction is `W^T` times the source's and its
 projections are in the target's units. A good R^2 does not say that the direction survives: much of the variance is about
-position and topic. Steer with it, beside a random direction of equal norm.
+position and topic. Nor does a mapped vector that works say that the direction crossed over, if the map was fitted on texts with
+that very instruction: it has then learned, from the target itself, where such texts lie. Fit the map on texts without the
+instruction that it is to carry, and steer beside a random direction of equal norm.
 
 Models with residuals that correspond (a base model and what was fine-tuned from it) need no map: Stolfo et al. (2025) use an
 instruct model's vectors in its base model as they are, and search the layer anew.
@@ -103,6 +105,9 @@ def fit_ridge_map(
     weights, biases, alphas = {}, {}, {}
     for layer in chosen:
         x, y = _rows(_at_layer(source, origins[layer])), _rows(_at_layer(target, layer))
+        # A bare query stands once per instruction: leaving one copy out would leave nothing out.
+        once = np.unique(np.round(x / np.abs(x).max(), 4), axis=0, return_index=True)[1]
+        x, y = x[np.sort(once)], y[np.sort(once)]
         scale = float(x.var(axis=0).mean()) * len(x)
         ridge = RidgeCV(alphas=[alpha * scale for alpha in ALPHAS]).fit(x, y)
         weights[layer] = torch.as_tensor(ridge.coef_.T).float()

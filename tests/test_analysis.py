@@ -1,6 +1,8 @@
 """The scripts of the paper's figures, each run end to end on the embedded model, small; figures are drawn from what was saved."""
 
+import dataclasses
 import importlib
+import re
 
 import plotly.graph_objects as go
 import pytest
@@ -36,7 +38,9 @@ def test_a_script_measures_saves_and_draws_from_what_it_saved(name, tmp_path, mo
     assert f"python analysis/{name}.py" in script.__doc__
     drawn: dict[str, go.Figure] = {}
     monkeypatch.setattr(study, "save", lambda figure, folder, name, **size: drawn.update({name: figure}))
-    settings = script.Settings(out=tmp_path, **SMALL, **own)
+    fields = {field.name for field in dataclasses.fields(script.Settings)}
+    small = {key: value for key, value in SMALL.items() if key in fields}
+    settings = script.Settings(out=tmp_path, **small, **own)
     frames = study.conduct(settings, script.measure, script.draw, tables)
     assert {path.stem for path in tmp_path.glob("*.csv")} == set(tables)
     for frame in frames.values():
@@ -47,16 +51,19 @@ def test_a_script_measures_saves_and_draws_from_what_it_saved(name, tmp_path, mo
     assert first
     assert all(figure.layout.title.text and figure.data for figure in drawn.values())
     monkeypatch.setattr(study, "load_model", None)  # drawing again needs no model
-    again = script.Settings(out=tmp_path, redraw=True, **SMALL, **own)
+    again = script.Settings(out=tmp_path, redraw=True, **small, **own)
     study.conduct(again, lambda settings: pytest.fail("redrawing must not measure"), script.draw, tables)
     assert {name: figure.to_json() for name, figure in drawn.items()} == first
 
 
 def test_queries_are_dealt_into_parts_that_share_none(tmp_path):
-    import length
+    import composition
 
-    with study.lab(length.Settings(out=tmp_path, n_train=500, n_valid=500, n_test=500)) as here:
+    with study.lab(composition.Settings(out=tmp_path, n_train=8, n_valid=6, n_test=7)) as here:
         parts = [set(here.train), set(here.valid), set(here.test)]
+        for queries, pairs in zip(parts, here.format_pairs(), strict=True):
+            others = set.union(*parts) - queries
+            assert not others & {pair.query for pair in pairs}
     assert all(parts)
     assert len(set.union(*parts)) == sum(map(len, parts))
 
@@ -70,7 +77,7 @@ def test_words_to_exclude_are_words_that_the_model_says(tmp_path):
     assert found
     assert len(set(found.values())) == len(found)
     for query, word in found.items():
-        assert word in texts[query]
+        assert re.search(rf"\b{word}\b", texts[query])
         assert word not in query.lower()
 
 
@@ -84,6 +91,24 @@ def test_one_candidate_is_chosen_over_all_groups(tmp_path):
         sets = {str(n): sentence_pairs(here.train[:6], "exactly", n) for n in (1, 2)}
         vectors = fit_vectors(here.model, sets)
         groups = [(vectors[str(n)], sentence_pairs(here.valid[:2], "exactly", n)) for n in (1, 2)]
-        best = here.best_for_all(groups, here.steps(0.5, 1.0))
-    assert best.layer in (None, 2)
-    assert 0 <= best.rate <= 1
+        best = here.best_for_all(groups, here.steps(0.5, 1.0), strict=True)
+        plans = [here.steps(0.5)[0], here.steps(1.0)[0]]
+        rates = [pooled(here, groups, plan) for plan in (None, *plans)]
+    assert best.rate == max(rates)
+    assert best.coeff == (0.0, 0.5, 1.0)[rates.index(max(rates))]
+
+
+def pooled(here, groups, candidate):
+    """The strict rate over all groups' answers, asked for one by one."""
+    from steerlens.evaluation import requests_for
+    from steerlens.instructions import check_all
+    from steerlens.plan import Plan
+
+    verdicts = []
+    for vector, pairs in groups:
+        plan = Plan() if candidate is None else vector.at(candidate)
+        requests = requests_for(pairs, plan, conditions=["vector"])
+        for request, record in zip(requests, here.sampler.generate(requests), strict=True):
+            checks = check_all(record["text"], request.pair.instruction_ids, request.pair.kwargs)
+            verdicts.append(all(check.strict for check in checks))
+    return sum(verdicts) / len(verdicts)

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from steerlens.calibration import RANGE, calibrate
+from steerlens.calibration import calibrate
 from steerlens.errors import SteerlensError
 from steerlens.quality import kl_from_unsteered
 from steerlens.sampling import generate
@@ -37,9 +37,8 @@ def test_a_layer_that_cannot_reach_the_target_is_left_out(llama, vector):
     assert found == []
 
 
-def test_coefficients_stay_in_their_range(llama, vector):
-    found = calibrate(llama.model, vector, PROMPTS, target_kl=1e-9, layers=[1], max_new_tokens=3)
-    assert found[0].coeff == pytest.approx(RANGE[0], rel=0.01)
+def test_a_layer_that_the_smallest_step_moves_too_far_is_left_out(llama, vector):
+    assert calibrate(llama.model, vector, PROMPTS, target_kl=1e-12, max_new_tokens=3) == []
 
 
 @pytest.mark.parametrize("bad", [{"prompts": []}, {"target_kl": 0.0}])

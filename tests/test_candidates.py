@@ -40,10 +40,16 @@ def test_an_empty_grid_is_refused(bad):
         grid(**bad)
 
 
-@pytest.mark.parametrize("bad", [{"n": 0}, {"layers": []}, {"coeff_range": (2.0, 1.0)}, {"coeff_range": (-1.0, 1.0)}])
+@pytest.mark.parametrize(
+    "bad", [{"n": 0}, {"layers": []}, {"operators": []}, {"coeff_range": (2.0, 1.0)}, {"coeff_range": (-1.0, 1.0)}]
+)
 def test_impossible_draws_are_refused(bad):
     with pytest.raises(SteerlensError, match="draws need n of at least 1"):
         draws(**{"n": 3, "layers": [1], **bad})
+
+
+def test_a_candidate_written_two_ways_is_one():
+    assert Candidate(1, positions=Window(-1, 0, "generation")) == Candidate(1, positions="last")
 
 
 def test_a_vector_takes_a_candidate_as_its_choice():

@@ -11,8 +11,9 @@ from steerlens.candidates import Candidate, draws, grid
 from steerlens.data import InstructionPair, PairSet
 from steerlens.errors import DataError, ModelError, SteerlensError
 from steerlens.positions import Window
+from steerlens.quality import Quality
 from steerlens.sampling import generate
-from steerlens.sweeps import Best, Sweep, candidate_layers, choose, sweep
+from steerlens.sweeps import Best, Sweep, candidate_layers, choose, search, sweep
 from steerlens.vectors import SteeringVector
 
 NO_COMMA = "punctuation:no_comma"
@@ -30,6 +31,7 @@ def scores(*candidates, instruction="x:y"):
             "unit": "absolute",
             "prompt_id": str(index),
             "prompt": str(index),
+            "query": str(index),
             "trial": 0,
             "followed": bool(verdict),
             "degenerate": bool(flag),
@@ -237,6 +239,31 @@ def test_the_papers_gate_refuses_low_perplexity_and_needs_it_measured(llama, vec
     assert table.loc[table["chosen"], "layer"].tolist() == [4]
     found = sweep(llama.model, vector, pairs, layers=[1], gate="low_perplexity", max_new_tokens=4)
     assert found.scores["low_perplexity"].tolist() == (found.scores["perplexity"] < 2.5).tolist()
+
+
+@pytest.mark.parametrize(
+    ("bad", "message"),
+    [
+        ({"gate": "low_perplexity", "quality": Quality(perplexity=False)}, "gate must be"),
+        ({"trials": 0}, "trials must be at least 1"),
+    ],
+)
+def test_a_search_that_cannot_be_chosen_from_is_refused_before_anything_is_generated(
+    llama, vector, pairs, bad, message, monkeypatch
+):
+    monkeypatch.setattr("steerlens.evaluation.stream", None)
+    sampler = evaluation.Sampler(llama.model)
+    with pytest.raises(SteerlensError, match=message):
+        search(sampler, vector, pairs, [Candidate(1)], **bad)
+
+
+def test_candidates_that_not_every_instruction_tried_are_not_on_the_front():
+    hard = scores((None, 0.0, [0, 0], [0, 0]), (2, 1.0, [0, 1], [0, 0]), instruction="a:hard")
+    easy = scores((None, 0.0, [0, 0], [0, 0]), (2, 1.0, [0, 1], [0, 0]), (4, 1.0, [1, 1], [0, 0]), instruction="a:easy")
+    frame = pd.concat([hard, easy], ignore_index=True)
+    found = Sweep(frame, choose(frame))
+    assert found.configurations.set_index("layer")["n_instructions"].to_dict()[4] == 1
+    assert 4 not in found.pareto()["layer"].tolist()
 
 
 def test_trials_are_rows_of_their_own_and_their_spread_is_reported(llama, vector, pairs):

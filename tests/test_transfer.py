@@ -49,6 +49,21 @@ def test_unrelated_residuals_have_no_r2_on_unseen_texts_and_a_strong_penalty():
     assert min(found.alphas.values()) >= 1.0
 
 
+def test_copies_of_a_text_do_not_weaken_the_penalty():
+    """Twelve copies of each row, unrelated to the target: leaving one copy out must not look like a good fit."""
+    source = activations(30, width=24)
+    target = replace(source, resid=torch.randn(30, 2, 2, 8, generator=torch.Generator().manual_seed(2)))
+    once = fit_ridge_map(source, target)
+    copies = [
+        replace(
+            one, resid=one.resid.repeat(12, 1, 1, 1), prompt_ids=one.prompt_ids * 12, instructions=one.instructions * 12
+        )
+        for one in (source, target)
+    ]
+    assert fit_ridge_map(*copies).alphas == pytest.approx(once.alphas)
+    assert min(once.alphas.values()) >= 0.1
+
+
 def test_a_mapped_vector_is_the_maps_image_with_projections_in_the_targets_units(weight):
     source = activations(300)
     target = planted(source, weight, noise=0.01)
