@@ -160,7 +160,7 @@ class RayEngine:
     def _processors(self) -> float:
         """Of one worker: one that asks for more than any node has would wait for ever."""
         largest = max((node["Resources"].get("CPU", 0) for node in self.ray.nodes() if node["Alive"]), default=1)
-        return min(self.n_threads, largest)
+        return float(min(self.n_threads, largest))
 
     def _start(self) -> None:
         actor = self.ray.remote(_Worker).options(num_cpus=self._processors(), num_gpus=self.n_gpus)
