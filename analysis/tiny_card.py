@@ -249,7 +249,9 @@ def instruction_table(scores: pd.DataFrame, model: str) -> str:
         topic = " | ".join(percent(cells.loc[condition, "on_topic"]) for condition in ("none", "vector", "text"))
         first = rows[rows["condition"] == "vector"].iloc[0]
         where = (
-            f"layer {first['layer']}, {first['operator']}, {first['positions']}" if first["operator"] else "not steered"
+            f"layer {first['layer']:.0f}, {first['operator']}, {first['positions']}"
+            if first["operator"]
+            else "not steered"
         )
         lines.append(f"| {name} | {rates} | {where} | {topic} |")
     return "\n".join(lines)
