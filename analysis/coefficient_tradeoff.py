@@ -7,6 +7,11 @@ units of the layer's mean residual norm; a second series takes every layer at co
 the unsteered model. Quality is the perplexity of the response under the unsteered model, its repetition, and the divergence in
 nats per token. The front is what no configuration beats in following without losing in repetition. Instructions that no
 coefficient moves as far as a divergence are left out of its series; `n` says how many responses remain.
+
+The third table is each instruction's steerability (Tan et al. 2024): the slope of the share followed over the coefficient, from
+none to `slope_to`, and the share of prompts that steering moves the wrong way. Beside it stands what the pairs said before any
+steering (Braun et al. 2025): the agreement of the training pairs, each with the mean of the others, and d' of validation pairs
+along the direction, both at the steered layer.
 """
 
 from dataclasses import dataclass
@@ -20,11 +25,13 @@ from study import FormatStudy, Frames, conduct, lab, line
 
 from steerlens.calibration import calibrate
 from steerlens.candidates import grid
+from steerlens.capture import Activations, record_activations
 from steerlens.errors import DataError
 from steerlens.estimators import fit_vectors
 from steerlens.metrics import pareto_front
 from steerlens.plot import CONDITION_COLORS
 from steerlens.quality import Quality
+from steerlens.steerability import agreement, d_prime, steerability_summary
 from steerlens.sweeps import search, summary
 
 
@@ -35,6 +42,8 @@ class Settings(FormatStudy):
     """In mean residual norms."""
     target_kl: tuple[float, ...] = (0.1, 0.5, 2.0)
     """Divergences to calibrate to, in nats per token."""
+    slope_to: float = 1.0
+    """The largest coefficient that counts for the slope, in mean residual norms."""
 
 
 def measure(settings: Settings) -> Frames:
@@ -49,7 +58,8 @@ def measure(settings: Settings) -> Frames:
         rows = grid(
             layers=[layer], coeffs=settings.coeffs, operators="add", positions=best.positions, unit="resid_norm"
         )
-        swept = search(here.sampler, vectors, test, rows, quality=quality).configurations
+        swept = search(here.sampler, vectors, test, rows, quality=quality)
+        before = [record_activations(here.model, pairs, layers=[layer]).by_instruction() for pairs in (train, valid)]
         calibrated = []
         for target in settings.target_kl:
             options = {"target_kl": target, "layers": list(here.layers), "positions": best.positions}
@@ -63,7 +73,44 @@ def measure(settings: Settings) -> Frames:
                 calibrated.append(by_layer(pd.concat(found)).assign(target_kl=target))
     if not calibrated:
         raise DataError(f"no layer moves the model by any of {settings.target_kl} nats; lower --target-kl")
-    return {"tradeoff": swept.assign(layer_was_best=best.layer is not None), "calibrated": pd.concat(calibrated)}
+    return {
+        "tradeoff": swept.configurations.assign(layer_was_best=best.layer is not None),
+        "calibrated": pd.concat(calibrated),
+        "steerability": pd.DataFrame(
+            {
+                "instruction": name,
+                **slope_of(scores, settings.slope_to),
+                **separability(before[0][name], before[1][name]),
+            }
+            for name, scores in swept.scores.groupby("instruction", sort=False)
+        ),
+    }
+
+
+def slope_of(scores: pd.DataFrame, largest: float) -> dict[str, float]:
+    """The share followed over coefficients from 0 to the largest: its slope, and how many prompts go down."""
+    scores = scores.assign(coeff=scores["coeff"].where(scores["layer"].notna(), 0.0))
+    found = steerability_summary(scores[scores["coeff"] <= largest], value="followed", sample="prompt_id")
+    return {
+        "n": found.n,
+        "slope": found.slope,
+        "slope_sd": found.slope_sd,
+        "anti_steerable": found.anti_steerable,
+        "anti_low": found.anti_steerable_low,
+        "anti_high": found.anti_steerable_high,
+        "spearman": found.spearman,
+    }
+
+
+def separability(fitted: Activations, others: Activations) -> dict[str, float]:
+    """Agreement of the pairs that a vector is fitted on, and d' of other pairs along it; both hold one layer."""
+    differences = fitted.differences[:, 0].double()
+    direction = differences.mean(0) / differences.mean(0).norm()
+    without, with_ = (others.resid[:, side, 0].double() @ direction for side in (0, 1))
+    return {
+        "agreement": agreement(differences.numpy(), leave_one_out=True),
+        "d_prime": d_prime(with_.numpy(), without.numpy()),
+    }
 
 
 def by_layer(scores: pd.DataFrame) -> pd.DataFrame:
@@ -103,7 +150,11 @@ def draw(frames: Frames) -> dict[str, go.Figure]:
         height=460,
         margin={"t": 90},
     )
-    return {"tradeoff": figure, "calibrated": draw_calibrated(frames["calibrated"])}
+    return {
+        "tradeoff": figure,
+        "calibrated": draw_calibrated(frames["calibrated"]),
+        "steerability": draw_steerability(frames["steerability"]),
+    }
 
 
 def draw_calibrated(table: pd.DataFrame) -> go.Figure:
@@ -123,5 +174,30 @@ def draw_calibrated(table: pd.DataFrame) -> go.Figure:
     )
 
 
+def draw_steerability(table: pd.DataFrame) -> go.Figure:
+    figure = make_subplots(cols=2, shared_yaxes=True, horizontal_spacing=0.06)
+    names = [str(name).split(":")[-1].replace("_", " ") for name in table["instruction"]]
+    for column, name, title in (
+        (1, "agreement", "agreement of the pairs (cosine, leave one out)"),
+        (2, "d_prime", "d' of unseen pairs, in standard deviations"),
+    ):
+        figure.add_scatter(
+            x=table[name], y=table["slope"], mode="markers", marker={"size": 11, "color": CONDITION_COLORS["vector"]},
+            hovertext=names, row=1, col=column,
+        )  # fmt: skip
+        rho = table[name].corr(table["slope"], method="spearman")
+        figure.update_xaxes(title_text=f"{title}: rank correlation {rho:.2f}", row=1, col=column)
+    for (_, row), label in zip(table.iterrows(), names, strict=True):
+        figure.add_annotation(
+            x=row["agreement"], y=row["slope"], text=label, showarrow=False, xanchor="left", xshift=8, font={"size": 10},
+            row=1, col=1,
+        )  # fmt: skip
+    figure.update_yaxes(title_text="slope: share followed per mean residual norm", row=1, col=1)
+    return figure.update_layout(
+        title_text="Does what the pairs say before steering tell how well it works?",
+        showlegend=False, width=1100, height=520, margin={"t": 90},
+    )  # fmt: skip
+
+
 if __name__ == "__main__":
-    conduct(tyro.cli(Settings, description=__doc__), measure, draw, ["tradeoff", "calibrated"])
+    conduct(tyro.cli(Settings, description=__doc__), measure, draw, ["tradeoff", "calibrated", "steerability"])

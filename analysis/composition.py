@@ -4,8 +4,8 @@
 
 Every format instruction's vector is applied alone and together with every other one, and with conciseness, to bare queries: row
 A, column B of `pairs.csv` is the rate of A's check under both, next to A's under its own vector alone. Each vector keeps the
-layer, position and operator that its own search chose; two vectors at one layer act one after the other. `length.csv`: a format
-and "at most n sentences" together, each asked for by text, by vector, or by both.
+layer, position and operator that its own search chose (conciseness: by answers of one sentence); two vectors at one layer act
+one after the other. `length.csv`: a format and "at most n sentences" together, each asked for by text, by vector, or by both.
 """
 
 from dataclasses import dataclass
@@ -37,8 +37,8 @@ class Settings(FormatStudy):
     n_test: int = 12
     n_sentences: int = 2
     """Of the request "at most n sentences"."""
-    coeff: float = 0.5
-    """Of conciseness, in mean residual norms."""
+    coeffs: tuple[float, ...] = (0.25, 0.5, 1.0)
+    """Of conciseness, to search, in mean residual norms."""
 
 
 def measure(settings: Settings) -> Frames:
@@ -48,10 +48,8 @@ def measure(settings: Settings) -> Frames:
         found = search(here.sampler, vectors, valid, grid(layers=here.layers, positions=list(settings.positions)))
         plans = {name: vector.at(found.best(name)) for name, vector in vectors.items()}
         concise = fit_vectors(here.model, {CONCISE: length_pairs(here.train, "extremely_short")})[CONCISE]
-        layer = here.layers[len(here.layers) // 2]
-        short = concise.at(
-            layer, coeff=settings.coeff, operator="add", unit="resid_norm", positions=settings.positions[-1]
-        )
+        brief = sentence_pairs(here.valid, "at_most", 1)
+        short = concise.at(here.best_for_all([(concise, brief)], here.steps(*settings.coeffs), strict=True))
         return {
             "pairs": compared(here, test, plans, plans | {CONCISE: short}),
             "length": with_length(here, settings, test, plans, short),
@@ -95,10 +93,11 @@ def with_length(here: Lab, settings: Settings, test: PairSet, plans: dict[str, P
                 {
                     "text": "with the text" if request.condition == "text+vector" else "bare query",
                     "followed": verdict(request.pair, record["text"], index),
+                    "query": request.pair.query,
                 }
                 for request, record in zip(requests, records, strict=True)
             )
-            rows.append(rate_table(frame, ["text"]).assign(vectors=steered, measured=part))
+            rows.append(rate_table(frame, ["text"], clusters="query").assign(vectors=steered, measured=part))
     return pd.concat(rows)
 
 

@@ -6,8 +6,9 @@
 Format vectors are fitted in the source and applied to the target (`--model`), whose layers are searched anew. "as it is" needs
 equal widths and depths; "mapped" fits the vector on activations that went through a ridge map, fitted on residuals of the same
 training texts in both models, without those of the instruction that is carried (with them, the map would know the target's own
-vector). `r2.csv` says how well a map predicts residuals of unseen texts, layer by layer. The target's own vectors and random
-directions of equal norm stand beside them; tests are bare queries.
+vector). `maps.csv` says how well each of these maps predicts residuals of unseen texts with and without that instruction (R2),
+and how near the mapped vector comes to the target's own (cosine); its rows "all" are of a map fitted on every instruction. The
+target's own vectors and random directions of equal norm stand beside them; tests are bare queries.
 """
 
 import warnings
@@ -16,12 +17,14 @@ from pathlib import Path
 
 import pandas as pd
 import plotly.graph_objects as go
+import torch
 import tyro
 from plotly.subplots import make_subplots
 from study import FormatStudy, Frames, conduct, lab
 
 from steerlens.candidates import grid
 from steerlens.capture import Activations, record_activations
+from steerlens.comparisons import compare_cells
 from steerlens.estimators import fit_steering_vector
 from steerlens.evaluation import requests_for, score
 from steerlens.metrics import rate_table
@@ -48,12 +51,13 @@ def measure(settings: Settings) -> Frames:
         train, valid, test = here.format_pairs()
         theirs = record_activations(source, train, progress=True)
         own = record_activations(here.model, train, progress=True)
-        r2 = fit_ridge_map(theirs, own).scores(record_activations(source, test), record_activations(here.model, test))
-        fits = {"own": own.by_instruction(), "mapped": mapped_without_itself(theirs, own)}
+        unseen = record_activations(source, test), record_activations(here.model, test)
+        mapped, maps = mapped_without_itself(theirs, own, *unseen)
+        fits = {"own": own.by_instruction(), "mapped": mapped}
         same = all(getattr(source.cfg, size) == getattr(here.model.cfg, size) for size in ("d_model", "n_layers"))
         if same:
             fits["as it is"] = theirs.by_instruction()
-        frames = []
+        frames, compared = [], []
         for kind, parts in fits.items():
             vectors = {name: fit_steering_vector(part) for name, part in parts.items()}
             candidates = grid(layers=here.layers, positions=list(settings.positions))
@@ -61,19 +65,27 @@ def measure(settings: Settings) -> Frames:
             plans = {name: vector.at(found.best(name)) for name, vector in vectors.items()}
             requests = requests_for(test, plans, conditions=["none", "vector", "random"], seed=settings.seed)
             scores = score(here.sampler, requests, quality=quality).assign(vectors=kind)
-            overall = scores.assign(instruction="all")
-            frames.append(rate_table(pd.concat([scores, overall]), ["vectors", "instruction", "condition"]))
-        return {"cells": pd.concat(frames), "r2": r2}
+            overall, keys = scores.assign(instruction="all"), ["vectors", "instruction", "condition"]
+            frames.append(rate_table(pd.concat([scores, overall]), keys, clusters="query"))
+            compared.append(compare_cells(scores).assign(vectors=kind))
+        return {"cells": pd.concat(frames), "comparisons": pd.concat(compared), "maps": maps}
 
 
-def mapped_without_itself(theirs: Activations, own: Activations) -> dict[str, Activations]:
-    """Each instruction's source activations through a map that was fitted on the other instructions' texts."""
-    found = {}
+def mapped_without_itself(
+    theirs: Activations, own: Activations, their_test: Activations, own_test: Activations
+) -> tuple[dict[str, Activations], pd.DataFrame]:
+    """Each instruction's source activations through a map fitted on the other instructions' texts; and how good the maps are."""
+    tests = their_test.by_instruction(), own_test.by_instruction()
+    whole = fit_ridge_map(theirs, own)
+    found, rows = {}, [whole.scores(their_test, own_test).assign(instruction="all")]
     for name, part in theirs.by_instruction().items():
         others = [index for index, one in enumerate(theirs.instructions) if one != name]
         ridge = fit_ridge_map(*(subset(one, others) for one in (theirs, own)))
         found[name] = ridge.transform(part)
-    return found
+        mapped, target = (one.differences.mean(0) for one in (found[name], own.by_instruction()[name]))
+        near = torch.cosine_similarity(mapped, target, dim=-1).tolist()
+        rows.append(ridge.scores(*(test[name] for test in tests)).assign(instruction=name, cosine=near))
+    return found, pd.concat(rows)
 
 
 def subset(activations: Activations, indices: list[int]) -> Activations:
@@ -98,18 +110,16 @@ def draw(frames: Frames) -> dict[str, go.Figure]:
         if len(rows):
             error = {"type": "data", "array": rows["high"] - rows["rate"], "arrayminus": rows["rate"] - rows["low"]}
             figure.add_bar(x=[label], y=rows["rate"], error_y=error, marker_color=color, showlegend=False, row=1, col=1)
-    r2 = frames["r2"]
-    figure.add_scatter(
-        x=r2["layer"],
-        y=r2["r2"],
-        mode="lines+markers",
-        line={"color": colors["mapped"]},
-        showlegend=False,
-        row=1,
-        col=2,
-    )
+    maps = frames["maps"][frames["maps"]["instruction"] != "all"].groupby("layer")[["r2", "cosine"]].mean()
+    for name, dash, label in (("r2", "solid", "R² of residuals"), ("cosine", "dot", "cosine of vectors")):
+        figure.add_scatter(
+            x=maps.index, y=maps[name], mode="lines+markers", line={"color": colors["mapped"], "dash": dash}, name=label,
+            row=1, col=2,
+        )  # fmt: skip
     figure.update_yaxes(title_text="followed", tickformat=".0%", rangemode="tozero", row=1, col=1)
-    figure.update_yaxes(title_text="R² of the map, unseen texts", range=[min(0, r2["r2"].min()), 1.02], row=1, col=2)
+    figure.update_yaxes(
+        title_text="mean over the carried instructions", range=[min(0, maps.min().min()) - 0.02, 1.02], row=1, col=2
+    )
     figure.update_xaxes(tickangle=-30, row=1, col=1)
     figure.update_xaxes(title_text="target layer", row=1, col=2)
     figure.update_layout(title_text="Vectors of another model, bare queries", width=1000, height=480)
@@ -117,4 +127,4 @@ def draw(frames: Frames) -> dict[str, go.Figure]:
 
 
 if __name__ == "__main__":
-    conduct(tyro.cli(Settings, description=__doc__), measure, draw, ["cells", "r2"])
+    conduct(tyro.cli(Settings, description=__doc__), measure, draw, ["cells", "comparisons", "maps"])

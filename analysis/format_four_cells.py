@@ -9,6 +9,8 @@ Vectors, layers and tests are on prompts that share no query; the layer is searc
 the run itself with its report in `run/`, and the figures `overall` and `by_instruction`.
 """
 
+import shlex
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,8 +26,6 @@ from steerlens.records import RunConfig
 @dataclass(frozen=True)
 class Settings(FormatStudy):
     out: Path = Path("runs/analysis/format_four_cells")
-    data: Path | None = None
-    """Test prompts (JSONL); default: bundled queries that nothing was fitted or searched on."""
 
 
 def measure(settings: Settings) -> Frames:
@@ -45,7 +45,7 @@ def measure(settings: Settings) -> Frames:
         dtype=settings.dtype,
         kl=True,
     )
-    evaluation = run(config, settings.out / "run", command=f"python {Path(__file__).name}").evaluation
+    evaluation = run(config, settings.out / "run", command=shlex.join(["python", *sys.argv])).evaluation
     return {"table": evaluation.table, "comparisons": evaluation.comparisons}
 
 

@@ -2,15 +2,16 @@
 
     python analysis/keywords.py --out runs/analysis/keywords
     python analysis/keywords.py --out runs/analysis/keywords_real --model smollm2-135m --batch-size 32 \\
-        --data ifeval_single_keyword_include.jsonl --exclude-data ifeval_single_keyword_exclude.jsonl --n-test 40
+        --data ifeval_single_keyword_include.jsonl --exclude-data ifeval_single_keyword_exclude.jsonl --n-test 40 \\
+        --valid-data inclusion_validation.jsonl --exclude-valid-data exclusion_validation.jsonl
 
 A word's vector is the mean difference over base queries with and without a request to include it, fitted when it is needed.
 Layer, position and coefficient are chosen once for inclusion and once for exclusion, on validation queries and words that are not
 tested. Checks are strict, as in the paper. Without data files, `--words` are to be included in bundled queries, and what is to be
-excluded is a word that the model's own answer has. Multi-word prompts of a file are left out and counted.
+excluded is a word that the model's own answer has. Prompts of a file about several words are left out and counted.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,8 @@ import tyro
 from study import Frames, Lab, Study, conduct, lab
 
 from steerlens.comparisons import compare_cells
-from steerlens.data import CONDITIONS, PairSet, load_pairs
+from steerlens.data import CONDITIONS, PairSet, load_pairs, query_key
+from steerlens.errors import DataError
 from steerlens.estimators import fit_vectors
 from steerlens.evaluation import requests_for, score
 from steerlens.families import Mode, keyword_pairs
@@ -38,10 +40,12 @@ class Settings(Study):
     out: Path = Path("runs/analysis/keywords")
     words: tuple[str, ...] = ("dream", "science", "garden", "number", "winter", "holiday", "river", "bread")
     """Words to ask for, where there are no data files."""
-    data: Path | None = None
-    """Test prompts that include a word (JSONL); default: bundled queries that nothing was fitted or searched on."""
     exclude_data: Path | None = None
     """Test prompts that exclude a word."""
+    valid_data: Path | None = None
+    """Validation prompts that include a word; default: four words in bundled queries."""
+    exclude_valid_data: Path | None = None
+    """Validation prompts that exclude a word; default: words that the model's own answers have."""
     coeffs: tuple[float, ...] = (0.25, 0.5, 1.0, 1.5)
     """Sizes of the steps to search, in mean residual norms; exclusion takes them with a minus sign."""
 
@@ -51,7 +55,7 @@ def measure(settings: Settings) -> Frames:
     with lab(settings) as here:
         for mode in ("include", "exclude"):
             groups, left_out = test_groups(here, settings, mode)
-            valid = validation_groups(here, mode, taken=set(groups))
+            valid = validation_groups(here, settings, mode, groups)
             vectors = word_vectors(here, [*valid, *groups])
             chosen = {one: choice(here, settings, vectors, valid, mode, one) for one in ("vector", "text+vector")}
             requests = [
@@ -82,11 +86,15 @@ def word_vectors(here: Lab, words: Sequence[str]) -> dict[str, SteeringVector]:
     return fit_vectors(here.model, sets, folder=here.settings.out / "vectors", progress=True)
 
 
-def validation_groups(here: Lab, mode: Mode, taken: set[str]) -> dict[str, PairSet]:
-    """Validation pairs by word, without the words that are tested."""
+def validation_groups(here: Lab, settings: Settings, mode: Mode, tested: Mapping[str, PairSet]) -> dict[str, PairSet]:
+    """Validation pairs by word, without the words and the queries that are tested."""
+    file = settings.valid_data if mode == "include" else settings.exclude_valid_data
+    if file is not None:
+        queries = {query_key(pair) for pairs in tested.values() for pair in pairs}
+        return file_groups(file, mode, settings.n_valid, settings.seed, words=set(tested), queries=queries)[0]
     if mode == "include":
-        return {word: keyword_pairs(here.valid, word) for word in VALIDATION_WORDS if word not in taken}
-    said = {word: query for query, word in here.said_words(here.valid).items() if word not in taken}
+        return {word: keyword_pairs(here.valid, word) for word in VALIDATION_WORDS if word not in tested}
+    said = {word: query for query, word in here.said_words(here.valid).items() if word not in tested}
     return {word: keyword_pairs([query], word, mode) for word, query in said.items()}
 
 
@@ -113,11 +121,28 @@ def test_groups(here: Lab, settings: Settings, mode: Mode) -> tuple[dict[str, Pa
     if file is None:
         said = here.said_words(here.test)
         return {word: keyword_pairs([query], word, mode) for query, word in said.items()}, 0
-    argument = "keywords" if mode == "include" else "forbidden_words"
-    pairs = [pair for pair in load_pairs(file) if pair.query is not None]
+    return file_groups(file, mode, settings.n_test, settings.seed)
+
+
+def file_groups(
+    file: Path, mode: Mode, n: int, seed: int, *, words: Container[str] = (), queries: Container[str] = ()
+) -> tuple[dict[str, PairSet], int]:
+    """At most n of a file's pairs about one word, by word, without these words and queries; and how many name several.
+
+    Raises:
+        DataError: if no pair is left.
+    """
+    wanted, argument = {
+        "include": ("keywords:existence", "keywords"),
+        "exclude": ("keywords:forbidden_words", "forbidden_words"),
+    }[mode]
+    pairs = [pair for pair in load_pairs(file) if pair.query is not None and pair.instruction_ids == (wanted,)]
     single = [pair for pair in pairs if len(pair.kwargs[0][argument]) == 1]
+    left = [pair for pair in single if pair.kwargs[0][argument][0] not in words and query_key(pair) not in queries]
+    if not left:
+        raise DataError(f"{file} must hold prompts of {wanted} about one word each, with their base queries, got none")
     groups: dict[str, list[Any]] = {}
-    for pair in PairSet(single).sample(min(settings.n_test, len(single)), seed=settings.seed):
+    for pair in PairSet(left).sample(min(n, len(left)), seed=seed):
         groups.setdefault(pair.kwargs[0][argument][0], []).append(pair)
     return {word: PairSet(group) for word, group in groups.items()}, len(pairs) - len(single)
 
@@ -130,4 +155,4 @@ def draw(frames: Frames) -> dict[str, go.Figure]:
 
 
 if __name__ == "__main__":
-    conduct(tyro.cli(Settings, description=__doc__), measure, draw, ["cells", "choices"])
+    conduct(tyro.cli(Settings, description=__doc__), measure, draw, ["cells", "comparisons", "choices"])

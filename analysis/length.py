@@ -1,7 +1,8 @@
 """Length: conciseness and verbosity, at most, exactly and at least n sentences (Stolfo et al. 2025, section 4).
 
     python analysis/length.py --out runs/analysis/length
-    python analysis/length.py --out runs/analysis/length_real --model smollm2-135m --batch-size 32 --n-test 12 --ns 1 3 5
+    python analysis/length.py --out runs/analysis/length_real --model smollm2-135m --batch-size 32 --n-test 12 --ns 1 3 5 \\
+        --data ifeval_single_keyword_include.jsonl
 
 Vectors: one per level of length, and one per exact number of sentences. "At most n" is steered by the vector of the level
 extremely_short, "at least n" by extremely_verbose, "exactly n" by n's own; all are added, at the layer, position and coefficient
@@ -19,7 +20,7 @@ import tyro
 from plotly.subplots import make_subplots
 from study import Frames, Lab, Study, conduct, lab, line
 
-from steerlens.comparisons import bootstrap_mean
+from steerlens.comparisons import bootstrap_mean, compare_conditions
 from steerlens.estimators import fit_vectors
 from steerlens.evaluation import requests_for, score
 from steerlens.families import LENGTH_LEVELS, RELATIONS, length_pairs, sentence_count, sentence_pairs
@@ -45,8 +46,16 @@ def measure(settings: Settings) -> Frames:
         sets |= {f"exactly {n}": sentence_pairs(here.train, "exactly", n) for n in settings.ns}
         vectors = fit_vectors(here.model, sets, progress=True)
         plans = {relation: plan_for(here, settings, vectors, relation) for relation in RELATIONS}
-        frames = [rated(here, settings, relation, plans[relation]) for relation in RELATIONS]
-        return {"sentences": pd.concat(frames), "levels": levels(here, settings, vectors)}
+        found = [rated(here, settings, relation, plans[relation]) for relation in RELATIONS]
+        scores = pd.concat(frame for _, frame in found)
+        compared = compare_conditions(
+            scores, baseline="text", by=("relation", "sentences_asked"), value="followed_strict"
+        )
+        return {
+            "sentences": pd.concat(table for table, _ in found),
+            "comparisons": compared,
+            "levels": levels(here, settings, vectors),
+        }
 
 
 def plan_for(
@@ -61,9 +70,9 @@ def plan_for(
     return {n: (vector.at(best), where) for n, vector in own.items()}
 
 
-def rated(here: Lab, settings: Settings, relation: Any, plans: dict[int, tuple[Plan, str]]) -> pd.DataFrame:
-    """The rate for each n, with the text alone and with the vector."""
-    rows = []
+def rated(here: Lab, settings: Settings, relation: Any, plans: dict[int, tuple[Plan, str]]) -> tuple[pd.DataFrame, ...]:
+    """The rate for each n, with the text alone and with the vector; and the scores behind it."""
+    rows, answered = [], []
     for n, (plan, where) in plans.items():
         pairs = sentence_pairs(here.test, relation, n)
         requests = requests_for(pairs, plan, conditions=["text", "text+vector"], seed=settings.seed)
@@ -76,7 +85,8 @@ def rated(here: Lab, settings: Settings, relation: Any, plans: dict[int, tuple[P
         table["mean_words"] = scores.groupby("condition", sort=False)["n_words"].mean().to_numpy()
         table["cut"] = scores["finish_reason"].eq("length").groupby(scores["condition"], sort=False).mean().to_numpy()
         rows.append(table)
-    return pd.concat(rows)
+        answered.append(scores.assign(relation=relation, sentences_asked=n))
+    return pd.concat(rows), pd.concat(answered)
 
 
 def levels(here: Lab, settings: Settings, vectors: dict[str, SteeringVector]) -> pd.DataFrame:
@@ -140,4 +150,4 @@ def draw_levels(table: pd.DataFrame) -> go.Figure:
 
 
 if __name__ == "__main__":
-    conduct(tyro.cli(Settings, description=__doc__), measure, draw, ["sentences", "levels"])
+    conduct(tyro.cli(Settings, description=__doc__), measure, draw, ["sentences", "comparisons", "levels"])

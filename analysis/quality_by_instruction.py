@@ -10,10 +10,13 @@ the unsteered model in nats per token, and where they are given a reward model's
 gained in following against what is lost in quality.
 """
 
+import shlex
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import plotly.graph_objects as go
 import tyro
 from study import FormatStudy, Frames, conduct
@@ -27,8 +30,6 @@ from steerlens.records import RunConfig
 @dataclass(frozen=True)
 class Settings(FormatStudy):
     out: Path = Path("runs/analysis/quality_by_instruction")
-    data: Path | None = None
-    """Test prompts (JSONL); default: bundled queries that nothing was fitted or searched on."""
     reward_model: str | None = None
     """A reward model's folder or hub id."""
     judge_url: str | None = None
@@ -55,12 +56,17 @@ def measure(settings: Settings) -> Frames:
         kl=True,
         reward_model=settings.reward_model,
     )
-    evaluation = run(config, settings.out / "run", command=f"python {Path(__file__).name}").evaluation
+    evaluation = run(config, settings.out / "run", command=shlex.join(["python", *sys.argv])).evaluation
     table = evaluation.table
     if settings.judge_url is not None:
-        judge = Judge(settings.judge_url, settings.judge_model)
+        judge = Judge(settings.judge_url, settings.judge_model, cache=settings.out / "judged.jsonl")
         judged = judge_frame(evaluation.scores, judge)
-        means = judged.groupby(["instruction", "condition"])["quality"].mean().rename("mean_judge").reset_index()
+        judged = pd.concat([judged, judged.assign(instruction="all")])
+        means = (
+            judged.groupby(["instruction", "condition"])["quality"]
+            .agg(mean_judge="mean", n_judged="count")
+            .reset_index()
+        )
         table = table.merge(means, on=["instruction", "condition"], how="left")
     return {"quality": table}
 

@@ -7,7 +7,7 @@ A script has `measure`, which runs the model and returns tables, and `draw`, whi
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +16,14 @@ import plotly.graph_objects as go
 from draw import save
 
 from steerlens.candidates import Candidate, grid
-from steerlens.data import PairSet, load_pairs
+from steerlens.data import PairSet, load_pairs, query_key
+from steerlens.errors import DataError
 from steerlens.evaluation import Sampler, requests_for
 from steerlens.families import keyword_pairs
-from steerlens.model import load_model
+from steerlens.job import at_most
+from steerlens.model import library_versions, load_model
 from steerlens.plan import Plan
-from steerlens.records import Journal, pairs_for, writable_folder, write_atomically
+from steerlens.records import Journal, content_key, pairs_for, start_folder, writable_folder, write_atomically
 from steerlens.sampling import SamplingConfig
 from steerlens.sweeps import Best, choose, search
 from steerlens.vectors import SteeringVector
@@ -37,6 +39,8 @@ class Study:
     """Folder for responses, tables and figures."""
     model: str = "tiny"
     """A local folder, a named model, or a hub id."""
+    data: Path | None = None
+    """Test prompts (JSONL, with base queries); default: bundled queries that nothing was fitted or searched on."""
     n_train: int = 32
     """Queries that vectors are fitted on, at most."""
     n_valid: int = 8
@@ -69,6 +73,23 @@ class FormatStudy(Study):
     """Ids; default: all twelve."""
 
 
+def parts_for(settings: Study) -> Sequence[PairSet]:
+    """Pairs to fit on, to search on and to test, without a common base query: bundled ones, or the settings' data to test.
+
+    Raises:
+        DataError: if no prompt of the data has a base query.
+    """
+    pairs = load_pairs(settings.pairs, seed=settings.seed)
+    if settings.data is None:
+        return pairs.split(seed=settings.seed)
+    test = PairSet(pair for pair in load_pairs(settings.data, seed=settings.seed) if pair.query is not None)
+    if len(test) == 0:
+        raise DataError(f"test prompts need their base queries, and {settings.data} has none")
+    asked = {query_key(pair) for pair in test}
+    rest = PairSet(pair for pair in pairs if query_key(pair) not in asked)
+    return *rest.split(seed=settings.seed, fractions=(0.75, 0.25)), test
+
+
 class Lab:
     """A loaded model with its sampler and its queries, dealt into three parts that share none."""
 
@@ -82,7 +103,7 @@ class Lab:
             journal=journal,
             progress=True,
         )
-        self.parts = load_pairs(settings.pairs, seed=settings.seed).split(seed=settings.seed)
+        self.parts = parts_for(settings)
         sizes = (settings.n_train, settings.n_valid, settings.n_test)
         self.train, self.valid, self.test = (
             list(dict.fromkeys(str(pair.query) for pair in part))[:n] for part, n in zip(self.parts, sizes, strict=True)
@@ -96,9 +117,10 @@ class Lab:
     def format_pairs(self) -> tuple[PairSet, PairSet, PairSet]:
         """The bundled format instructions: pairs to fit on, to search on, and to test."""
         wanted = getattr(self.settings, "instructions", ())
-        parts = [part.filter(wanted) if wanted else part for part in self.parts]
+        known = [name for name in self.parts[0].instructions if name in self.parts[2].instructions]
+        parts = [part.filter(wanted or known) for part in self.parts]
         sizes = (self.settings.n_train, self.settings.n_valid, self.settings.n_test)
-        train, valid, test = (part.sample_per_instruction(n) for part, n in zip(parts, sizes, strict=True))
+        train, valid, test = (at_most(part, n, self.settings.seed) for part, n in zip(parts, sizes, strict=True))
         return train, valid, test
 
     def said_words(self, queries: Sequence[str]) -> dict[str, str]:
@@ -146,6 +168,12 @@ def lab(settings: Study) -> Iterator[Lab]:
         yield Lab(settings, journal)
 
 
+def described(settings: Study) -> tuple[str, dict[str, Any]]:
+    """An identity of the settings, and the settings: what config.json says of the tables beside it."""
+    content = {"settings": {key: str(value) for key, value in asdict(settings).items() if key not in ("out", "redraw")}}
+    return content_key(content), content | {"versions": library_versions()}
+
+
 def conduct(
     settings: Study,
     measure: Callable[[Any], Frames],
@@ -154,6 +182,7 @@ def conduct(
 ) -> Frames:
     """Measure, save the tables as CSV, and draw the figures from what was saved."""
     if not settings.redraw:
+        start_folder(writable_folder(settings.out), *described(settings), [f"{name}.csv" for name in names])
         for name, frame in measure(settings).items():
             write_atomically(settings.out / f"{name}.csv", frame.to_csv(index=False))
     frames = {name: pd.read_csv(settings.out / f"{name}.csv") for name in names}

@@ -8,9 +8,11 @@ For every instruction of the tiny world, by steerlens itself and IFEval's checks
     2. search layer, operator and positions on other training prompts (8 per candidate);
     3. answer held-out prompts (24: entities, questions and phrasings that no training had) in the four cells and the control.
 
-So nothing is chosen on what is reported. An answer is *on topic* if it names its entity and states one true fact of it.
-Prints the tables of `analysis/tiny_card.md`, writes `search.csv` and `scores.jsonl`, and draws the first model's figures into
-`analysis/figures`. Answers are kept in `generations.jsonl`, so running it again goes on where it stopped.
+So nothing is chosen on what is reported. Closing phrases and section marks come from short lists in training and test, as in
+IFEval's own prompts; how often the text brings about ones that no training had is told apart. An answer is *on topic* if it
+names its entity and states one true fact of it. Prints the tables of `analysis/tiny_card.md`, writes `search.csv`, `unseen.csv`
+and `scores.jsonl`, and draws the first model's figures into `analysis/figures`. Answers are kept in `generations.jsonl`, so
+running it again goes on where it stopped.
 """
 
 from collections.abc import Mapping
@@ -47,6 +49,8 @@ def candidates(vector: SteeringVector) -> list[Candidate]:
 
 
 SHOWN = tuple(CONDITION_COLORS)
+LISTED = ("end", "sections")
+"""Instructions whose arguments come from short lists."""
 
 
 @dataclass(frozen=True)
@@ -66,11 +70,11 @@ class Settings:
     max_new_tokens: int = 160
 
 
-def pairs_of(split: str, name: str, seed: int, n: int) -> tuple[PairSet, dict[str, Example]]:
-    """n different pairs of one instruction, and the example behind each, by prompt id."""
+def pairs_of(split: str, name: str, seed: int, n: int, *, listed: bool = True) -> tuple[PairSet, dict[str, Example]]:
+    """n different pairs of one instruction, and the example behind each, by prompt id; `listed` as in `examples`."""
     found: dict[str, Example] = {}
     pairs: list[InstructionPair] = []
-    for example in examples(split, seed, 3 * n, plain=0.0, two=0.0, only=(name,)):
+    for example in examples(split, seed, 3 * n, plain=0.0, two=0.0, only=(name,), listed=listed):
         kwargs = tuple(dict(one) for one in example.kwargs)
         pair = InstructionPair(
             example.query, example.instruction_text, example.instruction_ids, kwargs, prompt=example.prompt
@@ -115,8 +119,8 @@ def searched(
     return pd.concat(tables, ignore_index=True), plans
 
 
-def measure(model: Any, vectors: Mapping[str, SteeringVector], settings: Settings) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """Search table and test scores of one model with the given vectors."""
+def measure(model: Any, vectors: Mapping[str, SteeringVector], settings: Settings) -> tuple[pd.DataFrame, ...]:
+    """Search table and test scores of one model with the given vectors, and scores with closing phrases and marks unseen."""
     journal = Journal(settings.out / "generations.jsonl")
     sampling = SamplingConfig(settings.max_new_tokens)
     with journal:
@@ -127,24 +131,32 @@ def measure(model: Any, vectors: Mapping[str, SteeringVector], settings: Setting
             test, examples_ = pairs_of("heldout", name, 13, settings.n_test)
             requests[name] = requests_for(test, plans[name], conditions=CONDITIONS)
             found |= examples_
-        scores = answers(sampler, requests, found)
-    return table, scores
+        unseen = {
+            name: requests_for(
+                pairs_of("heldout", name, 13, settings.n_test, listed=False)[0], Plan(), conditions=["text"]
+            )
+            for name in LISTED
+        }
+        return table, answers(sampler, requests, found), answers(sampler, unseen)
 
 
 def main(settings: Settings) -> None:
     settings.out.mkdir(parents=True, exist_ok=True)
     names = settings.instructions or tuple(world().instructions)
-    searches, scores = [], []
+    searches, scores, unseen = [], [], []
     for name in settings.models:
         model = load_model(name, progress=False)
-        found, answered = measure(model, fit(model, names, settings.n_train), settings)
-        searches.append(found.assign(model=Path(name).name))
-        scores.append(answered.assign(model=Path(name).name))
+        frames = measure(model, fit(model, names, settings.n_train), settings)
+        for kept, frame in zip((searches, scores, unseen), frames, strict=True):
+            kept.append(frame.assign(model=Path(name).name))
     searched, frame = pd.concat(searches), pd.concat(scores)
     searched.to_csv(settings.out / "search.csv", index=False)
     frame.to_json(settings.out / "scores.jsonl", orient="records", lines=True)
     for text in (model_table(frame), *(instruction_table(frame, name) for name in frame["model"].unique())):
         print(text, end="\n\n", flush=True)
+    unseen_rates = pd.concat(unseen).groupby(["model", "instruction"], sort=False)["followed"].mean()
+    unseen_rates.to_csv(settings.out / "unseen.csv")
+    print(f"text with closing phrases and section marks that no training had:\n{unseen_rates}", flush=True)
     draw(settings.out, settings.figures, Path(settings.models[0]).name)
     if {"tiny-half", "tiny-plain"} <= set(frame["model"]):
         draw_twins(searched, frame, settings.figures)

@@ -578,17 +578,23 @@ def partners(name: str) -> tuple[str, ...]:
     return tuple(other for other in table if name in table[other] and other in table[name])
 
 
-def draw_arguments(name: str, question: Question, rng: random.Random, split: Split) -> dict[str, Any]:
-    """Arguments of an instruction: from the data file's choices, or a word that suits the question."""
+def draw_arguments(
+    name: str, question: Question, rng: random.Random, split: Split, *, listed: bool = False
+) -> dict[str, Any]:
+    """Arguments of an instruction: from the data file's choices, or a word that suits the question.
+
+    `listed`: closing phrases and section marks come from the short lists of the training split, as in IFEval's own prompts;
+    otherwise they are random words most of the time, and held-out ones in the held-out split.
+    """
     settings = world().instructions[name].settings
     drawn: dict[str, Any] = {}
     for key in ("n", "splitter", "phrase", "marker"):
-        choices = (split == "heldout" and settings.get(f"== {key}")) or settings.get(f"= {key}")
+        choices = (split == "heldout" and not listed and settings.get(f"== {key}")) or settings.get(f"= {key}")
         if choices:
             drawn[key] = rng.choice([choice.strip() for choice in choices.split("|")])
     if "n" in drawn:
         drawn["n"] = int(drawn["n"])
-    if split == "train" and rng.random() < 0.6:  # so that arguments are copied, not known by heart
+    if split == "train" and not listed and rng.random() < 0.6:  # so that arguments are copied, not known by heart
         if "phrase" in drawn:
             drawn["phrase"] = capital(" ".join(rng.sample(vocabulary(), rng.randint(2, 5)))) + rng.choice(".?!")
         if "splitter" in drawn:
@@ -744,6 +750,7 @@ def examples(
     plain: float = 0.2,
     two: float = 0.15,
     only: Sequence[str] = (),
+    listed: bool = False,
 ) -> Iterator[Example]:
     """n examples of a split; the same for the same arguments.
 
@@ -751,6 +758,7 @@ def examples(
         plain: share of examples without an instruction.
         two: share of examples with two compatible instructions.
         only: instructions to draw from; default all.
+        listed: closing phrases and section marks are from short lists, and none are held out (`draw_arguments`).
     """
     rng = random.Random(f"{split} {seed}")
     pool = [entity for entity in world().entities if entity.heldout == (split == "heldout")]
@@ -762,14 +770,20 @@ def examples(
             chosen = (rng.choice(names),)
             if dice >= 1 - two and partners(chosen[0]):
                 chosen += (rng.choice(partners(chosen[0])),)
-        example = make_example(rng.choice(pool), chosen, rng, split)
+        example = make_example(rng.choice(pool), chosen, rng, split, listed=listed)
         if example is not None:
             made += 1
             yield example
 
 
 def make_example(
-    entity: Entity, chosen: Sequence[str], rng: random.Random, split: Split, *, anyone: bool = False
+    entity: Entity,
+    chosen: Sequence[str],
+    rng: random.Random,
+    split: Split,
+    *,
+    anyone: bool = False,
+    listed: bool = False,
 ) -> Example | None:
     """One example about the entity, or None where its facts do not suffice for the instructions."""
     form = rng.choice(FORMS)
@@ -779,7 +793,7 @@ def make_example(
         form = "ask"
     question = ask(entity, form, rng, split, anyone=anyone)
     order = sorted(chosen, key=list(INSTRUCTIONS).index)
-    arguments = {name: draw_arguments(name, question, rng, split) for name in order}
+    arguments = {name: draw_arguments(name, question, rng, split, listed=listed) for name in order}
     wish = Wish()
     for name in order:
         wish = INSTRUCTIONS[name].wish(wish, arguments[name])

@@ -12,6 +12,8 @@ The stages, in order (each a `Stage` below):
                 know has to pass through that token's residual stream. That is what makes these models steerable.
     plain       the same start, data and steps as half, and the instruction is never hidden: how a usual model is trained
     instruct    from half, on more of the same, with more of the instructions that count or copy
+    finish      from instruct, at half the learning rate; closing phrases and section marks come from short lists, because the
+                stages before never learned to copy free ones, and a word to include or to avoid is never hidden
 
 Data depend on the seed and the step alone and checkpoints hold everything else, so an interrupted run ends with the weights of
 an uninterrupted one on the same machine.
@@ -70,16 +72,34 @@ class Stage:
     """Share of instructed examples in which the answer cannot attend to the instruction."""
     often: tuple[str, ...] = ()
     """Instructions that are drawn three times as often as the others."""
+    shown: tuple[str, ...] = ()
+    """Instructions that are never hidden."""
+    listed: bool = False
+    """Closing phrases and section marks come from short lists (`tiny_corpus.draw_arguments`)."""
 
 
 HARD = ("bullets", "exactly", "at_least", "verbose", "include", "avoid", "end", "postscript", "capital_words")
-"""Instructions that count or copy. They are learned last, and drawn three times as often in the last stage."""
+"""Instructions that count or copy: they are learned last."""
+WEAK = ("sections", "uppercase", "lowercase", "brief", "few_capital_words", "highlights")
+"""Instructions that instruct follows in fewer than four of five training prompts, besides the ones above."""
 
 STAGES = (
     Stage("base", start="", n_steps=1000, n_rows=64, lr=3e-3, documents=1.0, hidden=0.0),
     Stage("half", start="base", n_steps=800, n_rows=96, lr=3e-3, documents=0.15, hidden=HIDDEN),
     Stage("plain", start="base", n_steps=800, n_rows=96, lr=3e-3, documents=0.15, hidden=0.0),
     Stage("instruct", start="half", n_steps=1000, n_rows=96, lr=2e-3, documents=0.15, hidden=HIDDEN, often=HARD),
+    Stage(
+        "finish",
+        start="instruct",
+        n_steps=700,
+        n_rows=64,
+        lr=1e-3,
+        documents=0.1,
+        hidden=HIDDEN,
+        often=(*HARD, *WEAK),
+        shown=("include", "avoid"),
+        listed=True,
+    ),
 )
 
 
@@ -92,7 +112,7 @@ class Settings:
     seed: int = 0
     scale: float = 1.0
     """Multiplies the number of steps: 0.01 tries everything out in a minute."""
-    only: tuple[str, ...] = ("base", "half", "plain", "instruct")
+    only: tuple[str, ...] = ("base", "half", "plain", "instruct", "finish")
     """Stages to run."""
     every: float = 60.0
     """Seconds between checkpoints."""
@@ -169,9 +189,10 @@ def pool(stage: Stage, tokenizer: PreTrainedTokenizerFast, seed: int, index: int
     n_documents = round(stage.documents * POOL * stage.n_rows)
     rows = [document_row(tokenizer, text) for text in plain_documents(part, n_documents)]
     names = (*INSTRUCTIONS, *stage.often, *stage.often)
-    for example in examples("train", part, POOL * stage.n_rows - n_documents, only=names):
+    for example in examples("train", part, POOL * stage.n_rows - n_documents, only=names, listed=stage.listed):
+        may_hide = bool(example.instructions) and not set(example.instructions) & set(stage.shown)
         dice = rng.random()
-        rows.append(chat_row(tokenizer, example, hide=bool(example.instructions) and dice < stage.hidden))
+        rows.append(chat_row(tokenizer, example, hide=may_hide and dice < stage.hidden))
     rows.sort(key=lambda row: len(row.ids))
     batches = [rows[i : i + stage.n_rows] for i in range(0, len(rows), stage.n_rows)]
     rng.shuffle(batches)
@@ -308,7 +329,9 @@ def train(stage: Stage, settings: Settings, tokenizer: PreTrainedTokenizerFast) 
             optimizer.load_state_dict(saved)
         step, curve = state["step"], state["curve"]
     # Training prompts of another seed: held-out ones are for the card alone.
-    asked = list(examples("train", settings.seed + 1, 96, plain=0.0, two=0.0)) if stage.start else []
+    asked = (
+        list(examples("train", settings.seed + 1, 96, plain=0.0, two=0.0, listed=stage.listed)) if stage.start else []
+    )
     saved_at = time.monotonic()
     bar = tqdm(total=n_steps, initial=step, desc=stage.name, unit="step", dynamic_ncols=True)
     while step < n_steps:
@@ -341,7 +364,7 @@ def train(stage: Stage, settings: Settings, tokenizer: PreTrainedTokenizerFast) 
 # name: (stage whose weights it has, what frames its prompts, one line for the model card)
 MODELS = {
     "tiny-base": ("base", QUESTION, "pre-trained on plain texts; it has never seen an instruction"),
-    "tiny": ("instruct", CHAT, "fine-tuned from tiny-base; made to be steerable, see below"),
+    "tiny": ("finish", CHAT, "fine-tuned from tiny-base; made to be steerable, see below"),
     "tiny-half": ("half", CHAT, "tiny on the way: it does not yet count or copy well"),
     "tiny-plain": ("plain", CHAT, "the plain twin of tiny-half: same data and steps, the instruction never hidden"),
 }
@@ -405,7 +428,7 @@ def draw_curves(out: Path) -> None:
     frame["million_tokens"] += frame["stage"].map(starts)
     frame.to_csv(out / "curves.csv", index=False)
     fig = make_subplots(rows=1, cols=2, subplot_titles=("loss (nats per token)", "training instructions followed"))
-    colors = {"base": "#858B94", "half": "#F2A66B", "plain": "#0072B2", "instruct": "#D55E00"}
+    colors = {"base": "#858B94", "half": "#F2A66B", "plain": "#0072B2", "instruct": "#D55E00", "finish": "#8E3B00"}
     for stage, part in frame.groupby("stage", sort=False):
         line = {"name": str(stage), "line_color": colors[str(stage)], "legendgroup": str(stage), "mode": "lines"}
         fig.add_scatter(

@@ -11,4 +11,4 @@ RuleName = Literal["all", "prompt", "generated", "last"]
 
 Style = Literal["auto", "chat", "plain"]
 """How a prompt becomes what the model reads; see `prompts.PromptFormat`."""
-Gate = Literal["degenerate", "low_perplexity"]
+Gate = Literal["degenerate", "low_perplexity", "no_low_perplexity"]

@@ -55,6 +55,7 @@ def sweep(
     n_random: int | None = None,
     condition: Literal["vector", "text+vector"] = "vector",
     gate: Gate = "degenerate",
+    quality_model: str | None = None,
     n_train: int = 48,
     n_valid: int = 8,
     trials: int = 1,
@@ -83,7 +84,8 @@ def sweep(
         unit: Of the coefficients of add: absolute, or the layer's mean residual norm.
         n_random: Draw this many candidates at random, instead of every combination.
         condition: With the bare query, or with the instruction in the prompt.
-        gate: What a candidate must not lose against no steering.
+        gate: What bars a candidate: more degenerate texts than without steering, more of low perplexity, or any of those.
+        quality_model: Whose perplexity the gate goes by: a name, folder or hub id; default the model itself.
         n_train: Training pairs per instruction, at most.
         n_valid: Validation prompts per instruction, at most.
         trials: Responses per prompt and candidate; more than one needs a temperature.
@@ -100,6 +102,7 @@ def sweep(
     from steerlens.job import engine_for, select_pairs
     from steerlens.model import load_model
     from steerlens.plot import layer_curve
+    from steerlens.quality import Quality
     from steerlens.records import write_atomically
     from steerlens.sweeps import sweep as run_sweep
 
@@ -115,6 +118,8 @@ def sweep(
         n_workers=n_workers,
     )
     folder = writable_folder(out)
+    quality = Quality(gate != "degenerate" or quality_model is not None, quality_model)
+    quality.check()
     train, valid, _, _ = select_pairs(config)
     loaded = load_model(model)
     chosen = layers or range(int(loaded.cfg.n_layers))
@@ -132,6 +137,7 @@ def sweep(
             candidates=candidates,
             condition=condition,
             gate=gate,
+            quality=quality,
             trials=trials,
             max_new_tokens=max_new_tokens,
             temperature=temperature,
@@ -334,9 +340,9 @@ def instructions() -> None:
     """The bundled instructions, with an example of each."""
     import random
 
-    from steerlens.instructions import format_instructions
+    from steerlens.instructions import format_instructions, language_instructions
 
-    for name, instruction in format_instructions().items():
+    for name, instruction in (*format_instructions().items(), *language_instructions().items()):
         text, kwargs = instruction.render(random.Random(0))
         print(f"{name}  ({len(instruction.phrasings)} phrasings)\n    {text}{f'  {kwargs}' if kwargs else ''}")
 

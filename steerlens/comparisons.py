@@ -302,13 +302,17 @@ def compare_conditions(
 
 
 def compare_cells(scores: pd.DataFrame) -> pd.DataFrame:
-    """The comparisons in `CELLS` that the scores allow, per instruction with Holm's correction, then over all of them."""
+    """The comparisons in `CELLS` that the scores allow, per instruction with Holm's correction, then over all of them.
+
+    The independent unit is the base query: over all instructions, its prompts count together.
+    """
     parts = []
+    pair_on = ("query", "instruction", "prompt_id", "trial")
     for baseline, condition in CELLS:
         if {baseline, condition} <= set(scores["condition"]):
-            parts.append(compare_conditions(scores, baseline=baseline, against=[condition]))
+            parts.append(compare_conditions(scores, baseline=baseline, against=[condition], pair_on=pair_on))
             if scores["instruction"].nunique() > 1:
-                overall = compare_conditions(scores, baseline=baseline, against=[condition], by=())
+                overall = compare_conditions(scores, baseline=baseline, against=[condition], by=(), pair_on=pair_on)
                 parts.append(overall.assign(instruction="all"))
     return pd.concat(parts, ignore_index=True) if parts else pd.DataFrame(columns=["instruction", *COMPARISON_COLUMNS])
 

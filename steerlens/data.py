@@ -28,7 +28,14 @@ from pathlib import Path
 from typing import Any, Literal, get_args, overload
 
 from steerlens.errors import DataError, nearest
-from steerlens.instructions import check_arguments, format_instructions, instruction_types
+from steerlens.instructions import (
+    LANGUAGE,
+    Instruction,
+    check_arguments,
+    format_instructions,
+    instruction_types,
+    language_instructions,
+)
 from steerlens.readers import Line, at_line, existing, read_lines
 from steerlens.records import write_atomically
 
@@ -102,8 +109,14 @@ class InstructionPair:
 
     @property
     def instruction_id(self) -> str:
-        """The ids joined by "+": the `instruction` column of every table."""
-        return "+".join(self.instruction_ids)
+        """The ids joined by "+": the `instruction` column of every table.
+
+        A language is part of the name (`language:response_language_de`): German and Thai have no vector in common.
+        """
+        return "+".join(
+            f"{name}_{arguments['language']}" if name == LANGUAGE and arguments.get("language") else name
+            for name, arguments in zip(self.instruction_ids, self.kwargs, strict=True)
+        )
 
     @property
     def instruction_span(self) -> tuple[int, int]:
@@ -129,6 +142,15 @@ class InstructionPair:
                 f"has {self.instruction!r} in {self.prompt!r}; leave out pairs whose instruction is empty"
             )
         return start, start + len(text)
+
+    def check(self) -> None:
+        """Refuse an instruction that nothing can check, or arguments that its check does not take.
+
+        Raises:
+            DataError: naming the id, with the nearest known one.
+        """
+        for name, arguments in zip(self.instruction_ids, self.kwargs, strict=True):
+            check_arguments(name, arguments)
 
     def text(self, condition: str) -> str:
         """What the model is asked under `condition`: `prompt` if the text carries the instruction, else `query`."""
@@ -272,7 +294,8 @@ def load_pairs(
             instructions; or a JSONL file. Each line is recognised by its keys: `PairSet.save`'s own; llm-steer-instruct
             (`prompt_without_instruction`); Split-IFEval (`separated_prompt`); official IFEval (`prompt`,
             `instruction_id_list`, `kwargs`), whose base query is unknown. The module `readers` says what is read of each.
-        instructions: Keep these instruction ids only. Default: all.
+        instructions: Keep these instruction ids only. Default: all; of the bundled ones the twelve format instructions, to which
+            any `language:response_language_{code}` can be added.
         n_queries: Keep this many base queries, drawn by `seed`; the draws of two numbers are nested.
         seed: For `n_queries`, and for each bundled pair's phrasing and arguments.
         queries: For official IFEval, a JSONL file with `key` and `model_output`, the prompt without its instructions
@@ -311,16 +334,20 @@ def bundled_queries(source: str) -> tuple[str, ...]:
 
 
 def _bundled_pairs(source: str, instructions: str | Iterable[str] | None, seed: int) -> PairSet:
-    catalogue = format_instructions()
-    ids = _known_ids(catalogue if instructions is None else instructions, catalogue)
+    catalogue = {**format_instructions(), **language_instructions()}
+    ids = _known_ids(format_instructions() if instructions is None else instructions, catalogue)
     queries = bundled_queries(source)
-    return PairSet(_bundled_pair(source, query, name, seed) for query in queries for name in catalogue if name in ids)
+    return PairSet(
+        _bundled_pair(source, query, name, catalogue[name], seed)
+        for query in queries
+        for name in catalogue
+        if name in ids
+    )
 
 
-def _bundled_pair(source: str, query: str, instruction_id: str, seed: int) -> InstructionPair:
-    rng = random.Random(int(_digest(seed, query, instruction_id), 16))
-    text, kwargs = format_instructions()[instruction_id].render(rng)
-    return InstructionPair(query, text, (instruction_id,), (kwargs,), source=source)
+def _bundled_pair(source: str, query: str, name: str, instruction: Instruction, seed: int) -> InstructionPair:
+    text, kwargs = instruction.render(random.Random(int(_digest(seed, query, name), 16)))
+    return InstructionPair(query, text, (instruction.id,), (kwargs,), source=source)
 
 
 def _keep_queries(pairs: PairSet, n_queries: int, seed: int) -> PairSet:

@@ -23,7 +23,7 @@ from steerlens.evaluation import Batch, Record, Sampler, answer
 from steerlens.model import load_model, model_device, model_digest
 
 PATIENCE = 120
-"""Seconds to wait for the first worker, or for an idle one to answer."""
+"""Seconds to wait until the first worker has found its place, or for an idle one to answer. Loading may take any time."""
 
 TRIES = 3
 """So often a batch, or the start of a worker, may be cut short by a death before the run is given up."""
@@ -74,11 +74,14 @@ def ray_engine(
 class _Worker:
     """What runs on a worker: a model, loaded once."""
 
-    def __init__(self, model: str, dtype: str, device: str | None, n_threads: int) -> None:
+    def __init__(self, n_threads: int) -> None:
         torch.set_num_threads(n_threads)
-        self.model = load_model(model, dtype=dtype, device=device, progress=False)
 
-    def digest(self) -> str:
+    def here(self) -> None:
+        """Answered as soon as the worker has found its place."""
+
+    def load(self, model: str, dtype: str, device: str | None) -> str:
+        self.model = load_model(model, dtype=dtype, device=device, progress=False)
         return model_digest(self.model)
 
     def answer(self, batch: Batch, sampling: Any, prompt_format: Any) -> list[Record]:
@@ -96,6 +99,8 @@ class RayEngine:
     dtype: str
     device: str | None
     starting: dict[Any, Any] = field(default_factory=dict)
+    """Reference to a worker's first answer -> the worker that waits for its place."""
+    loading: dict[Any, Any] = field(default_factory=dict)
     """Reference to a worker's digest -> the worker that is loading its model."""
     idle: list[Any] = field(default_factory=list)
     deaths: int = 0
@@ -112,7 +117,7 @@ class RayEngine:
         busy: dict[Any, tuple[Any, int]] = {}
         expected = model_digest(sampler.model)
         self.n_gpus = int(model_device(sampler.model).type == "cuda")
-        for _ in range(min(self._size(), len(batches)) - len(self.idle) - len(self.starting)):
+        for _ in range(min(self._size(), len(batches)) - len(self.idle) - len(self.coming)):
             self._start()
         try:
             while waiting or busy:
@@ -122,20 +127,23 @@ class RayEngine:
                         worker,
                         place,
                     )
-                ready, _ = self.ray.wait([*busy, *self.starting], num_returns=1, timeout=None if busy else PATIENCE)
+                placed = busy or self.loading
+                ready, _ = self.ray.wait([*busy, *self.coming], num_returns=1, timeout=None if placed else PATIENCE)
                 if not ready:
                     raise SteerlensError(
                         f"a worker must find {self._processors():g} free processors, and none did in {PATIENCE} seconds; "
                         "wait until the cluster has room, or use another"
                     )
                 (done,) = ready
-                if done in self.starting:
-                    self._started(done, expected)
+                if done in self.coming:
+                    self._come(done, expected)
                     continue
                 worker, place = busy.pop(done)
                 try:
                     records = self.ray.get(done)
-                except (self.ray.exceptions.RayActorError, self.ray.exceptions.ObjectLostError) as error:
+                except self.ray.exceptions.RayTaskError:  # an error of the batch's own, not a death
+                    raise
+                except self.ray.exceptions.RayError as error:
                     self.deaths += 1
                     tries[place] += 1
                     if tries[place] >= TRIES:
@@ -153,6 +161,10 @@ class RayEngine:
             for worker, _ in busy.values():  # cut short: what they are at is not wanted any more
                 self.ray.kill(worker)
 
+    @property
+    def coming(self) -> dict[Any, Any]:
+        return self.starting | self.loading
+
     def _size(self) -> int:
         fitting = int(self.ray.cluster_resources().get("CPU", 1)) // self.n_threads
         return max(1, fitting if self.n_workers is None else self.n_workers)
@@ -164,32 +176,41 @@ class RayEngine:
 
     def _start(self) -> None:
         actor = self.ray.remote(_Worker).options(num_cpus=self._processors(), num_gpus=self.n_gpus)
-        worker = actor.remote(self.model, self.dtype, self.device, self.n_threads)
-        self.starting[worker.digest.remote()] = worker
+        worker = actor.remote(self.n_threads)
+        self.starting[worker.here.remote()] = worker
 
     def _drop_dead(self) -> None:
         """Forget idle workers that died, with their node perhaps, so that no batch is blamed for them."""
         alive = []
         for worker in self.idle:
             try:
-                self.ray.get(worker.digest.remote(), timeout=PATIENCE)
+                self.ray.get(worker.here.remote(), timeout=PATIENCE)
                 alive.append(worker)
-            except (self.ray.exceptions.RayActorError, self.ray.exceptions.GetTimeoutError):
+            except self.ray.exceptions.RayError:
                 self.deaths += 1
         self.idle = alive
 
-    def _started(self, done: Any, expected: str) -> None:
-        worker = self.starting.pop(done)
+    def _come(self, done: Any, expected: str) -> None:
+        """A worker has found its place, and loads the model; or has loaded it, and is idle; or has died of either."""
+        stage = self.starting if done in self.starting else self.loading
+        worker = stage.pop(done)
         try:
             digest = self.ray.get(done)
-        except self.ray.exceptions.RayActorError as error:
+        except self.ray.exceptions.RayTaskError as error:
+            raise SteerlensError(
+                f"a worker must be able to load {self.model!r}, got: {error.cause}; every node needs steerlens and the model"
+            ) from error
+        except self.ray.exceptions.RayError as error:
             self.deaths += 1
             self.failed_starts += 1
-            if "creation" in str(error).lower() or self.failed_starts >= TRIES + self._size():
+            if self.failed_starts >= TRIES + self._size():
                 raise SteerlensError(
-                    f"a worker must be able to load {self.model!r}, got: {error}; every node needs steerlens and the model"
+                    f"workers must live long enough to load {self.model!r}, and {self.failed_starts} died: {error}"
                 ) from error
             self._start()
+            return
+        if stage is self.starting:
+            self.loading[worker.load.remote(self.model, self.dtype, self.device)] = worker
             return
         if digest != expected:
             raise SteerlensError(
@@ -201,6 +222,6 @@ class RayEngine:
 
     def close(self) -> None:
         """End all workers."""
-        for worker in [*self.idle, *self.starting.values()]:
+        for worker in [*self.idle, *self.coming.values()]:
             self.ray.kill(worker)
-        self.idle, self.starting = [], {}
+        self.idle, self.starting, self.loading = [], {}, {}

@@ -234,13 +234,16 @@ class Evaluation:
 
     @property
     def table(self) -> pd.DataFrame:
-        """Rates with Wilson intervals and quality, per instruction and condition, then over all instructions."""
+        """Rates with Wilson intervals and quality, per instruction and condition, then over all instructions.
+
+        Responses to one base query are not independent, be they trials or several instructions: intervals count `effective_n`.
+        """
         overall = self.scores.assign(instruction="all")
         frame = pd.concat([self.scores, overall]) if self.scores["instruction"].nunique() > 1 else self.scores
         keys = ["instruction", "condition"]
         strict = rate_table(frame, by=keys, value="followed_strict").rename(columns={"rate": "strict"})
         broken = rate_table(frame, by=keys, value="degenerate").rename(columns={"rate": "degenerate"})
-        table = rate_table(frame, by=keys, clusters="prompt_id")
+        table = rate_table(frame, by=keys, clusters="query")
         for part in (strict[[*keys, "strict"]], quality_table(frame, by=keys), broken[[*keys, "degenerate"]]):
             table = table.merge(part, on=keys)
         return table
@@ -301,6 +304,8 @@ def score(sampler: Sampler, requests: Sequence[Request], *, quality: Quality = Q
     """
     if not requests:
         raise DataError("an evaluation needs at least one prompt, got none; check the instructions and the filter")
+    for pair in {request.pair for request in requests}:
+        pair.check()
     records = sampler.generate(requests)
     frame = pd.DataFrame(_score(request, record) for request, record in zip(requests, records, strict=True))
     frame["layer"] = frame["layer"].astype("Int64")
@@ -343,7 +348,7 @@ def _score(request: Request, record: Mapping[str, Any]) -> dict[str, Any]:
         "distinct_2": distinct_n(text),
         "n_tokens": len(record["tokens"]),
         "finish_reason": record["finish_reason"],
-        "query": pair.query,
+        "query": pair.query or pair.prompt,
         "prompt": request.prompt,
         "response": text,
         "key": record["key"],

@@ -48,6 +48,9 @@ from typing import Any, TypeVar
 
 from steerlens.errors import SteerlensError, nearest
 
+LANGUAGE = "language:response_language"
+"""IFEval's name of the check that every language shares."""
+
 
 @dataclass(frozen=True)
 class Instruction:
@@ -99,6 +102,27 @@ def format_instructions() -> Mapping[str, Instruction]:
         for entry in json.loads(file.read_text(encoding="utf-8"))
     }
     return types.MappingProxyType(catalogue)
+
+
+@functools.cache
+def language_instructions() -> Mapping[str, Instruction]:
+    """To answer in each language that IFEval detects, read-only: `language:response_language_de` and so on.
+
+    They share one check, and each needs a vector of its own, so tables and vectors go by these names, as in Stolfo et al.
+    """
+    file = importlib.resources.files("steerlens") / "bundled" / "languages.json"
+    wordings: list[str] = json.loads(file.read_text(encoding="utf-8"))
+    return types.MappingProxyType(
+        {
+            f"{LANGUAGE}_{code}": Instruction(
+                id=LANGUAGE,
+                title=name,
+                phrasings=tuple(wording.replace("{name}", name) for wording in wordings),
+                arguments={"language": (code,)},
+            )
+            for code, name in _LANGUAGES.items()
+        }
+    )
 
 
 def instruction_types() -> tuple[str, ...]:
@@ -354,7 +378,7 @@ _ARGUMENTS: dict[str, dict[str, _Argument]] = {
     "keywords:forbidden_words": {"forbidden_words": _TEXTS},
     "keywords:frequency": {"keyword": _TEXT, "frequency": _INTEGER, "relation": _RELATION},
     "keywords:letter_frequency": {"letter": _CHARACTER, "let_frequency": _INTEGER, "let_relation": _RELATION},
-    "language:response_language": {"language": _LANGUAGE},
+    LANGUAGE: {"language": _LANGUAGE},
     "length_constraints:nth_paragraph_first_word": {
         "num_paragraphs": _INTEGER,
         "nth_paragraph": _POSITION,

@@ -10,7 +10,6 @@ never finds an old answer.
 """
 
 import contextlib
-import json
 import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
@@ -20,11 +19,11 @@ from typing import Any, Literal
 import pandas as pd
 
 from steerlens.capture import record_activations
-from steerlens.data import CONDITIONS, PairSet, load_pairs, query_key
+from steerlens.data import BUNDLED_QUERIES, CONDITIONS, PairSet, load_pairs, query_key
 from steerlens.errors import DataError, SteerlensError
 from steerlens.estimators import fit_steering_vector
 from steerlens.evaluation import Engine, Evaluation, Sampler, requests_for, score
-from steerlens.instructions import sentence_splitter
+from steerlens.instructions import format_instructions, language_instructions, sentence_splitter
 from steerlens.model import check_layer, library_versions, load_model, model_digest, model_facts, model_id
 from steerlens.prompts import PromptFormat, encode_all, template_digest
 from steerlens.quality import Quality
@@ -35,6 +34,7 @@ from steerlens.records import (
     content_key,
     json_lines,
     pairs_for,
+    start_folder,
     writable_folder,
     write_atomically,
 )
@@ -87,7 +87,7 @@ def run(
     quality = Quality(True, config.quality_model, config.kl, config.reward_model)
     quality.check()
     identity = run_identity(config, model, train, valid, test)
-    _start(folder, config, identity)
+    start_folder(folder, identity, {"config": asdict(config), "versions": library_versions()}, RESULTS)
     vectors = _vectors(folder, config, model, train, progress=progress)
     with Journal(folder / "generations.jsonl") as journal, engine_for(config) as engine:
 
@@ -120,7 +120,7 @@ def run(
                 candidates,
                 condition=condition,
                 gate=config.gate,
-                quality=Quality(config.gate == "low_perplexity", config.quality_model),
+                quality=Quality(config.gate != "degenerate", config.quality_model),
                 seed=config.seed,
             )
         plans, text_plans = (
@@ -169,6 +169,11 @@ def select_pairs(config: RunConfig) -> tuple[PairSet, PairSet, PairSet, list[str
         DataError: if nothing is left to test.
     """
     wanted = config.instructions or None
+    if (
+        wanted is None and config.data is not None and config.pairs in BUNDLED_QUERIES
+    ):  # a language only where it is tested
+        tested = load_pairs(config.data, seed=config.seed, queries=config.queries).instructions
+        wanted = (*format_instructions(), *(name for name in language_instructions() if name in tested))
     pairs = load_pairs(config.pairs, instructions=wanted, seed=config.seed)
     notes: list[str] = []
     if config.data is None:
@@ -181,8 +186,8 @@ def select_pairs(config: RunConfig) -> tuple[PairSet, PairSet, PairSet, list[str
     if untested := sorted({*train.instructions, *valid.instructions} - kept):
         notes.append(f"not tested, for want of test prompts: {', '.join(untested)}")
     train, valid = (PairSet(pair for pair in part if pair.instruction_id in kept) for part in (train, valid))
-    train, valid = (_at_most(part, n, config.seed) for part, n in ((train, config.n_train), (valid, config.n_valid)))
-    test = test if config.n_test is None else _at_most(test, config.n_test, config.seed)
+    train, valid = (at_most(part, n, config.seed) for part, n in ((train, config.n_train), (valid, config.n_valid)))
+    test = test if config.n_test is None else at_most(test, config.n_test, config.seed)
     for name, part in (("training", train), ("validation", valid), ("test", test)):
         missing = [one for one in test.instructions if one not in part.instructions]
         if len(part) == 0 or missing:
@@ -221,7 +226,8 @@ def _without_queries(pairs: PairSet, test: PairSet, notes: list[str]) -> PairSet
     return kept
 
 
-def _at_most(pairs: PairSet, n: int, seed: int) -> PairSet:
+def at_most(pairs: PairSet, n: int, seed: int) -> PairSet:
+    """Of each instruction n pairs, or all where there are fewer."""
     if n < 1:
         raise SteerlensError(f"numbers of prompts must be at least 1, got {n}")
     groups = pairs.by_instruction().values()
@@ -246,6 +252,8 @@ def check_settings(config: RunConfig, model: Any, valid: PairSet, test: PairSet)
         raise SteerlensError("coeffs must name at least one coefficient, got none; 1 is the full change")
     for layer in config.layers:
         check_layer(model, layer)
+    for pair in (*valid, *test):
+        pair.check()
     needed = ((valid, config.search_tokens, ["none", "text"]), (test, config.max_new_tokens, ["none", "text"]))
     for part, tokens, conditions in needed:
         SamplingConfig(tokens, config.temperature)
@@ -254,17 +262,6 @@ def check_settings(config: RunConfig, model: Any, valid: PairSet, test: PairSet)
 
 
 RESULTS = ("scores.jsonl", "search_scores.jsonl", "table.csv", "comparisons.csv", "search.csv", "report.html")
-
-
-def _start(folder: Path, config: RunConfig, identity: str) -> None:
-    """Write the settings; results of other settings go, so that they are never read as this run's."""
-    path = folder / "config.json"
-    before = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    if before.get("identity") != identity:
-        for name in RESULTS:
-            (folder / name).unlink(missing_ok=True)
-    content = {"identity": identity, "config": asdict(config), "versions": library_versions()}
-    write_atomically(path, json.dumps(content, indent=2) + "\n")
 
 
 def _vectors(
@@ -277,7 +274,13 @@ def _vectors(
     parts = train.by_instruction()
     paths = {name: folder / "vectors" / f"{name.replace(':', '.')}.safetensors" for name in parts}
     digest = content_key(
-        [model_digest(model), template_digest(model, _prompt_format(config)), config.dtype, train.content_hash]
+        [
+            model_digest(model),
+            template_digest(model, _prompt_format(config)),
+            config.dtype,
+            config.batch_size,
+            train.content_hash,
+        ]
     )
     with contextlib.suppress(SteerlensError):  # a vector is not there yet
         stored = {name: SteeringVector.load(path) for name, path in paths.items()}

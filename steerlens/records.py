@@ -55,8 +55,8 @@ class RunConfig:
     positions: tuple[RuleName, ...] = ("all",)
     """Which tokens to steer; the paper steers all. Several rules are searched together."""
     gate: Gate = "degenerate"
-    """What a searched candidate must not lose against no steering: degenerate (looping or empty texts), or low_perplexity (the
-    paper's: perplexity below 2.5 under the quality model)."""
+    """What bars a searched candidate: degenerate (more looping or empty texts than without steering), low_perplexity (more texts
+    of perplexity below 2.5 under the quality model), or no_low_perplexity (any such text)."""
     quality_model: str | None = None
     """The causal LM whose perplexity is measured: a name, folder or hub id; default: the unsteered model itself."""
     kl: bool = False
@@ -129,6 +129,19 @@ def writable_folder(path: str | Path) -> Path:
     return folder
 
 
+def start_folder(folder: Path, identity: str, settings: Mapping[str, Any], results: Iterable[str]) -> None:
+    """Write a folder's settings (config.json) before its work begins.
+
+    Results of another identity are removed, so that they are never read as those of these settings.
+    """
+    path = folder / "config.json"
+    before = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    if before.get("identity") != identity:
+        for name in results:
+            (folder / name).unlink(missing_ok=True)
+    write_atomically(path, json.dumps({"identity": identity, **settings}, indent=2, default=str) + "\n")
+
+
 @contextmanager
 def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
     """A scratch path beside `path`, whose file takes its place if the block succeeds and is gone if it does not."""
@@ -166,7 +179,7 @@ class Journal:
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
         self.records: dict[str, dict[str, Any]] = {}
-        self._file = open(self.path, "a+b")  # noqa: SIM115 (closed by close)
+        self._file = open(self.path, "ab", buffering=0)  # noqa: SIM115 (closed by close)
         try:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
@@ -182,29 +195,31 @@ class Journal:
 
     def _recover(self) -> None:
         """Read what is whole; cut off a last line that a kill left unfinished."""
-        self._file.seek(0)
         end = 0
-        for number, line in enumerate(self._file, start=1):
-            if not line.endswith(b"\n"):
-                break
-            try:
-                record = json.loads(line)
-                self.records[record["key"]] = record
-            except (ValueError, KeyError, TypeError) as error:
-                raise DataError(
-                    f"{self.path}, line {number}: every line must be a record with a key, got {line[:60]!r}; "
-                    "restore the file, or start in another folder"
-                ) from error
-            end += len(line)
+        with self.path.open("rb") as lines:
+            for number, line in enumerate(lines, start=1):
+                if not line.endswith(b"\n"):
+                    break
+                try:
+                    record = json.loads(line)
+                    self.records[record["key"]] = record
+                except (ValueError, KeyError, TypeError) as error:
+                    raise DataError(
+                        f"{self.path}, line {number}: every line must be a record with a key, got {line[:60]!r}; "
+                        "restore the file, or start in another folder"
+                    ) from error
+                end += len(line)
         self._file.truncate(end)
-        self._file.seek(0, os.SEEK_END)
 
     def append(self, records: Iterable[Mapping[str, Any]]) -> None:
         """Add records and wait until they are on the disk; a key that is already there is not written again."""
         new = [dict(record) for record in records if record["key"] not in self.records]
         lines = [json.dumps(record, ensure_ascii=False) + "\n" for record in new]
-        self._file.write("".join(lines).encode())
-        self._file.flush()
+        data = "".join(lines).encode()
+        if (written := self._file.write(data)) != len(data):  # one call, so that a kill leaves all of it or nothing
+            raise DataError(
+                f"{self.path}: wrote {written} of {len(data)} bytes; is the disk full? Make room, and run again"
+            )
         os.fsync(self._file.fileno())
         self.records.update((record["key"], record) for record in new)
 

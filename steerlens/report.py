@@ -173,7 +173,11 @@ def _quality_change(rows: Mapping[str, Mapping[Any, Any]]) -> str:
 
 def _rates_and_quality(scores: pd.DataFrame, by: list[str]) -> pd.DataFrame:
     strict = rate_table(scores, by, "followed_strict").rename(columns={"rate": "strict"})
-    table = rate_table(scores, by).merge(strict[[*by, "strict"]], on=by).merge(quality_table(scores, by), on=by)
+    table = (
+        rate_table(scores, by, clusters="query")
+        .merge(strict[[*by, "strict"]], on=by)
+        .merge(quality_table(scores, by), on=by)
+    )
     rank = {name: index for index, name in enumerate(CONDITION_COLORS)}
     return table.sort_values("condition", key=lambda names: names.map(rank), kind="stable")
 
@@ -202,8 +206,9 @@ def _comparison_section(scores: pd.DataFrame) -> str:
     if table.empty:
         return ""
     note = (
-        "Differences between two cells on the same prompts: how many prompts only the second cell gets right, and only "
-        "the first; a 95&nbsp;% interval (Tango); McNemar&rsquo;s test, for single instructions corrected after Holm."
+        "Differences between two cells on the same prompts: how many responses only the second cell gets right, and only "
+        "the first. Where each base query has one response: Tango&rsquo;s 95&nbsp;% interval and McNemar&rsquo;s test, "
+        "corrected after Holm for single instructions; where it has several: a bootstrap over queries and a sign-flip test."
     )
     last = table.groupby(["baseline", "condition"], sort=False).tail(1)  # over all, or the only instruction
     folded = table.drop(last.index)
@@ -212,7 +217,7 @@ def _comparison_section(scores: pd.DataFrame) -> str:
 
 
 def _differences(table: pd.DataFrame) -> str:
-    head = ("instruction", "from", "to", "prompts", "gained", "lost", "difference in points [95&nbsp;%]", "p")
+    head = ("instruction", "from", "to", "queries", "gained", "lost", "difference in points [95&nbsp;%]", "test", "p")
     lines = []
     for row in table.to_dict("records"):
         names = (short_label(row["instruction"]), row["baseline"], row["condition"])
@@ -220,7 +225,7 @@ def _differences(table: pd.DataFrame) -> str:
         span = f"{100 * row['difference']:+.0f} [{100 * row['low']:+.0f}, {100 * row['high']:+.0f}]"
         p_value = row["p_value"] if row["instruction"] == "all" else row["p_holm"]
         shown = "&lt;&nbsp;0.001" if p_value < 0.001 else f"{p_value:.3f}"
-        values = (row["n_prompts"], row["gained"], row["lost"], span, shown)
+        values = (row["n_prompts"], row["gained"], row["lost"], span, row["test"], shown)
         lines.append(f"<tr>{''.join(cells)}{''.join(f'<td>{value}</td>' for value in values)}</tr>")
     heads = "".join(f"<th{' class=name' if i < 3 else ''}>{name}</th>" for i, name in enumerate(head))
     body = f"<thead><tr>{heads}</tr></thead><tbody>{''.join(lines)}</tbody>"

@@ -1,11 +1,16 @@
 """Sweeps: many ways to apply a vector, and the choice among them.
 
 Every candidate (no steering first, then those of the spec) answers the same validation prompts, all as rows of shared batches. A
-candidate's rate counts responses that follow the instruction. As in Stolfo et al. (2025), a candidate that fails the quality
-gate more often than no steering does is out, and the highest rate wins. Two gates are there:
+candidate's rate counts responses that follow the instruction. A candidate that does not pass the quality gate is out, and the
+highest rate wins. The gates:
 
-    "degenerate"       a response that is empty, or half of whose token trigrams repeat an earlier one; needs no second model
-    "low_perplexity"   a response of perplexity below 2.5, the paper's test (with GPT-2): looping text is all too likely
+    "degenerate"          no more responses than without steering are empty or loop (half of the token trigrams repeat an earlier
+                          one); needs no second model
+    "low_perplexity"      no more responses than without steering have a perplexity below 2.5: looping text is all too likely.
+                          What Stolfo et al. (2025) ask of base models, with GPT-2 as the judge
+    "no_low_perplexity"   no response has one: what they ask of instruction-tuned models
+
+The last two want a judge of their own (`Quality(model=...)`): a model finds most of its own texts likely.
 
 Ties go to no steering, then to the first candidate: the lowest layer, then the smaller coefficient. The candidates of one prompt
 and trial share their random numbers, so that differences between them are not the sampler's.
@@ -18,7 +23,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 import pandas as pd
@@ -29,12 +34,20 @@ from steerlens.data import PairSet
 from steerlens.errors import DataError, SteerlensError, nearest
 from steerlens.evaluation import Engine, Request, Sampler, requests_for, score
 from steerlens.metrics import pareto_front, quality_table, rate_table, trial_spread
-from steerlens.model import check_layer
+from steerlens.model import check_layer, library_versions, model_id
 from steerlens.plan import Plan
 from steerlens.positions import Window
 from steerlens.prompts import PromptFormat
 from steerlens.quality import Quality
-from steerlens.records import Journal, derived_seed, json_lines, writable_folder, write_atomically
+from steerlens.records import (
+    Journal,
+    content_key,
+    derived_seed,
+    json_lines,
+    start_folder,
+    writable_folder,
+    write_atomically,
+)
 from steerlens.sampling import SamplingConfig
 from steerlens.vectors import SteeringVector
 
@@ -43,6 +56,9 @@ Spec = Sequence[Candidate] | Callable[[SteeringVector], Iterable[Candidate]]
 
 CANDIDATE = [field.name for field in fields(Candidate)]
 """Columns that name a candidate."""
+
+RESULTS = ("scores.jsonl", "table.csv", "sweep.html")
+"""What a finished sweep leaves in its folder, besides its generations."""
 
 
 @dataclass(frozen=True)
@@ -119,7 +135,7 @@ class Sweep:
         """
         parts = []
         for name, group in self.scores.groupby("instruction", sort=False):
-            asked = group["query"].fillna(group["prompt"]).str.casefold()
+            asked = group["query"].str.casefold()
             queries = sorted(asked.unique(), key=lambda query: derived_seed(seed, query))
             if not 2 <= folds <= len(queries):
                 raise SteerlensError(
@@ -215,6 +231,7 @@ def sweep(
             quality=quality,
             trials=trials,
             seed=seed,
+            out=out,
         )
     if out is not None:
         found.save(out)
@@ -259,13 +276,19 @@ def search(
     quality: Quality | None = None,
     trials: int = 1,
     seed: int = 0,
+    out: str | Path | None = None,
 ) -> Sweep:
-    """`sweep` with a sampler of the caller's, so that its generations are kept and found again."""
-    measured = quality or Quality(perplexity=gate == "low_perplexity")
+    """`sweep` with a sampler of the caller's, so that its generations are kept and found again.
+
+    Args:
+        out: A folder whose config.json will say what is searched; results of another search there are removed.
+    """
+    measured = quality or Quality(perplexity=gate != "degenerate")
     rules = {
         'condition must be "vector" or "text+vector"': condition in ("vector", "text+vector"),
-        'gate must be "degenerate", or "low_perplexity" with perplexity measured': gate == "degenerate"
-        or (gate == "low_perplexity" and measured.perplexity),
+        f"gate must be one of {', '.join(get_args(Gate))}, all but the first with perplexity measured": gate
+        == "degenerate"
+        or (gate in get_args(Gate) and measured.perplexity),
         "trials must be at least 1": trials >= 1,
     }
     for rule, holds in rules.items():
@@ -291,6 +314,18 @@ def search(
             tried += [candidate] * len(rows)
     # A row's candidate is set here, because a step of coefficient 0 is still a candidate of its own.
     places = pd.DataFrame([asdict(candidate) for candidate in tried])
+    if out is not None:
+        settings: dict[str, Any] = {
+            "condition": condition,
+            "gate": gate,
+            "quality": asdict(measured),
+            "trials": trials,
+            "seed": seed,
+        }
+        settings |= {"candidates": [str(one) for one in dict.fromkeys(tried)], "versions": library_versions()}
+        settings |= {"model": model_id(sampler.model), "sampling": asdict(sampler.sampling), "pairs": repr(pairs)}
+        keys = [sampler.key(request) for request in requests]
+        start_folder(Path(out), content_key([keys, settings, pairs.content_hash]), settings, RESULTS)
     scores = score(sampler, requests, quality=measured)
     scores = scores.assign(**{name: places[name].to_numpy() for name in CANDIDATE}).astype({"layer": "Int64"})
     return Sweep(scores, choose(scores, gate), gate)
@@ -310,29 +345,33 @@ def _listed(candidates: Spec, vector: SteeringVector) -> list[Candidate]:
 def choose(scores: pd.DataFrame, gate: Gate = "degenerate") -> pd.DataFrame:
     """One row per instruction and candidate, in the order of the candidates, with the choice marked.
 
-    A candidate is eligible if its share of responses that fail the gate is at most that of no steering; the first eligible one
-    of the highest rate is chosen. No steering is always eligible.
+    A candidate is eligible if its share of responses that fail the gate is at most that of no steering, for "no_low_perplexity"
+    if it is zero; the first eligible one of the highest rate is chosen. No steering is always eligible.
 
     Raises:
         DataError: if the scores do not have the gate's column, or lack a value there.
     """
-    if gate not in scores or scores[gate].isna().any():
-        raise DataError(f"the gate {gate!r} needs that column without missing values; score the responses with it")
+    failed = gate.removeprefix("no_")
+    if failed not in scores or scores[failed].isna().any():
+        raise DataError(
+            f"the gate {gate!r} needs the column {failed!r} without missing values; score the responses with it"
+        )
     table = summary(scores, ["instruction", *CANDIDATE])
     table["eligible"] = False
     table["chosen"] = False
     for _, group in table.groupby("instruction", sort=False):
-        baseline = group.loc[group["layer"].isna(), gate].iloc[0]
-        eligible = group[gate] <= baseline
+        unsteered = group["layer"].isna()
+        allowed = 0.0 if gate == "no_low_perplexity" else group.loc[unsteered, failed].iloc[0]
+        eligible = unsteered | (group[failed] <= allowed)
         table.loc[group.index, "eligible"] = eligible
         table.loc[group.loc[eligible, "rate"].idxmax(), "chosen"] = True
     return table
 
 
 def summary(scores: pd.DataFrame, keys: Sequence[str]) -> pd.DataFrame:
-    """One row per group: rate with its interval over prompts, spread between trials, quality, share of degenerate responses."""
+    """One row per group: rate with its interval over base queries, spread between trials, quality, share of broken responses."""
     keys = list(keys)
-    table = rate_table(scores, by=keys, clusters="prompt_id").merge(quality_table(scores, by=keys), on=keys)
+    table = rate_table(scores, by=keys, clusters="query").merge(quality_table(scores, by=keys), on=keys)
     failed = scores.groupby(keys, sort=False, dropna=False)["degenerate"].mean().reset_index()
     return table.merge(failed, on=keys).merge(trial_spread(scores, by=keys), on=keys)
 

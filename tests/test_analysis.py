@@ -4,9 +4,11 @@ import dataclasses
 import importlib
 import re
 
+import pandas as pd
 import plotly.graph_objects as go
 import pytest
 import study
+import torch
 
 SMALL = {
     "layers": (2, 5),
@@ -21,12 +23,12 @@ SMALL = {
 SCRIPTS = {
     "format_four_cells": (["table", "comparisons"], {}),
     "layer_search": (["layers", "nested"], {}),
-    "coefficient_tradeoff": (["tradeoff", "calibrated"], {"coeffs": (0.5, 1.0), "target_kl": (0.5,)}),
-    "length": (["sentences", "levels"], {"ns": (1, 3), "coeffs": (0.5,)}),
+    "coefficient_tradeoff": (["tradeoff", "calibrated", "steerability"], {"coeffs": (0.5, 1.0), "target_kl": (0.5,)}),
+    "length": (["sentences", "comparisons", "levels"], {"ns": (1, 3), "coeffs": (0.5,)}),
     "keywords": (["cells", "comparisons", "choices"], {"words": ("dream", "garden"), "coeffs": (0.5,)}),
     "exclusion": (["by_coefficient", "words"], {"coeffs": (1.0,)}),
-    "composition": (["pairs", "length"], {}),
-    "cross_model": (["cells", "r2"], {}),
+    "composition": (["pairs", "length"], {"coeffs": (0.5,)}),
+    "cross_model": (["cells", "comparisons", "maps"], {}),
     "quality_by_instruction": (["quality"], {}),
 }
 
@@ -79,6 +81,32 @@ def test_words_to_exclude_are_words_that_the_model_says(tmp_path):
     for query, word in found.items():
         assert re.search(rf"\b{word}\b", texts[query])
         assert word not in query.lower()
+
+
+def test_a_slope_counts_no_steering_as_zero_and_stops_where_it_is_told_to():
+    import coefficient_tradeoff
+
+    rows = [("a", None, 1.0, False), ("a", 2, 0.5, True), ("a", 2, 1.0, True), ("a", 2, 4.0, False)]
+    rows += [("b", None, 1.0, True), ("b", 2, 0.5, True), ("b", 2, 1.0, False), ("b", 2, 4.0, True)]
+    scores = pd.DataFrame(rows, columns=["prompt_id", "layer", "coeff", "followed"]).astype({"layer": "Int64"})
+    found = coefficient_tradeoff.slope_of(scores, largest=1.0)
+    assert found["slope"] == pytest.approx(0.0)  # +1 and -1 per norm
+    assert found["anti_steerable"] == 0.5
+    assert found["n"] == 2
+
+
+def test_pairs_that_agree_and_stand_apart_say_so():
+    import coefficient_tradeoff
+
+    from steerlens.capture import Activations
+
+    def pairs(without, with_):
+        resid = torch.stack([torch.tensor(without), torch.tensor(with_)], dim=1)[:, :, None]
+        return Activations(resid, (3,), tuple("abc"), ("x",) * 3)
+
+    fitted = pairs([[0.0, 0.0]] * 3, [[0.0, 2.0]] * 3)
+    others = pairs([[5.0, -1.0], [5.0, 0.0], [5.0, 1.0]], [[0.0, 3.0], [0.0, 4.0], [0.0, 5.0]])
+    assert coefficient_tradeoff.separability(fitted, others) == pytest.approx({"agreement": 1.0, "d_prime": 4.0})
 
 
 def test_one_candidate_is_chosen_over_all_groups(tmp_path):

@@ -93,6 +93,18 @@ def test_no_phrasing_is_in_both_splits() -> None:
         assert len(section.heldout) >= 6
 
 
+@pytest.mark.parametrize("split", SPLITS)
+def test_listed_closing_phrases_are_those_of_the_data_file(split: tc.Split) -> None:
+    listed = set(map(str.strip, tc.world().instructions["end"].settings["= phrase"].split("|")))
+    drawn = {
+        how: {e.kwargs[0]["end_phrase"] for e in tc.examples(split, 12, 60, only=("end",), plain=0, two=0, listed=how)}
+        for how in (True, False)
+    }
+    assert drawn[True] <= listed
+    assert len(drawn[True]) > 8
+    assert drawn[False] - listed
+
+
 def test_heldout_questions_are_never_asked_in_training() -> None:
     asked = {example.query for example in tc.examples("train", 4, 2500)}
     assert not asked & {example.query for example in tc.examples("heldout", 4, 2500)}

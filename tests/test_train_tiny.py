@@ -66,11 +66,18 @@ def test_the_loss_of_a_batch_is_the_mean_over_the_learned_tokens_of_its_rows(
 
 
 def test_the_twin_draws_the_same_examples_and_hides_nothing(tokenizer: PreTrainedTokenizerFast) -> None:
-    _, half, plain, _ = tt.STAGES
+    half, plain = tt.STAGES[1:3]
     one, other = (tt.pool(replace(stage, n_rows=2), tokenizer, 0, 5) for stage in (half, plain))
     assert [[row.ids for row in batch] for batch in one] == [[row.ids for row in batch] for batch in other]
     assert any(row.span[1] for batch in one for row in batch)
     assert not any(row.span[1] for batch in other for row in batch)
+
+
+def test_a_stage_never_hides_what_it_is_told_to_show(tokenizer: PreTrainedTokenizerFast) -> None:
+    stage = replace(tt.STAGES[-1], n_rows=2, documents=0.0, hidden=1.0)
+    for shown in ((), tuple(tc.INSTRUCTIONS)):
+        rows = [row for batch in tt.pool(replace(stage, shown=shown), tokenizer, 0, 5) for row in batch]
+        assert any(row.span[1] for row in rows) == (not shown)
 
 
 def test_an_interrupted_training_ends_with_the_same_weights(
