@@ -17,13 +17,16 @@ from steerlens.capture import (
     record_activations,
     record_means,
 )
-from steerlens.data import InstructionPair, PairSet
+from steerlens.data import InstructionPair, PairSet, load_pairs
 from steerlens.errors import DataError, SteerlensError
 from steerlens.estimators import fit_steering_vector
-from steerlens.model import load_model
+from steerlens.model import load_model, stop_ids
 from steerlens.prompts import PromptFormat, encode
+from steerlens.sampling import generate
 from tests.conftest import Subject, hooks_on
+from tests.near_ties import assert_same_text
 from tests.reference.plain_capture import last_residuals, mean_difference
+from tests.reference.plain_loop import Step, plain_greedy
 from tests.steps import unit
 from tests.tiny_models import D_MODEL, N_CTX, byte_tokenizer, special_ids
 
@@ -357,6 +360,33 @@ def test_the_real_models_means_equal_those_by_hand_and_its_vector_to_the_noise_o
     vector = torch.stack(list(fit_steering_vector(acts).directions.values()))
     error = relative_error(vector, truth)
     assert error < 2 * noise < 5e-4, f"error {error:.1e}, float32 noise {noise:.1e}"
+
+
+@pytest.mark.smollm2
+def test_the_papers_method_by_its_defaults_is_the_computation_by_hand(smollm2: Subject) -> None:
+    """32 pairs: the same directions, the same projection means, and under them the same greedy text as the plain loop."""
+    pairs = load_pairs("format", instructions="detectable_format:title")[:32]
+    vector = fit_steering_vector(record_activations(smollm2.model, pairs))
+    means = by_hand(smollm2, pairs).mean(0)
+    directions = means[1] - means[0]
+    units = directions / directions.norm(dim=-1, keepdim=True)
+    for side, found in ((0, vector.proj_without), (1, vector.proj_with)):
+        expected = (means[side] * units).sum(-1)
+        torch.testing.assert_close(torch.tensor(list(found.values())).double(), expected, rtol=2e-3, atol=2e-3)
+    fitted = torch.stack(list(vector.directions.values())).double()
+    assert torch.cosine_similarity(fitted, directions, dim=-1).min() > 1 - 1e-6
+
+    layer, prompt = 18, "Describe rain."
+    target = float((means[1, layer] * units[layer]).sum())
+    by_hand_step = Step(layer, "set_projection", units[layer].float(), coeff=1.0, target=target)
+    stops = stop_ids(smollm2.model)
+    expected_text = plain_greedy(
+        smollm2.hf, encode(smollm2.model, prompt), [by_hand_step], max_new_tokens=16, stop_ids=stops
+    )
+    (row,) = generate(smollm2.model, [prompt], steering=vector.at(layer), max_new_tokens=16)
+    assert_same_text([expected_text], [row.tokens])
+    (plain,) = generate(smollm2.model, [prompt], max_new_tokens=16)
+    assert row.tokens != plain.tokens  # the step says something
 
 
 def test_a_sliding_window_model_is_recorded_right_with_prefixes_of_any_length(tmp_path: Path) -> None:

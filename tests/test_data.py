@@ -500,7 +500,9 @@ def test_the_id_that_ifeval_knows_is_taken(write):
         "instruction_id_list_for_eval": labelled["instruction_id_list"],
     }
     for row in (labelled, swapped):
-        assert load_pairs(write(row)).instructions == ("language:response_language",)
+        (pair,) = load_pairs(write(row))
+        assert pair.instruction_ids == ("language:response_language",)
+        assert pair.instruction_id == "language:response_language_hi"  # a vector of its own
 
 
 def test_files_can_be_filtered_by_instruction_and_query(write):

@@ -8,7 +8,7 @@ import torch
 
 from steerlens.data import CONDITIONS, InstructionPair, PairSet
 from steerlens.errors import DataError, SteerlensError
-from steerlens.evaluation import Sampler, evaluate, is_degenerate, requests_for, score
+from steerlens.evaluation import Evaluation, Sampler, evaluate, is_degenerate, requests_for, score
 from steerlens.plan import Intervention, Plan
 from steerlens.prompts import encode
 from steerlens.quality import mean_log_probabilities
@@ -102,15 +102,31 @@ def test_a_key_changes_with_all_that_decides_the_text_and_with_nothing_else(llam
 def test_changed_weights_change_every_key(llama, pairs, plan):
     request = requests_for(pairs[:1], plan)[0]
     before = Sampler(llama.model).key(request)
-    weight = next(iter(llama.model.parameters()))
-    saved = weight.detach().clone()
-    with torch.no_grad():
-        try:
-            weight.view(-1)[0] += 1.0
-            assert Sampler(llama.model).key(request) != before
-        finally:
-            weight.copy_(saved)
+    for weight in llama.model.parameters():
+        saved = weight.detach().clone()
+        for place in ((0,) * weight.ndim, (-1,) * weight.ndim, (weight.shape[0] // 3, *(5,) * (weight.ndim - 1))):
+            with torch.no_grad():
+                try:
+                    weight[place] += 1.0
+                    assert Sampler(llama.model).key(request) != before
+                finally:
+                    weight.copy_(saved)
     assert Sampler(llama.model).key(request) == before
+
+
+def test_intervals_over_all_instructions_count_queries_not_responses(llama, plan):
+    asked = [InstructionPair(f"Say {n}.", "Use no commas.", "punctuation:no_comma") for n in range(6)]
+    asked += [InstructionPair(f"Say {n}.", "Use a title.", "detectable_format:title") for n in range(6)]
+    found = evaluate(llama.model, plan, PairSet(asked), conditions=["none", "vector"], max_new_tokens=4)
+    scores = found.scores.assign(followed=found.scores["query"].isin(["Say 0.", "Say 1.", "Say 2."]))
+    table = Evaluation(scores).table.set_index(["instruction", "condition"])
+    one, overall = table.loc[("detectable_format:title", "vector")], table.loc[("all", "vector")]
+    assert (overall["n"], overall["rate"]) == (12, 0.5)
+    assert (overall["low"], overall["high"]) == (one["low"], one["high"])  # both instructions of a query always agree
+    differ = scores.assign(followed=scores["followed"] & (scores["condition"] == "vector"))
+    compared = Evaluation(differ).comparisons.set_index("instruction")
+    assert compared.loc["all", ["n", "n_prompts", "test"]].tolist() == [12, 6, "sign flip"]
+    assert compared.loc["detectable_format:title", "test"] == "mcnemar exact"
 
 
 def test_a_template_that_changes_the_tokens_changes_the_key(llama, pairs, plan, monkeypatch):

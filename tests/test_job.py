@@ -8,6 +8,7 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 import pytest
@@ -142,6 +143,49 @@ def test_a_run_killed_in_the_middle_goes_on_with_just_the_missing_rows(config, t
     keys = [json.loads(line)["key"] for line in after.splitlines()]
     assert len(keys) == len(set(keys)) == total
     assert results(folder) == results(whole.folder)
+
+
+def test_a_sweep_killed_in_the_middle_goes_on_to_the_same_table(tmp_path):
+    command = [
+        sys.executable,
+        "-c",
+        "from steerlens.cli import main; main()",
+        "sweep",
+        "--layers",
+        "1",
+        "4",
+        "--n-train",
+        "4",
+        "--n-valid",
+        "2",
+    ]
+    command += [
+        "--max-new-tokens",
+        "40",
+        "--batch-size",
+        "4",
+        "--instructions",
+        "punctuation:no_comma",
+        "detectable_format:title",
+    ]
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    options: dict[str, Any] = {"env": environment, "stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    subprocess.run([*command, "--out", str(tmp_path / "whole")], check=True, **options)
+
+    journal = tmp_path / "killed" / "generations.jsonl"
+    process = subprocess.Popen([*command, "--out", str(tmp_path / "killed")], **options)
+    while lines(journal) < 4 and process.poll() is None:
+        time.sleep(0.002)
+    process.kill()
+    process.wait(60)
+    total = lines(tmp_path / "whole" / "generations.jsonl")
+    assert 4 <= lines(journal) < total, "the sweep was to be stopped in the middle"
+    assert not (tmp_path / "killed" / "table.csv").exists()
+
+    subprocess.run([*command, "--out", str(tmp_path / "killed")], check=True, **options)
+    assert lines(journal) == total
+    for name in ("table.csv", "scores.jsonl"):
+        assert (tmp_path / "killed" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
 
 
 def test_splits_of_a_run_share_no_query(config):

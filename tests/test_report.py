@@ -63,6 +63,7 @@ def fake_scores(n_prompts: int = 13) -> pd.DataFrame:
                     text = OTHER_SCRIPTS
                 row = {
                     "prompt_id": f"{instruction}-{prompt}",
+                    "query": f"Query {prompt}",
                     "instruction": instruction,
                     "condition": condition,
                     "layer": 14 if "vector" in condition else pd.NA,
@@ -206,9 +207,8 @@ def test_summary_states_the_rates_of_the_scores(page: Path) -> None:
     scores = fake_scores()
     text = Elements(page.read_text(encoding="utf-8")).text
     for condition in CONDITIONS:
-        verdicts = scores.loc[scores["condition"] == condition, "followed"]
-        low, high = wilson_interval(int(verdicts.sum()), len(verdicts))
-        assert f"{100 * verdicts.mean():.0f}\u00a0% [{100 * low:.0f}, {100 * high:.0f}]" in text
+        (row,) = rate_table(scores[scores["condition"] == condition], [], clusters="query").to_dict("records")
+        assert f"{100 * row['rate']:.0f}\u00a0% [{100 * row['low']:.0f}, {100 * row['high']:.0f}]" in text
 
 
 @pytest.mark.parametrize(

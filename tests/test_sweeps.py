@@ -1,5 +1,6 @@
 """Search: candidates, eligibility, ties, and the choice."""
 
+import json
 from dataclasses import replace
 
 import pandas as pd
@@ -232,11 +233,16 @@ def test_nested_scores_are_chosen_on_other_prompts():
 
 def test_the_papers_gate_refuses_low_perplexity_and_needs_it_measured(llama, vector, pairs):
     frame = scores((None, 0.0, [0, 0], [0, 0]), (2, 1.0, [1, 1], [0, 0]), (4, 1.0, [0, 1], [0, 0]))
-    with pytest.raises(DataError, match="the gate 'low_perplexity' needs that column"):
-        choose(frame, "low_perplexity")
-    looping = frame.assign(low_perplexity=frame["layer"].eq(2).fillna(False).astype(bool))
-    table = choose(looping, "low_perplexity")
-    assert table.loc[table["chosen"], "layer"].tolist() == [4]
+    for gate in ("low_perplexity", "no_low_perplexity"):
+        with pytest.raises(DataError, match="needs the column 'low_perplexity'"):
+            choose(frame, gate)
+        looping = frame.assign(low_perplexity=frame["layer"].eq(2).fillna(False).astype(bool))
+        table = choose(looping, gate)
+        assert table.loc[table["chosen"], "layer"].tolist() == [4]
+    # Where unsteered answers loop as well, the base model's gate allows as much, the instruction-tuned model's none.
+    always = frame.assign(low_perplexity=True)
+    assert choose(always, "low_perplexity").query("chosen")["layer"].tolist() == [2]
+    assert choose(always, "no_low_perplexity").query("chosen")["layer"].isna().tolist() == [True]
     found = sweep(llama.model, vector, pairs, layers=[1], gate="low_perplexity", max_new_tokens=4)
     assert found.scores["low_perplexity"].tolist() == (found.scores["perplexity"] < 2.5).tolist()
 
@@ -255,6 +261,29 @@ def test_a_search_that_cannot_be_chosen_from_is_refused_before_anything_is_gener
     sampler = evaluation.Sampler(llama.model)
     with pytest.raises(SteerlensError, match=message):
         search(sampler, vector, pairs, [Candidate(1)], **bad)
+
+
+def test_a_folder_says_what_was_searched_and_keeps_no_results_of_another_search(
+    llama, vector, pairs, tmp_path, monkeypatch
+):
+    sweep(llama.model, vector, pairs, layers=[1], max_new_tokens=4, out=tmp_path)
+    first = json.loads((tmp_path / "config.json").read_text())
+    assert first["sampling"]["max_new_tokens"] == 4
+    sweep(llama.model, vector, pairs, layers=[1], max_new_tokens=4, out=tmp_path)
+    assert json.loads((tmp_path / "config.json").read_text()) == first
+    monkeypatch.setattr("steerlens.sweeps.score", lambda *args, **options: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        sweep(llama.model, vector, pairs, layers=[1], max_new_tokens=5, out=tmp_path)
+    assert json.loads((tmp_path / "config.json").read_text())["identity"] != first["identity"]
+    assert not (tmp_path / "table.csv").exists()
+    assert (tmp_path / "generations.jsonl").stat().st_size
+
+
+def test_what_nothing_can_check_is_refused_before_anything_is_generated(llama, vector, monkeypatch):
+    monkeypatch.setattr("steerlens.evaluation.stream", None)
+    unknown = PairSet([InstructionPair("Describe rain.", "Rhyme.", "poetry:rhyme")])
+    with pytest.raises(SteerlensError, match="unknown instruction"):
+        sweep(llama.model, vector, unknown, layers=[1], max_new_tokens=4)
 
 
 def test_candidates_that_not_every_instruction_tried_are_not_on_the_front():
