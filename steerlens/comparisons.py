@@ -237,6 +237,29 @@ def bootstrap_mean(
     return BootstrapMean(mean, float(low), float(high), n, n_clusters)
 
 
+def mean_intervals(scores: pd.DataFrame, by: Sequence[str]) -> pd.DataFrame:
+    """Bootstrap intervals of the means in `metrics.quality_table`, over base queries: columns `by`, then low and high of each.
+
+    For words, repetition and distinct bigrams, and for divergence and reward where they were measured.
+    """
+    measured = {
+        "n_words": "words",
+        "repetition": "repetition",
+        "distinct_2": "distinct_2",
+        "kl": "kl",
+        "reward": "reward",
+    }
+    rows = []
+    for keys, group in scores.groupby(list(by), sort=False, dropna=False, observed=True):
+        row = dict(zip(by, keys, strict=True))
+        for column, name in measured.items():
+            if column in scores:
+                found = bootstrap_mean(group[column], clusters=group["query"], n_resamples=2000)
+                row |= {f"mean_{name}_low": found.low, f"mean_{name}_high": found.high}
+        rows.append(row)
+    return pd.DataFrame(rows)
+
+
 def compare_conditions(
     frame: pd.DataFrame,
     *,

@@ -22,7 +22,7 @@ from typing import Any
 import pandas as pd
 from tqdm import tqdm
 
-from steerlens.comparisons import compare_cells
+from steerlens.comparisons import compare_cells, mean_intervals
 from steerlens.data import CONDITIONS, InstructionPair, PairSet
 from steerlens.errors import DataError, SteerlensError, nearest
 from steerlens.instructions import check_all
@@ -234,7 +234,7 @@ class Evaluation:
 
     @property
     def table(self) -> pd.DataFrame:
-        """Rates with Wilson intervals and quality, per instruction and condition, then over all instructions.
+        """Rates with Wilson intervals, and quality with bootstrap intervals, per instruction and condition, then over all.
 
         Responses to one base query are not independent, be they trials or several instructions: intervals count `effective_n`.
         """
@@ -244,7 +244,8 @@ class Evaluation:
         strict = rate_table(frame, by=keys, value="followed_strict").rename(columns={"rate": "strict"})
         broken = rate_table(frame, by=keys, value="degenerate").rename(columns={"rate": "degenerate"})
         table = rate_table(frame, by=keys, clusters="query")
-        for part in (strict[[*keys, "strict"]], quality_table(frame, by=keys), broken[[*keys, "degenerate"]]):
+        quality = quality_table(frame, by=keys), mean_intervals(frame, by=keys)
+        for part in (strict[[*keys, "strict"]], *quality, broken[[*keys, "degenerate"]]):
             table = table.merge(part, on=keys)
         return table
 
@@ -254,10 +255,15 @@ class Evaluation:
         return compare_cells(self.scores)
 
     def _repr_html_(self) -> str:
-        return str(self.table.to_html(index=False, float_format="{:.3f}".format))
+        return str(self._shown.to_html(index=False, float_format="{:.3f}".format))
 
     def __repr__(self) -> str:
-        return str(self.table.to_string(index=False, float_format="{:.3f}".format))
+        return str(self._shown.to_string(index=False, float_format="{:.3f}".format))
+
+    @property
+    def _shown(self) -> pd.DataFrame:
+        """The table without the intervals of quality, which would make it too wide to read."""
+        return self.table.filter(regex="^(?!mean_.*_(low|high)$)")
 
 
 def evaluate(

@@ -16,6 +16,7 @@ from steerlens.comparisons import (
     compare_conditions,
     holm,
     mcnemar,
+    mean_intervals,
     sign_flip,
     tango_interval,
 )
@@ -29,6 +30,26 @@ def paired(gained: int, lost: int, both: int = 2, neither: int = 3) -> tuple[lis
     first = [False] * gained + [True] * lost + [True] * both + [False] * neither
     second = [True] * gained + [False] * lost + [True] * both + [False] * neither
     return first, second
+
+
+def test_mean_intervals_are_bootstraps_over_queries_of_each_measure_there_is() -> None:
+    rng = np.random.default_rng(0)
+    frame = pd.DataFrame({"instruction": "a", "condition": ["none"] * 20 + ["vector"] * 20, "query": [*range(20)] * 2})
+    frame["n_words"] = rng.integers(5, 50, 40)
+    frame["kl"] = rng.random(40)
+    table = mean_intervals(frame, ["instruction", "condition"]).set_index("condition")
+    assert [name for name in table if name != "instruction"] == [
+        "mean_words_low", "mean_words_high", "mean_kl_low", "mean_kl_high",
+    ]  # fmt: skip
+    for condition, group in frame.groupby("condition"):
+        for column, name in (("n_words", "words"), ("kl", "kl")):
+            spread = Z * group[column].std() / math.sqrt(20)
+            assert table.loc[condition, f"mean_{name}_low"] == pytest.approx(
+                group[column].mean() - spread, abs=spread / 3
+            )
+            assert table.loc[condition, f"mean_{name}_high"] == pytest.approx(
+                group[column].mean() + spread, abs=spread / 3
+            )
 
 
 # McNemar

@@ -505,6 +505,21 @@ def test_the_id_that_ifeval_knows_is_taken(write):
         assert pair.instruction_id == "language:response_language_hi"  # a vector of its own
 
 
+def test_each_language_is_an_instruction_of_its_own():
+    names = [f"language:response_language_{code}" for code in ("de", "sw")]
+    pairs = load_pairs("tiny", instructions=[*names, "punctuation:no_comma"], n_queries=5)
+    groups = pairs.by_instruction()
+    assert set(groups) == {*names, "punctuation:no_comma"}
+    for pair in groups[names[0]]:
+        assert pair.instruction_ids == ("language:response_language",)
+        assert pair.kwargs == ({"language": "de"},)
+        assert "German" in pair.instruction
+    assert len({pair.instruction for pair in load_pairs("tiny", instructions=names[1])}) == 8
+    assert not [name for name in load_pairs("format", n_queries=1).instructions if name.startswith("language")]
+    with pytest.raises(DataError, match="unknown instruction id 'language:response_language_xx'"):
+        load_pairs("format", instructions="language:response_language_xx")
+
+
 def test_files_can_be_filtered_by_instruction_and_query(write):
     rows = [STOLFO | {"key": i, "prompt_without_instruction": f"Query {i // 2}?"} for i in range(8)]
     path = write(*rows, VALIDATION)

@@ -188,6 +188,19 @@ def test_a_sweep_killed_in_the_middle_goes_on_to_the_same_table(tmp_path):
         assert (tmp_path / "killed" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
 
 
+def test_a_run_fits_the_languages_that_its_test_prompts_ask_for(tmp_path):
+    asked = [("de", "Answer in German."), ("fr", "Answer in French.")]
+    PairSet(
+        InstructionPair(f"Describe {code}.", text, "language:response_language", {"language": code})
+        for code, text in asked
+    ).save(tmp_path / "data.jsonl")
+    train, valid, test, notes = select_pairs(RunConfig(pairs="tiny", data=str(tmp_path / "data.jsonl")))
+    names = {f"language:response_language_{code}" for code, _ in asked}
+    assert set(train.instructions) == set(valid.instructions) == set(test.instructions) == names
+    assert {pair.kwargs[0]["language"] for pair in train.filter("language:response_language_fr")} == {"fr"}
+    assert [note for note in notes if note.startswith("not tested, for want of test prompts: change_case")]
+
+
 def test_splits_of_a_run_share_no_query(config):
     train, valid, test, _ = select_pairs(config)
     queries = [{pair.query for pair in part} for part in (train, valid, test)]
