@@ -122,7 +122,12 @@ def draw(frames: Frames) -> dict[str, go.Figure]:
     )
     figure.update_xaxes(tickangle=-30, row=1, col=1)
     figure.update_xaxes(title_text="target layer", row=1, col=2)
-    figure.update_layout(title_text="Vectors of another model, bare queries", width=1000, height=480)
+    figure.update_layout(
+        title_text="Vectors of another model, bare queries",
+        width=1000,
+        height=480,
+        legend={"x": 0.68, "y": 1.02, "yanchor": "bottom"},
+    )
     return {"cross_model": figure}
 
 

@@ -22,7 +22,7 @@ from steerlens.errors import SteerlensError
 from steerlens.evaluation import Batch, Record, Sampler, answer
 from steerlens.model import load_model, model_device, model_digest
 
-PATIENCE = 120
+PATIENCE = 300
 """Seconds to wait until the first worker has found its place, or for an idle one to answer. Loading may take any time."""
 
 TRIES = 3
@@ -103,6 +103,8 @@ class RayEngine:
     loading: dict[Any, Any] = field(default_factory=dict)
     """Reference to a worker's digest -> the worker that is loading its model."""
     idle: list[Any] = field(default_factory=list)
+    held: str = ""
+    """The digest of the weights that idle workers hold."""
     deaths: int = 0
     """Workers that died so far."""
     failed_starts: int = 0
@@ -116,6 +118,8 @@ class RayEngine:
         tries: Counter[int] = Counter()
         busy: dict[Any, tuple[Any, int]] = {}
         expected = model_digest(sampler.model)
+        if self.idle:
+            self._check_weights(expected)  # the model may have been edited since the last call
         self.n_gpus = int(model_device(sampler.model).type == "cuda")
         for _ in range(min(self._size(), len(batches)) - len(self.idle) - len(self.coming)):
             self._start()
@@ -212,13 +216,17 @@ class RayEngine:
         if stage is self.starting:
             self.loading[worker.load.remote(self.model, self.dtype, self.device)] = worker
             return
-        if digest != expected:
-            raise SteerlensError(
-                f"workers must hold this process's weights (digest {expected}), and one loaded {self.model!r} with {digest}; "
-                "use one folder that every node can read"
-            )
+        self.held = digest
+        self._check_weights(expected)
         self.failed_starts = 0
         self.idle.append(worker)
+
+    def _check_weights(self, expected: str) -> None:
+        if self.held != expected:
+            raise SteerlensError(
+                f"workers must hold this process's weights (digest {expected}), and one loaded {self.model!r} with {self.held}; "
+                "use one folder that every node can read, with the weights that you steer"
+            )
 
     def close(self) -> None:
         """End all workers."""

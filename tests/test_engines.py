@@ -131,6 +131,19 @@ def test_workers_with_other_weights_are_refused(llama, tiny_folders, vector, pai
             sampler.generate(requests)
 
 
+def test_weights_that_were_edited_after_the_workers_loaded_them_are_refused(tiny_folders, vector, pairs, cluster):
+    from steerlens.model import load_model
+
+    model = load_model(tiny_folders["llama"], progress=False)
+    requests = requests_for(pairs[:2], vector.at(1), conditions=["none"])
+    with ray_engine(str(tiny_folders["llama"]), address=cluster.address, n_workers=1) as engine:
+        Sampler(model, sampling=SamplingConfig(2), engine=engine).generate(requests[:1])
+        with torch.no_grad():
+            next(iter(model.parameters()))[0] += 1.0
+        with pytest.raises(SteerlensError, match="workers must hold this process's weights"):
+            Sampler(model, sampling=SamplingConfig(2), engine=engine).generate(requests)
+
+
 def test_a_model_that_workers_cannot_load_is_an_error_and_not_a_wait(llama, vector, pairs, cluster, tmp_path):
     requests = requests_for(pairs[:1], vector.at(1), conditions=["none"])
     with ray_engine(str(tmp_path / "nothing"), address=cluster.address) as engine:
