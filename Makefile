@@ -21,7 +21,7 @@ $(READY): requirements.lock pyproject.toml
 	@touch $(READY)
 
 demo: $(READY)
-	$(BIN)/steerlens run --out runs/demo --positions prompt --n-test 16 --search-tokens 96 --batch-size 128
+	$(BIN)/steerlens run --out runs/demo --positions prompt --n-valid 6 --n-test 16 --search-tokens 96 --batch-size 256
 
 test: lint types unit
 

@@ -187,9 +187,11 @@ def draw_steerability(table: pd.DataFrame) -> go.Figure:
         )  # fmt: skip
         rho = table[name].corr(table["slope"], method="spearman")
         figure.update_xaxes(title_text=f"{title}: rank correlation {rho:.2f}", row=1, col=column)
-    for (_, row), label in zip(table.iterrows(), names, strict=True):
+    order = table["slope"].rank(method="first").tolist()  # neighbours have their labels above and below
+    for (_, row), label, rank in zip(table.iterrows(), names, order, strict=True):
         figure.add_annotation(
-            x=row["agreement"], y=row["slope"], text=label, showarrow=False, xanchor="left", xshift=8, font={"size": 10},
+            x=row["agreement"], y=row["slope"], text=label, showarrow=False, xanchor="left", xshift=8,
+            yshift=7 if rank % 2 else -7, font={"size": 10},
             row=1, col=1,
         )  # fmt: skip
     figure.update_yaxes(title_text="slope: share followed per mean residual norm", row=1, col=1)

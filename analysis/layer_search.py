@@ -18,9 +18,9 @@ from study import FormatStudy, Frames, conduct, lab, line
 
 from steerlens.candidates import grid
 from steerlens.estimators import fit_vectors
-from steerlens.metrics import wilson_interval
+from steerlens.metrics import rate_table
 from steerlens.plot import CONDITION_COLORS
-from steerlens.sweeps import search
+from steerlens.sweeps import CANDIDATE, search
 
 
 @dataclass(frozen=True)
@@ -39,14 +39,11 @@ def measure(settings: Settings) -> Frames:
             found = search(here.sampler, vectors, valid, candidates, condition=condition)
             tables.append(found.configurations.assign(condition=condition))
             others = found.nested(folds=min(4, settings.n_valid))
-            winners = found.table[found.table["chosen"]]
-            counts = {"itself": (winners["followed"].sum(), winners["n"].sum())}
-            counts["others"] = (others["followed"].sum(), len(others))
-            for chosen_on, (followed, n) in counts.items():
-                low, high = wilson_interval(int(followed), int(n))
-                row = {"condition": condition, "chosen_on": chosen_on, "n": n, "followed": followed}
-                nested.append(row | {"rate": followed / n, "low": low, "high": high})
-    return {"layers": pd.concat(tables), "nested": pd.DataFrame(nested)}
+            winners = found.table.loc[found.table["chosen"], ["instruction", *CANDIDATE]]
+            for chosen_on, scores in (("itself", found.scores.merge(winners)), ("others", others)):
+                rates = rate_table(scores, [], clusters="query")
+                nested.append(rates.assign(condition=condition, chosen_on=chosen_on))
+    return {"layers": pd.concat(tables), "nested": pd.concat(nested)}
 
 
 def draw(frames: Frames) -> dict[str, go.Figure]:

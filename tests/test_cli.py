@@ -118,7 +118,8 @@ def test_run_prints_the_table_and_the_report_and_info_shows_it_again(steerlens, 
 def test_lists_name_models_and_instructions(steerlens):
     assert "smollm2-135m" in steerlens("models").stdout
     listed = steerlens("instructions").stdout
-    assert listed.count("phrasings)") == 12
+    assert listed.count("phrasings)") == 12 + 30  # the paper's formats, and IFEval's languages
+    assert "language:response_language_de" in listed
     assert NO_COMMA in listed
 
 
@@ -136,7 +137,7 @@ def test_a_sweep_keeps_its_responses_and_prints_what_it_chose(steerlens, tiny_fo
     assert done.returncode == 0, done.stderr
     assert "9 candidates, 9 responses" in done.stdout
     assert {path.name for path in tmp_path.iterdir()} == {
-        *("vectors", "generations.jsonl", "scores.jsonl", "table.csv", "sweep.html"),
+        *("vectors", "config.json", "generations.jsonl", "scores.jsonl", "table.csv", "sweep.html"),
     }
     drawn = steerlens(*common, "--n-random", 3, "--coeffs", 0.5, 2, "--temperature", 1, "--trials", 2)
     assert "4 candidates, 8 responses" in drawn.stdout
