@@ -81,9 +81,10 @@ def draw(frames: Frames) -> dict[str, go.Figure]:
         cost = np.log2(two["median_perplexity"] / one["median_perplexity"])
         # What the vector did not change has no room for a name: it all lies at the origin.
         names = [short_label(name) if abs(gain[name]) > 0.01 or abs(cost[name]) > 0.1 else "" for name in gain.index]
+        sides = np.where(cost < 1.5, "middle right", "middle left")  # away from the edges
         figure.add_scatter(
             x=cost, y=gain, mode="markers+text", text=names, name=f"{after} against {before}", hovertext=gain.index,
-            textposition="top center", textfont={"size": 10}, marker={"size": 10, "color": CONDITION_COLORS[after]},
+            textposition=sides, textfont={"size": 10}, marker={"size": 10, "color": CONDITION_COLORS[after]},
         )  # fmt: skip
     figure.add_hline(y=0, line={"color": "#858B94", "width": 1})
     figure.add_vline(x=0, line={"color": "#858B94", "width": 1})

@@ -377,10 +377,18 @@ def export(name: str, settings: Settings, tokenizer: PreTrainedTokenizerFast, fo
     model = new_model(tokenizer, settings.seed)
     model.load_state_dict(state["model"])
     tokenizer.chat_template = template
-    tokens = sum(row["tokens"] for row in state["curve"])
+    steps, tokens = trained_for(settings.out, stage)
     model.half().save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-    write_atomically(folder / "README.md", CARD.format(name=name, line=line, steps=state["step"], tokens=tokens / 1e6))
+    write_atomically(folder / "README.md", CARD.format(name=name, line=line, steps=steps, tokens=tokens / 1e6))
+
+
+def trained_for(out: Path, name: str) -> tuple[int, int]:
+    """Steps and tokens of a stage and of all that it goes on from."""
+    (stage,) = (stage for stage in STAGES if stage.name == name)
+    curve = torch.load(checkpoint_of(out, name), map_location="cpu")["curve"]
+    before = trained_for(out, stage.start) if stage.start else (0, 0)
+    return before[0] + len(curve), before[1] + sum(row["tokens"] for row in curve)
 
 
 def checkpoint_of(out: Path, stage: str) -> Path:

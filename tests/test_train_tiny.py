@@ -106,3 +106,11 @@ def test_an_interrupted_training_ends_with_the_same_weights(
     assert all(torch.equal(whole[name], resumed[name]) for name in whole)
     with pytest.raises(DataError, match="goes on with its own settings"):
         tt.train(base, replace(settings, seed=1), tokenizer)
+
+
+def test_a_model_was_trained_for_all_the_stages_it_goes_on_from(tmp_path: Path) -> None:
+    for name, tokens in (("base", [5, 6]), ("half", [7]), ("plain", [100])):
+        (tmp_path / name).mkdir()
+        torch.save({"curve": [{"tokens": n} for n in tokens]}, tt.checkpoint_of(tmp_path, name))
+    assert tt.trained_for(tmp_path, "base") == (2, 11)
+    assert tt.trained_for(tmp_path, "half") == (3, 18)
