@@ -10,6 +10,9 @@ import pytest
 import study
 import torch
 
+from steerlens.data import InstructionPair, PairSet
+from steerlens.errors import DataError
+
 SMALL = {
     "layers": (2, 5),
     "n_train": 6,
@@ -81,6 +84,58 @@ def test_words_to_exclude_are_words_that_the_model_says(tmp_path):
     for query, word in found.items():
         assert re.search(rf"\b{word}\b", texts[query])
         assert word not in query.lower()
+
+
+def test_keyword_prompts_of_a_file_are_grouped_by_word_and_others_left_out(tmp_path):
+    import keywords
+
+    from steerlens.families import keyword_pairs
+
+    queries = ["Describe rain.", "Describe snow.", "Name a city."]
+    two = InstructionPair("Name a fox.", "Say red and tail.", "keywords:existence", {"keywords": ["red", "tail"]})
+    pairs = keyword_pairs(queries, "wet") + keyword_pairs(queries[:2], "cold") + PairSet([two])
+    pairs.save(tmp_path / "pairs.jsonl")
+    groups, left_out = keywords.file_groups(tmp_path / "pairs.jsonl", "include", 10, 0, queries={"describe rain."})
+    assert {word: [pair.query for pair in group] for word, group in groups.items()} == {
+        "wet": ["Describe snow.", "Name a city."],
+        "cold": ["Describe snow."],
+    }
+    assert left_out == 1
+    assert set(keywords.file_groups(tmp_path / "pairs.jsonl", "include", 10, 0, words={"wet"})[0]) == {"cold"}
+    with pytest.raises(DataError, match="must hold prompts of keywords:forbidden_words about one word"):
+        keywords.file_groups(tmp_path / "pairs.jsonl", "exclude", 10, 0)
+
+
+def test_queries_of_a_data_file_are_tested_and_nothing_else_is_done_with_them(tmp_path):
+    import length
+
+    from steerlens.data import bundled_queries, query_key
+    from steerlens.families import sentence_pairs
+
+    taken = [bundled_queries("tiny")[0], "How many legs has an ant?"]
+    sentence_pairs(taken, "exactly", 2).save(tmp_path / "data.jsonl")
+    train, valid, test = study.parts_for(length.Settings(data=tmp_path / "data.jsonl"))
+    assert [pair.query for pair in test] == taken
+    keys = [{query_key(pair) for pair in part} for part in (train, valid, test)]
+    assert not (keys[0] | keys[1]) & keys[2]
+    assert not keys[0] & keys[1]
+
+
+def test_tables_of_other_settings_are_gone_before_a_script_can_be_cut_short(tmp_path):
+    import length
+
+    settings = length.Settings(out=tmp_path)
+    frames = {"sentences": pd.DataFrame({"x": [1]})}
+    study.conduct(settings, lambda _: frames, lambda _: {}, ["sentences"])
+    study.conduct(settings, lambda _: frames, lambda _: {}, ["sentences"])
+    assert (tmp_path / "sentences.csv").exists()
+    with pytest.raises(KeyboardInterrupt):
+        study.conduct(dataclasses.replace(settings, seed=1), interrupted, lambda _: {}, ["sentences"])
+    assert not (tmp_path / "sentences.csv").exists()
+
+
+def interrupted(settings):
+    raise KeyboardInterrupt
 
 
 def test_a_slope_counts_no_steering_as_zero_and_stops_where_it_is_told_to():
