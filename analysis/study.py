@@ -5,6 +5,7 @@ A script has `measure`, which runs the model and returns tables, and `draw`, whi
 """
 
 import re
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -17,7 +18,7 @@ from draw import save
 
 from steerlens.candidates import Candidate, grid
 from steerlens.data import PairSet, load_pairs, query_key
-from steerlens.errors import DataError
+from steerlens.errors import DataError, SteerlensError
 from steerlens.evaluation import Sampler, requests_for
 from steerlens.families import keyword_pairs
 from steerlens.job import at_most
@@ -183,7 +184,11 @@ def conduct(
     """Measure, save the tables as CSV, and draw the figures from what was saved."""
     if not settings.redraw:
         start_folder(writable_folder(settings.out), *described(settings), [f"{name}.csv" for name in names])
-        for name, frame in measure(settings).items():
+        try:
+            measured = measure(settings)
+        except SteerlensError as error:  # its message is all that a user of a script needs
+            raise SystemExit(f"{Path(sys.argv[0]).name}: {error}") from error
+        for name, frame in measured.items():
             write_atomically(settings.out / f"{name}.csv", frame.to_csv(index=False))
     frames = {name: pd.read_csv(settings.out / f"{name}.csv") for name in names}
     for name, frame in frames.items():

@@ -134,6 +134,14 @@ def test_tables_of_other_settings_are_gone_before_a_script_can_be_cut_short(tmp_
     assert not (tmp_path / "sentences.csv").exists()
 
 
+def test_a_script_ends_with_one_line_where_its_input_will_not_do(tmp_path):
+    import length
+
+    settings = length.Settings(out=tmp_path, data=tmp_path / "nothing.jsonl")
+    with pytest.raises(SystemExit, match=r"no file .*nothing\.jsonl"):
+        study.conduct(settings, length.measure, length.draw, ["sentences"])
+
+
 def interrupted(settings):
     raise KeyboardInterrupt
 
