@@ -29,7 +29,7 @@ from steerlens.capture import Activations, record_activations
 from steerlens.errors import DataError
 from steerlens.estimators import fit_vectors
 from steerlens.metrics import pareto_front
-from steerlens.plot import CONDITION_COLORS
+from steerlens.plot import CONDITION_COLORS, short_label
 from steerlens.quality import Quality
 from steerlens.steerability import agreement, d_prime, steerability_summary
 from steerlens.sweeps import search, summary
@@ -176,7 +176,7 @@ def draw_calibrated(table: pd.DataFrame) -> go.Figure:
 
 def draw_steerability(table: pd.DataFrame) -> go.Figure:
     figure = make_subplots(cols=2, shared_yaxes=True, horizontal_spacing=0.06)
-    names = [str(name).split(":")[-1].replace("_", " ") for name in table["instruction"]]
+    names = [short_label(str(name)) for name in table["instruction"]]
     for column, name, title in (
         (1, "agreement", "agreement of the pairs (cosine, leave one out)"),
         (2, "d_prime", "d' of unseen pairs, in standard deviations"),

@@ -9,18 +9,14 @@ Vectors, layers and tests are on prompts that share no query; the layer is searc
 the run itself with its report in `run/`, and the figures `overall` and `by_instruction`.
 """
 
-import shlex
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 
 import plotly.graph_objects as go
 import tyro
-from study import FormatStudy, Frames, conduct
+from study import FormatStudy, Frames, conduct, run_cells
 
-from steerlens.job import run
 from steerlens.plot import four_cells
-from steerlens.records import RunConfig
 
 
 @dataclass(frozen=True)
@@ -29,23 +25,7 @@ class Settings(FormatStudy):
 
 
 def measure(settings: Settings) -> Frames:
-    config = RunConfig(
-        model=settings.model,
-        data=None if settings.data is None else str(settings.data),
-        instructions=settings.instructions,
-        n_train=settings.n_train,
-        n_valid=settings.n_valid,
-        n_test=settings.n_test,
-        layers=settings.layers,
-        positions=settings.positions,  # type: ignore[arg-type]
-        max_new_tokens=settings.max_new_tokens,
-        search_tokens=settings.max_new_tokens,
-        batch_size=settings.batch_size,
-        seed=settings.seed,
-        dtype=settings.dtype,
-        kl=True,
-    )
-    evaluation = run(config, settings.out / "run", command=shlex.join(["python", *sys.argv])).evaluation
+    evaluation = run_cells(settings)
     return {"table": evaluation.table, "comparisons": evaluation.comparisons}
 
 

@@ -10,8 +10,6 @@ the unsteered model in nats per token, and where they are given a reward model's
 gained in following against what is lost in quality.
 """
 
-import shlex
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,12 +17,10 @@ import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
 import tyro
-from study import FormatStudy, Frames, conduct
+from study import FormatStudy, Frames, conduct, run_cells
 
-from steerlens.job import run
 from steerlens.judge import Judge, judge_frame
 from steerlens.plot import CONDITION_COLORS, short_label
-from steerlens.records import RunConfig
 
 
 @dataclass(frozen=True)
@@ -39,24 +35,7 @@ class Settings(FormatStudy):
 
 
 def measure(settings: Settings) -> Frames:
-    config = RunConfig(
-        model=settings.model,
-        data=None if settings.data is None else str(settings.data),
-        instructions=settings.instructions,
-        n_train=settings.n_train,
-        n_valid=settings.n_valid,
-        n_test=settings.n_test,
-        layers=settings.layers,
-        positions=settings.positions,  # type: ignore[arg-type]
-        max_new_tokens=settings.max_new_tokens,
-        search_tokens=settings.max_new_tokens,
-        batch_size=settings.batch_size,
-        seed=settings.seed,
-        dtype=settings.dtype,
-        kl=True,
-        reward_model=settings.reward_model,
-    )
-    evaluation = run(config, settings.out / "run", command=shlex.join(["python", *sys.argv])).evaluation
+    evaluation = run_cells(settings, reward_model=settings.reward_model)
     table = evaluation.table
     if settings.judge_url is not None:
         judge = Judge(settings.judge_url, settings.judge_model, cache=settings.out / "judged.jsonl")

@@ -5,6 +5,7 @@ A script has `measure`, which runs the model and returns tables, and `draw`, whi
 """
 
 import re
+import shlex
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -17,14 +18,22 @@ import plotly.graph_objects as go
 from draw import save
 
 from steerlens.candidates import Candidate, grid
-from steerlens.data import PairSet, load_pairs, query_key
+from steerlens.data import PairSet, load_pairs
 from steerlens.errors import DataError, SteerlensError
-from steerlens.evaluation import Sampler, requests_for
+from steerlens.evaluation import Evaluation, Sampler, requests_for
 from steerlens.families import keyword_pairs
-from steerlens.job import at_most
+from steerlens.job import at_most, run, without_queries
 from steerlens.model import library_versions, load_model
 from steerlens.plan import Plan
-from steerlens.records import Journal, content_key, pairs_for, start_folder, writable_folder, write_atomically
+from steerlens.records import (
+    Journal,
+    RunConfig,
+    content_key,
+    pairs_for,
+    start_folder,
+    writable_folder,
+    write_atomically,
+)
 from steerlens.sampling import SamplingConfig
 from steerlens.sweeps import Best, choose, search
 from steerlens.vectors import SteeringVector
@@ -86,8 +95,7 @@ def parts_for(settings: Study) -> Sequence[PairSet]:
     test = PairSet(pair for pair in load_pairs(settings.data, seed=settings.seed) if pair.query is not None)
     if len(test) == 0:
         raise DataError(f"test prompts need their base queries, and {settings.data} has none")
-    asked = {query_key(pair) for pair in test}
-    rest = PairSet(pair for pair in pairs if query_key(pair) not in asked)
+    rest = without_queries(pairs, test)
     return *rest.split(seed=settings.seed, fractions=(0.75, 0.25)), test
 
 
@@ -167,6 +175,28 @@ def lab(settings: Study) -> Iterator[Lab]:
     """The laboratory of a script; its responses are kept in the output folder."""
     with Journal(writable_folder(settings.out) / "generations.jsonl") as journal:
         yield Lab(settings, journal)
+
+
+def run_cells(settings: FormatStudy, **more: Any) -> Evaluation:
+    """The main job with a script's settings, in the folder `run` of its output; `more` are further fields of the job's."""
+    config = RunConfig(
+        model=settings.model,
+        data=None if settings.data is None else str(settings.data),
+        instructions=settings.instructions,
+        n_train=settings.n_train,
+        n_valid=settings.n_valid,
+        n_test=settings.n_test,
+        layers=settings.layers,
+        positions=settings.positions,  # type: ignore[arg-type]
+        max_new_tokens=settings.max_new_tokens,
+        search_tokens=settings.max_new_tokens,
+        batch_size=settings.batch_size,
+        seed=settings.seed,
+        dtype=settings.dtype,
+        kl=True,
+        **more,
+    )
+    return run(config, settings.out / "run", command=shlex.join(["python", *sys.argv])).evaluation
 
 
 def described(settings: Study) -> tuple[str, dict[str, Any]]:

@@ -242,20 +242,14 @@ def mean_intervals(scores: pd.DataFrame, by: Sequence[str]) -> pd.DataFrame:
 
     For words, repetition and distinct bigrams, and for divergence and reward where they were measured.
     """
-    measured = {
-        "n_words": "words",
-        "repetition": "repetition",
-        "distinct_2": "distinct_2",
-        "kl": "kl",
-        "reward": "reward",
-    }
+    measured = [name for name in ("n_words", "repetition", "distinct_2", "kl", "reward") if name in scores]
     rows = []
     for keys, group in scores.groupby(list(by), sort=False, dropna=False, observed=True):
         row = dict(zip(by, keys, strict=True))
-        for column, name in measured.items():
-            if column in scores:
-                found = bootstrap_mean(group[column], clusters=group["query"], n_resamples=2000)
-                row |= {f"mean_{name}_low": found.low, f"mean_{name}_high": found.high}
+        for column in measured:
+            found = bootstrap_mean(group[column], clusters=group["query"], n_resamples=2000)
+            name = f"mean_{column.removeprefix('n_')}"
+            row |= {f"{name}_low": found.low, f"{name}_high": found.high}
         rows.append(row)
     return pd.DataFrame(rows)
 

@@ -147,7 +147,7 @@ class InstructionPair:
         """Refuse an instruction that nothing can check, or arguments that its check does not take.
 
         Raises:
-            DataError: naming the id, with the nearest known one.
+            SteerlensError: naming the id, with the nearest known one.
         """
         for name, arguments in zip(self.instruction_ids, self.kwargs, strict=True):
             check_arguments(name, arguments)

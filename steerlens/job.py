@@ -168,20 +168,19 @@ def select_pairs(config: RunConfig) -> tuple[PairSet, PairSet, PairSet, list[str
     Raises:
         DataError: if nothing is left to test.
     """
+    data = None if config.data is None else load_pairs(config.data, seed=config.seed, queries=config.queries)
     wanted = config.instructions or None
-    if (
-        wanted is None and config.data is not None and config.pairs in BUNDLED_QUERIES
-    ):  # a language only where it is tested
-        tested = load_pairs(config.data, seed=config.seed, queries=config.queries).instructions
-        wanted = (*format_instructions(), *(name for name in language_instructions() if name in tested))
+    if wanted is None and data is not None and config.pairs in BUNDLED_QUERIES:
+        # A language only where it is tested.
+        wanted = (*format_instructions(), *(name for name in language_instructions() if name in data.instructions))
     pairs = load_pairs(config.pairs, instructions=wanted, seed=config.seed)
     notes: list[str] = []
-    if config.data is None:
+    if data is None:
         train, valid, test = pairs.split(seed=config.seed)
     else:
         train, valid = pairs.split(seed=config.seed, fractions=(0.75, 0.25))
-        test = _test_pairs(config, pairs, notes)
-        train, valid = (_without_queries(part, test, notes) for part in (train, valid))
+        test = _test_pairs(config, data, pairs, notes)
+        train, valid = (_fitting(part, test, notes) for part in (train, valid))
     kept = set(test.instructions)
     if untested := sorted({*train.instructions, *valid.instructions} - kept):
         notes.append(f"not tested, for want of test prompts: {', '.join(untested)}")
@@ -197,8 +196,7 @@ def select_pairs(config: RunConfig) -> tuple[PairSet, PairSet, PairSet, list[str
     return train, valid, test, notes
 
 
-def _test_pairs(config: RunConfig, pairs: PairSet, notes: list[str]) -> PairSet:
-    data = load_pairs(str(config.data), seed=config.seed, queries=config.queries)
+def _test_pairs(config: RunConfig, data: PairSet, pairs: PairSet, notes: list[str]) -> PairSet:
     known = set(pairs.instructions)
     test = PairSet(pair for pair in data if pair.instruction_id in known and pair.query is not None)
     if len(test) == 0:
@@ -218,9 +216,14 @@ def _test_pairs(config: RunConfig, pairs: PairSet, notes: list[str]) -> PairSet:
     return test
 
 
-def _without_queries(pairs: PairSet, test: PairSet, notes: list[str]) -> PairSet:
+def without_queries(pairs: PairSet, test: PairSet) -> PairSet:
+    """The pairs whose queries are not tested."""
     tested = {query_key(pair) for pair in test}
-    kept = PairSet(pair for pair in pairs if query_key(pair) not in tested)
+    return PairSet(pair for pair in pairs if query_key(pair) not in tested)
+
+
+def _fitting(pairs: PairSet, test: PairSet, notes: list[str]) -> PairSet:
+    kept = without_queries(pairs, test)
     if len(kept) < len(pairs):
         notes.append(f"{len(pairs) - len(kept)} fitting pairs left out, because their queries are test prompts")
     return kept

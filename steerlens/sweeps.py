@@ -10,7 +10,7 @@ highest rate wins. The gates:
                           What Stolfo et al. (2025) ask of base models, with GPT-2 as the judge
     "no_low_perplexity"   no response has one: what they ask of instruction-tuned models
 
-The last two want a judge of their own (`Quality(model=...)`): a model finds most of its own texts likely.
+The last two want a judge of their own (`Quality(quality_model=...)`): a model finds most of its own texts likely.
 
 Ties go to no steering, then to the first candidate: the lowest layer, then the smaller coefficient. The candidates of one prompt
 and trial share their random numbers, so that differences between them are not the sampler's.
@@ -321,9 +321,12 @@ def search(
             "quality": asdict(measured),
             "trials": trials,
             "seed": seed,
+            "candidates": [str(one) for one in dict.fromkeys(tried)],
+            "versions": library_versions(),
+            "model": model_id(sampler.model),
+            "sampling": asdict(sampler.sampling),
+            "pairs": repr(pairs),
         }
-        settings |= {"candidates": [str(one) for one in dict.fromkeys(tried)], "versions": library_versions()}
-        settings |= {"model": model_id(sampler.model), "sampling": asdict(sampler.sampling), "pairs": repr(pairs)}
         keys = [sampler.key(request) for request in requests]
         start_folder(Path(out), content_key([keys, settings, pairs.content_hash]), settings, RESULTS)
     scores = score(sampler, requests, quality=measured)

@@ -146,28 +146,9 @@ def test_a_run_killed_in_the_middle_goes_on_with_just_the_missing_rows(config, t
 
 
 def test_a_sweep_killed_in_the_middle_goes_on_to_the_same_table(tmp_path):
-    command = [
-        sys.executable,
-        "-c",
-        "from steerlens.cli import main; main()",
-        "sweep",
-        "--layers",
-        "1",
-        "4",
-        "--n-train",
-        "4",
-        "--n-valid",
-        "2",
-    ]
-    command += [
-        "--max-new-tokens",
-        "40",
-        "--batch-size",
-        "4",
-        "--instructions",
-        "punctuation:no_comma",
-        "detectable_format:title",
-    ]
+    settings = "sweep --layers 1 4 --n-train 4 --n-valid 2 --max-new-tokens 40 --batch-size 4"
+    settings += " --instructions punctuation:no_comma detectable_format:title"
+    command = [sys.executable, "-c", "from steerlens.cli import main; main()", *settings.split()]
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
     options: dict[str, Any] = {"env": environment, "stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
     subprocess.run([*command, "--out", str(tmp_path / "whole")], check=True, **options)
