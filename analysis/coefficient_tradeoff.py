@@ -23,16 +23,16 @@ import tyro
 from plotly.subplots import make_subplots
 from study import FormatStudy, Frames, conduct, lab, line
 
-from steerlens.calibration import calibrate
-from steerlens.candidates import grid
-from steerlens.capture import Activations, record_activations
 from steerlens.errors import DataError
-from steerlens.estimators import fit_vectors
-from steerlens.metrics import pareto_front
-from steerlens.plot import CONDITION_COLORS, short_label
-from steerlens.quality import Quality
-from steerlens.steerability import agreement, d_prime, steerability_summary
-from steerlens.sweeps import search, summary
+from steerlens.figures.theme import CONDITION_COLORS, short_label
+from steerlens.stats.pareto import pareto_front
+from steerlens.stats.slopes import agreement, d_prime, steerability_summary
+from steerlens.steering.candidates import grid
+from steerlens.study.calibration import calibrate
+from steerlens.study.quality import Quality
+from steerlens.study.sweeps import search, summary
+from steerlens.vectors.activations import Activations, record_activations
+from steerlens.vectors.estimators import fit_vectors
 
 
 @dataclass(frozen=True)

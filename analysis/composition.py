@@ -16,17 +16,18 @@ import plotly.graph_objects as go
 import tyro
 from study import FormatStudy, Frames, Lab, conduct, lab
 
-from steerlens.candidates import grid
-from steerlens.data import InstructionPair, PairSet
-from steerlens.estimators import fit_vectors
-from steerlens.evaluation import requests_for, score
-from steerlens.families import length_pairs, sentence_pairs
-from steerlens.instructions import check_all
-from steerlens.metrics import rate_table
-from steerlens.plan import Plan
-from steerlens.plot import short_label
-from steerlens.quality import Quality
-from steerlens.sweeps import search
+from steerlens.checks.registry import check_all
+from steerlens.data.families import length_pairs, sentence_pairs
+from steerlens.data.pairs import InstructionPair, PairSet
+from steerlens.figures.theme import short_label
+from steerlens.stats.rates import rate_table
+from steerlens.steering.candidates import grid
+from steerlens.steering.plan import Plan
+from steerlens.study.quality import Quality
+from steerlens.study.responses import requests_for
+from steerlens.study.scores import score
+from steerlens.study.sweeps import search
+from steerlens.vectors.estimators import fit_vectors
 
 CONCISE = "conciseness"
 

@@ -22,16 +22,17 @@ import tyro
 from plotly.subplots import make_subplots
 from study import FormatStudy, Frames, conduct, lab
 
-from steerlens.candidates import grid
-from steerlens.capture import Activations, record_activations
-from steerlens.comparisons import compare_cells
-from steerlens.estimators import fit_steering_vector
-from steerlens.evaluation import requests_for, score
-from steerlens.metrics import rate_table
-from steerlens.model import load_model
-from steerlens.quality import Quality
-from steerlens.sweeps import search
-from steerlens.transfer import fit_ridge_map
+from steerlens.models.load import load_model
+from steerlens.stats.comparisons import compare_cells
+from steerlens.stats.rates import rate_table
+from steerlens.steering.candidates import grid
+from steerlens.study.quality import Quality
+from steerlens.study.responses import requests_for
+from steerlens.study.scores import score
+from steerlens.study.sweeps import search
+from steerlens.vectors.activations import Activations, record_activations
+from steerlens.vectors.estimators import fit_steering_vector
+from steerlens.vectors.transfer import fit_ridge_map
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import plotly.graph_objects as go
 
-from steerlens.plot import theme
+from steerlens.figures.theme import theme
 
 
 def save(fig: go.Figure, folder: Path, name: str, *, width: int = 960, height: int = 480) -> None:

@@ -17,12 +17,13 @@ import plotly.graph_objects as go
 import tyro
 from study import Frames, Study, conduct, lab, line
 
-from steerlens.estimators import fit_vectors
-from steerlens.evaluation import Request, requests_for, score
-from steerlens.families import keyword_pairs
-from steerlens.plan import Plan
-from steerlens.plot import CONDITION_COLORS
-from steerlens.sweeps import summary
+from steerlens.data.families import keyword_pairs
+from steerlens.figures.theme import CONDITION_COLORS
+from steerlens.steering.plan import Plan
+from steerlens.study.responses import Request, requests_for
+from steerlens.study.scores import score
+from steerlens.study.sweeps import summary
+from steerlens.vectors.estimators import fit_vectors
 
 
 @dataclass(frozen=True)

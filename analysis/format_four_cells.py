@@ -16,7 +16,7 @@ import plotly.graph_objects as go
 import tyro
 from study import FormatStudy, Frames, conduct, run_cells
 
-from steerlens.plot import four_cells
+from steerlens.figures.cells import four_cells
 
 
 @dataclass(frozen=True)

@@ -21,16 +21,19 @@ import plotly.graph_objects as go
 import tyro
 from study import Frames, Lab, Study, conduct, lab
 
-from steerlens.comparisons import compare_cells
-from steerlens.data import CONDITIONS, PairSet, load_pairs, query_key
+from steerlens.data.conditions import CONDITIONS
+from steerlens.data.families import Mode, keyword_pairs
+from steerlens.data.load import load_pairs
+from steerlens.data.pairs import PairSet, query_key
 from steerlens.errors import DataError
-from steerlens.estimators import fit_vectors
-from steerlens.evaluation import requests_for, score
-from steerlens.families import Mode, keyword_pairs
-from steerlens.metrics import quality_table, rate_table
-from steerlens.plot import four_cells
-from steerlens.sweeps import Best
-from steerlens.vectors import SteeringVector
+from steerlens.figures.cells import four_cells
+from steerlens.stats.comparisons import compare_cells
+from steerlens.stats.rates import quality_table, rate_table
+from steerlens.study.responses import requests_for
+from steerlens.study.scores import score
+from steerlens.study.sweeps import Best
+from steerlens.vectors.estimators import fit_vectors
+from steerlens.vectors.vector import SteeringVector
 
 VALIDATION_WORDS = ("simple", "teacher", "music", "question")
 

@@ -16,11 +16,11 @@ import tyro
 from plotly.subplots import make_subplots
 from study import FormatStudy, Frames, conduct, lab, line
 
-from steerlens.candidates import grid
-from steerlens.estimators import fit_vectors
-from steerlens.metrics import rate_table
-from steerlens.plot import CONDITION_COLORS
-from steerlens.sweeps import CANDIDATE, search
+from steerlens.figures.theme import CONDITION_COLORS
+from steerlens.stats.rates import rate_table
+from steerlens.steering.candidates import grid
+from steerlens.study.sweeps import CANDIDATE, search
+from steerlens.vectors.estimators import fit_vectors
 
 
 @dataclass(frozen=True)

@@ -20,15 +20,17 @@ import tyro
 from plotly.subplots import make_subplots
 from study import Frames, Lab, Study, conduct, lab, line
 
-from steerlens.comparisons import bootstrap_mean, compare_conditions
-from steerlens.estimators import fit_vectors
-from steerlens.evaluation import requests_for, score
-from steerlens.families import LENGTH_LEVELS, RELATIONS, length_pairs, sentence_count, sentence_pairs
-from steerlens.metrics import rate_table, words
-from steerlens.plan import Plan
-from steerlens.plot import CONDITION_COLORS
-from steerlens.quality import Quality
-from steerlens.vectors import SteeringVector
+from steerlens.data.families import LENGTH_LEVELS, RELATIONS, length_pairs, sentence_count, sentence_pairs
+from steerlens.figures.theme import CONDITION_COLORS
+from steerlens.stats.comparisons import bootstrap_mean, compare_conditions
+from steerlens.stats.rates import rate_table
+from steerlens.stats.words import words
+from steerlens.steering.plan import Plan
+from steerlens.study.quality import Quality
+from steerlens.study.responses import requests_for
+from steerlens.study.scores import score
+from steerlens.vectors.estimators import fit_vectors
+from steerlens.vectors.vector import SteeringVector
 
 
 @dataclass(frozen=True)

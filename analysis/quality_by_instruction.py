@@ -19,8 +19,8 @@ import plotly.graph_objects as go
 import tyro
 from study import FormatStudy, Frames, conduct, run_cells
 
-from steerlens.judge import Judge, judge_frame
-from steerlens.plot import CONDITION_COLORS, short_label
+from steerlens.figures.theme import CONDITION_COLORS, short_label
+from steerlens.study.judge import Judge, judge_frame
 
 
 @dataclass(frozen=True)

@@ -17,26 +17,22 @@ import pandas as pd
 import plotly.graph_objects as go
 from draw import save
 
-from steerlens.candidates import Candidate, grid
-from steerlens.data import PairSet, load_pairs
+from steerlens.data.families import keyword_pairs
+from steerlens.data.load import load_pairs
+from steerlens.data.pairs import PairSet
 from steerlens.errors import DataError, SteerlensError
-from steerlens.evaluation import Evaluation, Sampler, requests_for
-from steerlens.families import keyword_pairs
-from steerlens.job import at_most, run, without_queries
-from steerlens.model import library_versions, load_model
-from steerlens.plan import Plan
-from steerlens.records import (
-    Journal,
-    RunConfig,
-    content_key,
-    pairs_for,
-    start_folder,
-    writable_folder,
-    write_atomically,
-)
-from steerlens.sampling import SamplingConfig
-from steerlens.sweeps import Best, choose, search
-from steerlens.vectors import SteeringVector
+from steerlens.files import Journal, content_key, start_folder, writable_folder, write_atomically
+from steerlens.models.facts import library_versions
+from steerlens.models.load import load_model
+from steerlens.steering.candidates import Candidate, grid
+from steerlens.steering.plan import Plan
+from steerlens.steering.sampling import SamplingConfig
+from steerlens.study.config import RunConfig, pairs_for
+from steerlens.study.job import at_most, run, without_queries
+from steerlens.study.responses import Sampler, requests_for
+from steerlens.study.scores import Evaluation
+from steerlens.study.sweeps import Best, choose, search
+from steerlens.vectors.vector import SteeringVector
 
 Frames = dict[str, pd.DataFrame]
 

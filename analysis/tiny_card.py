@@ -27,19 +27,21 @@ from draw import save
 from plotly.subplots import make_subplots
 from tiny_corpus import Example, examples, names_entity, true_facts, world
 
-from steerlens.candidates import Candidate, grid
-from steerlens.capture import record_activations
-from steerlens.data import CONDITIONS, InstructionPair, PairSet
-from steerlens.estimators import fit_steering_vector
-from steerlens.evaluation import Request, Sampler, requests_for, score
-from steerlens.model import load_model
-from steerlens.plan import Plan
-from steerlens.plot import CONDITION_COLORS, percent
-from steerlens.quality import Quality
-from steerlens.records import Journal
-from steerlens.sampling import SamplingConfig
-from steerlens.sweeps import search
-from steerlens.vectors import SteeringVector
+from steerlens.data.conditions import CONDITIONS
+from steerlens.data.pairs import InstructionPair, PairSet
+from steerlens.figures.theme import CONDITION_COLORS, percent
+from steerlens.files import Journal
+from steerlens.models.load import load_model
+from steerlens.steering.candidates import Candidate, grid
+from steerlens.steering.plan import Plan
+from steerlens.steering.sampling import SamplingConfig
+from steerlens.study.quality import Quality
+from steerlens.study.responses import Request, Sampler, requests_for
+from steerlens.study.scores import score
+from steerlens.study.sweeps import search
+from steerlens.vectors.activations import record_activations
+from steerlens.vectors.estimators import fit_steering_vector
+from steerlens.vectors.vector import SteeringVector
 
 
 def candidates(vector: SteeringVector) -> list[Candidate]:

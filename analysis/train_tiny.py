@@ -42,9 +42,9 @@ from tqdm import tqdm
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 import steerlens
+from steerlens.checks.registry import check_all
 from steerlens.errors import DataError
-from steerlens.instructions import check_all
-from steerlens.records import atomic_path, derived_seed, write_atomically
+from steerlens.files import atomic_path, derived_seed, write_atomically
 
 START, END, PAD, USER, ASSISTANT = "<|start|>", "<|end|>", "<|pad|>", "<|user|>", "<|assistant|>"
 CHAT = "<|start|><|user|>{{ messages[-1]['content'] }}{% if add_generation_prompt %}<|assistant|>{% endif %}"

@@ -32,13 +32,15 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from steerlens import sampling as sampling_module
-from steerlens.capture import record_activations, record_means
-from steerlens.data import PairSet, load_pairs
-from steerlens.estimators import fit_steering_vector
-from steerlens.model import load_model
-from steerlens.prompts import encode, left_pad, pad_id
-from steerlens.sampling import generate
-from steerlens.steering import steer
+from steerlens.data.load import load_pairs
+from steerlens.data.pairs import PairSet
+from steerlens.models.load import load_model
+from steerlens.models.prompts import encode
+from steerlens.models.rows import left_pad, pad_id
+from steerlens.steering.residual import steer
+from steerlens.steering.sampling import generate
+from steerlens.vectors.activations import record_activations, record_means
+from steerlens.vectors.estimators import fit_steering_vector
 from tests.reference.plain_loop import Step, plain_greedy
 
 Contestant = Callable[[], float]

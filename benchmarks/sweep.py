@@ -17,12 +17,12 @@ from typing import Any
 import tyro
 
 import steerlens as sl
-from steerlens.candidates import Candidate, grid
-from steerlens.data import PairSet
-from steerlens.model import library_versions
-from steerlens.plan import Plan
-from steerlens.records import write_atomically
-from steerlens.vectors import SteeringVector
+from steerlens.data.pairs import PairSet
+from steerlens.files import write_atomically
+from steerlens.models.facts import library_versions
+from steerlens.steering.candidates import Candidate, grid
+from steerlens.steering.plan import Plan
+from steerlens.vectors.vector import SteeringVector
 
 
 @dataclass(frozen=True)

@@ -16,10 +16,11 @@ import tyro
 
 from steerlens._typing import Gate, Operator, RuleName
 from steerlens.errors import SteerlensError
-from steerlens.records import RunConfig, pairs_for, writable_folder
+from steerlens.files import writable_folder
+from steerlens.study.config import RunConfig, pairs_for
 
 if TYPE_CHECKING:
-    from steerlens.plan import Plan
+    from steerlens.steering.plan import Plan
 
 OUT = "Folder of the run; made if need be, gone on with if it was cut short."
 
@@ -35,7 +36,7 @@ def run(
       steerlens run --model smollm2-135m --pairs format --data prompts.jsonl --out runs/real
       steerlens run --instructions change_case:english_lowercase punctuation:no_comma --layers 3 4 5
     """
-    from steerlens.job import run as run_job
+    from steerlens.study.job import run as run_job
 
     result = run_job(config, out, command=shlex.join(["steerlens", *sys.argv[1:]]))
     print(result.evaluation)
@@ -97,14 +98,14 @@ def sweep(
         ray_address: Of a running Ray cluster; default: one is started here.
         n_workers: Ray workers; default: as many as the cluster's processors allow.
     """
-    from steerlens.candidates import draws, grid
-    from steerlens.estimators import fit_vectors
-    from steerlens.job import engine_for, select_pairs
-    from steerlens.model import load_model
-    from steerlens.plot import layer_curve
-    from steerlens.quality import Quality
-    from steerlens.records import write_atomically
-    from steerlens.sweeps import sweep as run_sweep
+    from steerlens.figures.layers import layer_curve
+    from steerlens.files import write_atomically
+    from steerlens.models.load import load_model
+    from steerlens.steering.candidates import draws, grid
+    from steerlens.study.job import engine_for, select_pairs
+    from steerlens.study.quality import Quality
+    from steerlens.study.sweeps import sweep as run_sweep
+    from steerlens.vectors.estimators import fit_vectors
 
     config = RunConfig(
         model=model,
@@ -178,10 +179,10 @@ def fit(
         seed: For phrasings and the split; `evaluate` tests on the test part of the same split.
         batch_size: Pairs per batch.
     """
-    from steerlens.capture import record_activations
-    from steerlens.data import load_pairs
-    from steerlens.estimators import fit_steering_vector
-    from steerlens.model import load_model
+    from steerlens.data.load import load_pairs
+    from steerlens.models.load import load_model
+    from steerlens.vectors.activations import record_activations
+    from steerlens.vectors.estimators import fit_steering_vector
 
     writable_folder(out.parent)
     pairs = pairs_for(pairs, model)
@@ -225,9 +226,9 @@ def generate(
         top_k: Sample among this many most likely tokens.
         seed: Of the first prompt; the next ones count on from it.
     """
-    from steerlens.model import load_model
-    from steerlens.plan import Plan
-    from steerlens.sampling import generate as sample
+    from steerlens.models.load import load_model
+    from steerlens.steering.plan import Plan
+    from steerlens.steering.sampling import generate as sample
 
     loaded = load_model(model)
     plan = Plan() if vector is None else _plan(loaded, vector, layer, coeff, operator, positions)
@@ -275,10 +276,10 @@ def evaluate(
         max_new_tokens: At most this many new tokens for each response.
         batch_size: Rows per batch.
     """
-    from steerlens.data import load_pairs
-    from steerlens.evaluation import evaluate as run_evaluation
-    from steerlens.model import load_model
-    from steerlens.vectors import SteeringVector
+    from steerlens.data.load import load_pairs
+    from steerlens.models.load import load_model
+    from steerlens.study.scores import evaluate as run_evaluation
+    from steerlens.vectors.vector import SteeringVector
 
     metadata = SteeringVector.load(vector).metadata
     seed = int(metadata.get("seed", 0))
@@ -314,7 +315,7 @@ def info(path: Annotated[Path, tyro.conf.Positional]) -> None:
         print((path / "config.json").read_text())
         print(pd.read_csv(path / "table.csv").to_string(index=False, float_format="{:.3f}".format))
         return
-    from steerlens.vectors import SteeringVector
+    from steerlens.vectors.vector import SteeringVector
 
     vector = SteeringVector.load(path)
     print(vector)
@@ -329,7 +330,7 @@ def info(path: Annotated[Path, tyro.conf.Positional]) -> None:
 
 def models() -> None:
     """The models that have a name here, and where each would be loaded from."""
-    from steerlens.model import NAMED_MODELS, where
+    from steerlens.models.load import NAMED_MODELS, where
 
     for name, model in NAMED_MODELS.items():
         print(f"{name}: {model.summary}\n    {where(name)}")
@@ -340,7 +341,7 @@ def instructions() -> None:
     """The bundled instructions, with an example of each."""
     import random
 
-    from steerlens.instructions import format_instructions, language_instructions
+    from steerlens.checks.catalogue import format_instructions, language_instructions
 
     for name, instruction in (*format_instructions().items(), *language_instructions().items()):
         text, kwargs = instruction.render(random.Random(0))
@@ -383,7 +384,7 @@ def main() -> None:
 
 
 def _plan(model: Any, path: Path, layer: int | None, coeff: float, operator: Operator, positions: RuleName) -> "Plan":
-    from steerlens.vectors import SteeringVector
+    from steerlens.vectors.vector import SteeringVector
 
     vector = SteeringVector.load(path)
     vector.check_fits(model)

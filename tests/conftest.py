@@ -16,7 +16,7 @@ import pytest
 from transformers import AutoModelForCausalLM
 
 from steerlens.errors import ModelError
-from steerlens.model import load_model
+from steerlens.models.load import load_model
 from tests.near_ties import LEDGER
 from tests.tiny_models import save_tiny_gpt2, save_tiny_llama
 

@@ -4,8 +4,8 @@ from collections.abc import Sequence
 
 import torch
 
-from steerlens.plan import Intervention, Plan
-from steerlens.positions import Window
+from steerlens.steering.plan import Intervention, Plan
+from steerlens.steering.positions import Window
 from tests.reference.plain_loop import Rule, Step
 
 RULES: tuple[Rule, ...] = ("all", "prompt", "generated", "last", ("generation", -2, 3))

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import pytest
 
 from steerlens.cli import main
-from steerlens.data import InstructionPair, PairSet
+from steerlens.data.pairs import InstructionPair, PairSet
 
 NO_COMMA = "punctuation:no_comma"
 

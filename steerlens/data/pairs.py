@@ -1,0 +1,309 @@
+"""Pairs of a query and the same query with an instruction, and sets of them.
+
+    without_i = query_i        with_i = query_i + " " + instruction_i
+
+An instruction vector is the mean difference of activations over such pairs, and an evaluation compares responses to
+the two sides (Stolfo et al., "Improving Instruction-Following in Language Models through Activation Steering", ICLR
+2025). `load_pairs("format")` gives the bundled set: base queries written for this project x the paper's twelve format
+instructions. Files of IFEval, of the paper's authors and of Split-IFEval load by their path.
+
+Splits are made by base query: a query (up to case and white space) is in one split only, whatever its instruction, so
+that a vector, its layer and its score never share a prompt. A split does not make two *similar* queries independent.
+
+Everything drawn here depends on a seed and on the text alone, through sha256: it is the same in every process, and for
+a pair it stays the same when other pairs come or go.
+"""
+
+import hashlib
+import json
+import math
+import os
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from itertools import pairwise
+from typing import Any, overload
+
+from steerlens.checks.arguments import LANGUAGE
+from steerlens.checks.registry import check_arguments
+from steerlens.data.conditions import CONDITIONS, WITH_TEXT
+from steerlens.errors import DataError, nearest
+from steerlens.files import write_atomically
+
+
+@dataclass(frozen=True, init=False)
+class InstructionPair:
+    """A base query and the same query with an instruction.
+
+    >>> pair = InstructionPair("Describe rain.", "Use capitals.", "change_case:english_capital")
+    >>> pair.text("none"), pair.text("text")
+    ('Describe rain.', 'Describe rain. Use capitals.')
+    """
+
+    query: str | None
+    """The base query; None where only the full prompt is known (official IFEval)."""
+    instruction: str
+    """The instruction's text as it stands in `prompt`; "" where it cannot be separated from the query."""
+    instruction_ids: tuple[str, ...]
+    """IFEval ids or those of `register_check`, usually one; a bare string is taken as one id."""
+    kwargs: tuple[Mapping[str, Any], ...]
+    """The arguments of each id's check, without None values; a bare dict is taken as one. Default: no arguments."""
+    prompt: str
+    """The full text, query and instruction. Default: "{query} {instruction}"."""
+    prompt_id: str
+    """Names the pair in tables. Default: 12 hex digits of a sha256 over query, prompt, ids and kwargs."""
+    source: str
+    """Where it comes from: "format" or a file's name."""
+
+    def __init__(
+        self,
+        query: str | None,
+        instruction: str,
+        instruction_ids: str | Iterable[str],
+        kwargs: Mapping[str, Any] | Iterable[Mapping[str, Any]] = (),
+        prompt: str = "",
+        prompt_id: str = "",
+        source: str = "",
+    ) -> None:
+        ids = (instruction_ids,) if isinstance(instruction_ids, str) else tuple(instruction_ids)
+        given = (kwargs,) if isinstance(kwargs, Mapping) else kwargs
+        arguments = tuple(_without_none(values) for values in given) or ({},) * len(ids)
+        prompt = prompt or (f"{query} {instruction}" if query and instruction else "")
+        if not ids or not all(ids) or len(arguments) != len(ids):
+            raise DataError(
+                f"a pair needs one id or more, and one dict of arguments for each; got ids {ids} and {len(arguments)} "
+                "dicts; leave kwargs out for instructions without arguments"
+            )
+        if not prompt.strip() or (query is not None and not query.strip()):
+            raise DataError(
+                "a pair needs a query and an instruction, or a prompt, none of them empty; "
+                f"got query {query!r}, instruction {instruction!r}, prompt {prompt!r}"
+            )
+        vars(self).update(  # the class is frozen
+            query=query,
+            instruction=instruction,
+            instruction_ids=ids,
+            kwargs=arguments,
+            prompt=prompt,
+            prompt_id=prompt_id or digest(query, prompt, ids, arguments)[:12],
+            source=source,
+        )
+
+    def __hash__(self) -> int:
+        return hash((self.prompt_id, self.prompt))  # kwargs are dicts
+
+    @property
+    def instruction_id(self) -> str:
+        """The ids joined by "+": the `instruction` column of every table.
+
+        A language is part of the name (`language:response_language_de`): German and Thai have no vector in common.
+        """
+        return "+".join(
+            f"{name}_{arguments['language']}" if name == LANGUAGE and arguments.get("language") else name
+            for name, arguments in zip(self.instruction_ids, self.kwargs, strict=True)
+        )
+
+    @property
+    def instruction_span(self) -> tuple[int, int]:
+        """Where `instruction` stands in `prompt`: the characters [start, end).
+
+        At the prompt's end if it stands there, else at its start, else where it occurs once.
+
+        Raises:
+            DataError: if the instruction is woven into the query, so that no span of the prompt is it.
+
+        >>> pair = InstructionPair("Describe rain.", "Use capitals.", "change_case:english_capital")
+        >>> start, end = pair.instruction_span
+        >>> pair.prompt[start:end]
+        'Use capitals.'
+        """
+        text, end = self.instruction.strip(), len(self.prompt.rstrip())
+        if text and self.prompt[:end].endswith(text):
+            return end - len(text), end
+        start = self.prompt.find(text)
+        if not text or (self.prompt[:start].strip() and self.prompt.count(text) != 1):
+            raise DataError(
+                f"a span needs an instruction that stands in the prompt apart from the query, and pair {self.prompt_id} "
+                f"has {self.instruction!r} in {self.prompt!r}; leave out pairs whose instruction is empty"
+            )
+        return start, start + len(text)
+
+    def check(self) -> None:
+        """Refuse an instruction that nothing can check, or arguments that its check does not take.
+
+        Raises:
+            SteerlensError: naming the id, with the nearest known one.
+        """
+        for name, arguments in zip(self.instruction_ids, self.kwargs, strict=True):
+            check_arguments(name, arguments)
+
+    def text(self, condition: str) -> str:
+        """What the model is asked under `condition`: `prompt` if the text carries the instruction, else `query`."""
+        if condition not in CONDITIONS:
+            raise DataError(f"unknown condition {condition!r}; {nearest(condition, CONDITIONS)}")
+        if condition in WITH_TEXT:
+            return self.prompt
+        if self.query is None:
+            raise DataError(
+                f"condition {condition!r} needs the base query, and pair {self.prompt_id} has only its full prompt; "
+                "join the queries with load_pairs(file, queries='ifeval_wo_instructions.jsonl')"
+            )
+        return self.query
+
+
+class PairSet(Sequence[InstructionPair]):
+    """An immutable sequence of pairs whose `prompt_id`s differ.
+
+    >>> pairs = load_pairs("format", instructions=["punctuation:no_comma"])
+    >>> train, valid, test = pairs.split(seed=0)
+    """
+
+    def __init__(self, pairs: Iterable[InstructionPair]) -> None:
+        self._pairs = tuple(pairs)
+        seen: dict[str, InstructionPair] = {}
+        for pair in self._pairs:
+            if pair.prompt_id in seen:
+                raise DataError(
+                    f"prompt_ids of a set must differ, and {pair.prompt_id!r} comes twice: {seen[pair.prompt_id].prompt!r} "
+                    f"and {pair.prompt!r}; drop one, or give it another prompt_id"
+                )
+            seen[pair.prompt_id] = pair
+
+    def __len__(self) -> int:
+        return len(self._pairs)
+
+    def __iter__(self) -> Iterator[InstructionPair]:
+        return iter(self._pairs)
+
+    @overload
+    def __getitem__(self, index: int) -> InstructionPair: ...
+    @overload
+    def __getitem__(self, index: slice) -> "PairSet": ...
+    def __getitem__(self, index: int | slice) -> "InstructionPair | PairSet":
+        return PairSet(self._pairs[index]) if isinstance(index, slice) else self._pairs[index]
+
+    def __add__(self, other: "PairSet") -> "PairSet":
+        return PairSet((*self, *other)) if isinstance(other, PairSet) else NotImplemented
+
+    def __eq__(self, other: object) -> bool:
+        return self._pairs == other._pairs if isinstance(other, PairSet) else NotImplemented
+
+    def __hash__(self) -> int:
+        return hash(self._pairs)
+
+    def __repr__(self) -> str:
+        queries = len({query_key(pair) for pair in self})
+        counts = ((len(self), "pair"), (queries, "query"), (len(self.instructions), "instruction"))
+        return f"PairSet({', '.join(_count(n, noun) for n, noun in counts)})"
+
+    @property
+    def instructions(self) -> tuple[str, ...]:
+        """The distinct `instruction_id`s, in the order in which they first come."""
+        return tuple(dict.fromkeys(pair.instruction_id for pair in self))
+
+    @property
+    def content_hash(self) -> str:
+        """16 hex digits over the pairs in their order (without `source`): equal for equal content."""
+        return digest([{**asdict(pair), "source": None} for pair in self])[:16]
+
+    def filter(self, instructions: str | Iterable[str]) -> "PairSet":
+        """The pairs with one of these instruction ids, in their order."""
+        wanted = known_ids(instructions, self.instructions)
+        return PairSet(pair for pair in self if pair.instruction_id in wanted)
+
+    def by_instruction(self) -> dict[str, "PairSet"]:
+        """A set for each instruction id."""
+        groups: dict[str, list[InstructionPair]] = {}
+        for pair in self:
+            groups.setdefault(pair.instruction_id, []).append(pair)
+        return {name: PairSet(pairs) for name, pairs in groups.items()}
+
+    def prompts(self, condition: str) -> list[str]:
+        """What the model is asked under `condition`, pair by pair."""
+        return [pair.text(condition) for pair in self]
+
+    def split(self, *, seed: int = 0, fractions: Sequence[float] = (0.6, 0.2, 0.2)) -> tuple["PairSet", ...]:
+        """Sets that share no base query, one per fraction of the queries; by default train, validation and test.
+
+        The order of the pairs, and which instructions they carry, do not change where a query goes. A pair without a
+        base query counts by its prompt.
+
+        Raises:
+            DataError: for an empty set, fractions that are not positive or do not sum to 1, or too few queries.
+        """
+        if not fractions or min(fractions) <= 0 or not math.isclose(sum(fractions), 1):
+            raise DataError(f"fractions must be positive and sum to 1, got {tuple(fractions)}")
+        queries = ranked({query_key(pair) for pair in self}, seed)
+        ends = [round(sum(fractions[:i]) * len(queries)) for i in range(len(fractions) + 1)]
+        parts = [set(queries[start:end]) for start, end in pairwise(ends)]
+        if not all(parts):
+            raise DataError(
+                f"each split needs a base query, and {_count(len(queries), 'query')} split by {tuple(fractions)} gives "
+                f"{[len(part) for part in parts]}; use more queries or fewer splits"
+            )
+        return tuple(PairSet(pair for pair in self if query_key(pair) in part) for part in parts)
+
+    def sample(self, n: int, *, seed: int = 0) -> "PairSet":
+        """`n` pairs in their order; a smaller sample with the same seed is part of a larger one."""
+        if not 1 <= n <= len(self):
+            raise DataError(f"n must be in [1, {len(self)}], the number of pairs; got {n}")
+        chosen = set(ranked({pair.prompt_id for pair in self}, seed)[:n])
+        return PairSet(pair for pair in self if pair.prompt_id in chosen)
+
+    def sample_per_instruction(self, n: int, *, seed: int = 0) -> "PairSet":
+        """`n` pairs of every instruction, all in their order."""
+        groups = self.by_instruction()
+        if short := [name for name, group in groups.items() if len(group) < n]:
+            raise DataError(f"n is {n}, and {short[0]} has {_count(len(groups[short[0]]), 'pair')}; lower n")
+        chosen = {pair.prompt_id for group in groups.values() for pair in group.sample(n, seed=seed)}
+        return PairSet(pair for pair in self if pair.prompt_id in chosen)
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write one JSON object a line, all or nothing; `load_pairs(path)` gives an equal set."""
+        lines = [json.dumps(_plain(asdict(pair)), ensure_ascii=False) + "\n" for pair in self]
+        write_atomically(path, "".join(lines))
+
+
+# Small helpers.
+
+
+def query_key(pair: InstructionPair) -> str:
+    """The base query up to case and white space; without one, the prompt."""
+    return " ".join((pair.prompt if pair.query is None else pair.query).casefold().split())
+
+
+def ranked(names: Iterable[str], seed: int) -> list[str]:
+    """The names in an order that depends on the seed alone: two sets rank the names they share alike."""
+    return sorted(names, key=lambda name: digest(seed, name))
+
+
+def known_ids(wanted: str | Iterable[str], known: Iterable[str]) -> set[str]:
+    ids = [wanted] if isinstance(wanted, str) else list(wanted)
+    known = list(known)
+    if not ids:
+        raise DataError(f"instructions must name at least one id, got none; known: {', '.join(known)}")
+    if unknown := [name for name in ids if name not in known]:
+        raise DataError(f"unknown instruction id {unknown[0]!r}; {nearest(unknown[0], known)}")
+    return set(ids)
+
+
+def digest(*values: Any) -> str:
+    return hashlib.sha256(json.dumps(_plain(values), sort_keys=True).encode()).hexdigest()
+
+
+def _plain(value: Any) -> Any:
+    """JSON types only, with whole floats and NumPy numbers as Python integers, so that 3 and 3.0 are one content."""
+    if isinstance(value, Mapping):
+        return {name: _plain(item) for name, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    value = value.item() if hasattr(value, "item") else value
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+def _without_none(arguments: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in arguments.items() if value is not None}
+
+
+def _count(n: int, noun: str) -> str:
+    plural = noun[:-1] + "ies" if noun.endswith("y") else noun + "s"
+    return f"{n} {noun if n == 1 else plural}"

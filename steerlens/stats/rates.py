@@ -1,0 +1,183 @@
+"""Rates with their intervals, and how a response reads: arrays and tables only.
+
+For `k` of `n` responses that follow their instruction, the rate is `p = k / n`. Its Wilson score interval is
+the set of rates `q` that the data do not reject at the given confidence,
+
+    (p - q)^2 <= z^2 q (1 - q) / n
+    low, high = (k + z^2/2  -+  z sqrt(k (n - k) / n + z^2/4)) / (n + z^2)
+
+with `z` the normal quantile of (1 + confidence) / 2. It stays inside [0, 1] and has a width even at `k = 0` or
+`k = n` (Wilson 1927, "Probable inference, the law of succession, and statistical inference").
+
+Repetition is the share of word n-grams that occurred before in the same text, `1 - distinct / all`;
+distinct-n is `distinct / all`. Words are compared without regard to case.
+
+Several samples of one prompt are not independent; where a table is told which responses belong together, intervals count
+`effective_n` of them. What these do not show: a text can be free of repetition and still be nonsense, and short texts
+repeat less than long ones.
+"""
+
+from collections.abc import Sequence
+from statistics import NormalDist
+from typing import Any, overload
+
+import numpy as np
+import pandas as pd
+from numpy.typing import NDArray
+
+from steerlens.errors import DataError, SteerlensError
+
+RATE_COLUMNS = ("n", "followed", "rate", "low", "high")
+
+
+QUALITY_COLUMNS = ("mean_words", "mean_repetition", "mean_distinct_2", "median_perplexity", "cut")
+
+
+@overload
+def wilson_interval(successes: int, n: int, confidence: float = 0.95) -> tuple[float, float]: ...
+
+
+@overload
+def wilson_interval(
+    successes: "NDArray[Any] | pd.Series[Any]",
+    n: "NDArray[Any] | pd.Series[Any] | int",
+    confidence: float = 0.95,
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]: ...
+
+
+def wilson_interval(successes: Any, n: Any, confidence: float = 0.95) -> tuple[Any, Any]:
+    """The Wilson score interval of a rate, as (low, high); element by element for arrays.
+
+    Args:
+        successes: how many of the `n` succeeded.
+        n: how many were tried; where it is zero, both ends are nan.
+        confidence: 0.95 by default, as in every table and figure here.
+
+    Raises:
+        SteerlensError: a count outside [0, n], or a confidence outside (0, 1).
+
+    Example:
+        >>> low, high = wilson_interval(5, 10)
+        >>> round(low, 3), round(high, 3)
+        (0.237, 0.763)
+    """
+    if not 0 < confidence < 1:
+        raise SteerlensError(f"confidence must be in (0, 1), got {confidence}; 95 % is written 0.95")
+    k, total = np.broadcast_arrays(np.asarray(successes, dtype=float), np.asarray(n, dtype=float))
+    if not ((k >= 0) & (k <= total)).all():  # also catches nan
+        raise SteerlensError(f"successes must be in [0, n], got {successes} of {n}; the count comes first")
+    z2 = NormalDist().inv_cdf((1 + confidence) / 2) ** 2
+    with np.errstate(invalid="ignore", divide="ignore"):
+        centre = np.where(total > 0, (k + z2 / 2) / (total + z2), np.nan)
+        half = np.sqrt(z2 * (k * (total - k) / total + z2 / 4)) / (total + z2)
+    low = np.where((k == 0) & (total > 0), 0.0, centre - half)
+    high = np.where((k == total) & (total > 0), 1.0, centre + half)
+    return (low, high) if low.ndim else (float(low), float(high))
+
+
+def rate_table(
+    frame: pd.DataFrame, by: Sequence[str], value: str = "followed", *, clusters: str | None = None
+) -> pd.DataFrame:
+    """The rate of a yes/no column in each group: columns `by`, then n, followed (count), rate, low, high.
+
+    Groups keep the order in which they are first seen. A missing key, such as the layer of an unsteered row,
+    is a group of its own.
+
+    Args:
+        frame: one row per response.
+        by: the columns to group by; none of them gives one row for the whole frame.
+        value: the yes/no column, "followed" or "followed_strict".
+        clusters: the column that says which responses belong together, such as "prompt_id" where a prompt has several
+            trials; the interval then counts `effective_n` responses.
+
+    Raises:
+        DataError: a missing column, or a response without a verdict, which is neither yes nor no.
+    """
+    require_columns(frame, [*by, value, *([clusters] if clusters else [])], what="the scores frame")
+    unscored = int(frame[value].isna().sum())
+    if unscored:
+        raise DataError(f"every row needs a verdict in {value!r}, got {unscored} without one; score or drop those rows")
+    verdict = frame[value].astype(bool).to_numpy()
+    table: pd.DataFrame = _grouped(frame.assign(_verdict=verdict), by).agg(
+        n=("_verdict", "size"), followed=("_verdict", "sum")
+    )
+    table = table.reset_index(drop=not by).astype({"n": int, "followed": int})
+    effective = table["n"].astype(float)
+    if clusters is not None:
+        groups = _grouped(frame.assign(_verdict=verdict), by)
+        effective = groups[["_verdict", clusters]].apply(lambda g: effective_n(g["_verdict"], g[clusters]))
+        effective = effective.reset_index(drop=True)
+    low, high = wilson_interval(table["followed"] * effective / table["n"], effective)
+    return table.assign(rate=table["followed"] / table["n"], low=low, high=high)
+
+
+def effective_n(verdicts: "pd.Series[Any]", clusters: "pd.Series[Any]") -> float:
+    """How many independent responses the responses of some clusters (the trials of prompts) are worth, for an interval.
+
+    `n / deff`, where deff is the variance of the rate between clusters over what it would be without clusters (Korn and
+    Graubard 1998), kept in [1, mean cluster size]. With equal verdicts throughout, nothing tells the trials of a prompt apart,
+    and each prompt counts once.
+
+    >>> effective_n(pd.Series([1, 1, 0, 0]), pd.Series(["a", "a", "b", "b"]))
+    2.0
+    """
+    sizes = verdicts.groupby(clusters.to_numpy()).agg(["size", "sum"]).to_numpy(dtype=float)
+    size, followed = sizes.T
+    k, n = len(size), size.sum()
+    rate = followed.sum() / n
+    if n == k or rate in (0, 1) or k == 1:
+        return float(k)
+    between = k / (k - 1) * ((followed - size * rate) ** 2).sum() / n**2
+    return float(n / np.clip(between / (rate * (1 - rate) / n), 1.0, n / k))
+
+
+def trial_spread(frame: pd.DataFrame, by: Sequence[str], value: str = "followed") -> pd.DataFrame:
+    """How the rate varies from trial to trial: columns `by`, then n_trials and trial_sd (n - 1; nan for one trial)."""
+    require_columns(frame, [*by, "trial", value], what="the scores frame")
+    rates = _grouped(frame, [*by, "trial"])[value].mean().rename("_rate").reset_index()
+    table: pd.DataFrame = _grouped(rates, by).agg(n_trials=("_rate", "size"), trial_sd=("_rate", "std"))
+    return table.reset_index(drop=not by)
+
+
+def quality_table(frame: pd.DataFrame, by: Sequence[str]) -> pd.DataFrame:
+    """How the responses of each group read: columns `by`, then mean_words, mean_repetition, mean_distinct_2,
+    median_perplexity and cut (the share of responses that ended at the length limit); where they were measured, mean_kl,
+    mean_reward and low_perplexity (a share), too.
+
+    Missing values are left out of a mean; a group that has only missing values stays missing.
+    """
+    columns = ["n_words", "repetition", "distinct_2", "perplexity", "finish_reason"]
+    require_columns(frame, [*by, *columns], what="the scores frame")
+    extra = {f"mean_{name}": (name, "mean") for name in ("kl", "reward") if name in frame}
+    extra |= {"low_perplexity": ("low_perplexity", "mean")} if "low_perplexity" in frame else {}
+    numbers = {name: pd.to_numeric(frame[name]).astype("Float64").astype(float) for name in columns[:-1]}
+    cut = (frame["finish_reason"] == "length").astype(float)
+    table: pd.DataFrame = _grouped(frame.assign(**numbers, _cut=cut), by).agg(
+        mean_words=("n_words", "mean"),
+        mean_repetition=("repetition", "mean"),
+        mean_distinct_2=("distinct_2", "mean"),
+        median_perplexity=("perplexity", "median"),
+        cut=("_cut", "mean"),
+        **extra,
+    )
+    return table.reset_index(drop=not by)
+
+
+def require_columns(frame: pd.DataFrame, columns: Sequence[str], *, what: str) -> None:
+    """Refuse a table that lacks one of `columns`.
+
+    Raises:
+        DataError: naming what is missing and what is there.
+    """
+    missing = [name for name in columns if name not in frame.columns]
+    if missing:
+        raise DataError(
+            f"{what} needs the columns {', '.join(columns)}; missing: {', '.join(missing)}; "
+            f"got: {', '.join(map(str, frame.columns)) or 'no column'}"
+        )
+
+
+def _grouped(frame: pd.DataFrame, by: Sequence[str]) -> Any:
+    # groupby refuses an empty list of keys; a constant key makes the whole frame one group.
+    keys = list(by) or np.zeros(len(frame), dtype=int)
+    return frame.groupby(keys, sort=False, dropna=False, observed=True)

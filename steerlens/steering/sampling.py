@@ -1,0 +1,345 @@
+"""Sampling text, batched and with a key-value cache, while hooks steer.
+
+One row is one prompt with its plan. Rows are sorted by length, padded on the left, prefilled once and then decoded a token at
+a time; a row that stops leaves the batch. Rows of one prompt whose plans agree before its last token (trials; strengths that
+steer only the last token or the generated ones) share their prefill.
+
+A steered position is steered when it is computed, and its keys and values are cached
+in that state, which is the same as re-running the whole steered prefix for every token (tests/reference/ does that).
+
+A row's text does not depend on its companions: sampling draws each row's uniform numbers from the row's own seed, and picks the
+token by inverting the row's cumulative distribution. In floating point another batch may round differently, so where two
+tokens are nearly tied (about 1e-4 in logits) the texts can part.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+from tqdm import tqdm
+
+from steerlens.errors import SteerlensError
+from steerlens.models.facts import model_device, stop_ids
+from steerlens.models.passes import forward
+from steerlens.models.prompts import PromptFormat, encode_all
+from steerlens.models.rows import left_pad, length_sorted_batches, pad_id, token_positions
+from steerlens.steering.plan import Plan
+from steerlens.steering.residual import Steering, build_tables, check_plan
+
+FinishReason = Literal["eos", "stop", "length"]
+
+
+@dataclass(frozen=True)
+class SamplingConfig:
+    """How tokens are chosen and when a row stops."""
+
+    max_new_tokens: int = 128
+    temperature: float = 0.0
+    """0 is greedy: the most likely token, the first of equals."""
+    top_k: int | None = None
+    """Sample among the k most likely tokens."""
+    top_p: float = 1.0
+    """Sample among the fewest tokens whose probabilities reach p (Holtzman et al. 2020); at least one."""
+    stop: str | tuple[str, ...] = ()
+    """Texts that end a row; a row's text ends before them, its tokens hold them."""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "stop", (self.stop,) if isinstance(self.stop, str) else tuple(self.stop))
+        rules = {
+            "max_new_tokens must be at least 1": self.max_new_tokens >= 1,
+            "temperature must be 0 (greedy) or above": self.temperature >= 0,
+            "top_k must be at least 1, or None": self.top_k is None or self.top_k >= 1,
+            "top_p must be in (0, 1]": 0 < self.top_p <= 1,
+            "a stop text must not be empty": all(self.stop),
+        }
+        for rule, holds in rules.items():
+            if not holds:
+                raise SteerlensError(f"{rule}, got {self}")
+
+
+@dataclass(frozen=True)
+class Generation:
+    """One sampled continuation."""
+
+    index: int
+    """The row's place in the request."""
+    text: str
+    """The new text, without special tokens and without a stop text."""
+    prompt_tokens: tuple[int, ...]
+    """The ids that were fed to the model."""
+    tokens: tuple[int, ...]
+    """The new ids, the stopping one included."""
+    finish_reason: FinishReason
+    seed: int
+    n_steered: int
+    """How many (position, intervention) places of this row were steered."""
+
+
+def generate(
+    model: Any,
+    prompts: Sequence[str],
+    *,
+    steering: Plan | Sequence[Plan] | None = None,
+    max_new_tokens: int = 128,
+    temperature: float = 0.0,
+    top_k: int | None = None,
+    top_p: float = 1.0,
+    stop: str | Sequence[str] = (),
+    seed: int | Sequence[int] = 0,
+    batch_size: int = 16,
+    prompt_format: PromptFormat = PromptFormat(),
+    progress: bool = False,
+) -> list[Generation]:
+    """One continuation per prompt, in the prompts' order.
+
+    Args:
+        steering: One plan for all prompts, or one per prompt; None is no steering.
+        seed: One seed for all rows, or one per row. Rows with the same prompt, plan and seed get the same text.
+        prompt_format: Chat template or plain; see `PromptFormat`.
+        progress: Show tokens per second and the time left.
+
+    Raises:
+        SteerlensError: if a prompt does not fit the context, a setting is out of range, or a plan does not fit the model.
+
+    Example:
+        >>> generate(model, ["Describe rain."], steering=vector.at(3))[0].text      # doctest: +SKIP
+    """
+    sampling = SamplingConfig(
+        max_new_tokens, temperature, top_k, top_p, (stop,) if isinstance(stop, str) else tuple(stop)
+    )
+    rows = stream(
+        model,
+        prompts,
+        steering=steering,
+        sampling=sampling,
+        seed=seed,
+        batch_size=batch_size,
+        prompt_format=prompt_format,
+        progress=progress,
+    )
+    return sorted(rows, key=lambda generation: generation.index)
+
+
+def stream(
+    model: Any,
+    prompts: Sequence[str],
+    *,
+    steering: Plan | Sequence[Plan] | None = None,
+    sampling: SamplingConfig = SamplingConfig(),
+    seed: int | Sequence[int] = 0,
+    batch_size: int = 16,
+    prompt_format: PromptFormat = PromptFormat(),
+    progress: bool = False,
+) -> Iterator[Generation]:
+    """Continuations as they finish, in no fixed order; `generate` with results handed out early.
+
+    Hooks are on the model only while rows are decoded, never while a result is in the caller's hands: the model may be used
+    between two results, and stopping early, an exception or Ctrl-C leave nothing behind.
+    """
+    if isinstance(prompts, str):
+        raise SteerlensError(f"prompts must be a list of texts, got one text, {prompts[:40]!r}; put it into a list")
+    plans = per_row(steering if steering is not None else Plan(), len(prompts), "steering")
+    seeds = per_row(seed, len(prompts), "seed")
+    for value in seeds:
+        if not 0 <= value < 2**63:
+            raise SteerlensError(f"seed must be in [0, 2**63), got {value}")
+    for plan in {id(plan): plan for plan in plans}.values():
+        check_plan(model, plan)
+    rows = encode_all(model, prompts, prompt_format, room=sampling.max_new_tokens)
+    with Progress(len(rows), sampling.max_new_tokens, disable=not progress) as bar:
+        for indices in length_sorted_batches([len(row) for row in rows], batch_size):
+            batch = _Batch(model, [_Row(i, rows[i], plans[i], seeds[i], sampling) for i in indices], sampling, bar)
+            while batch.rows:
+                for generation in batch.advance():
+                    bar.finish(len(generation.tokens))
+                    yield generation
+
+
+def per_row(value: Any, n_rows: int, name: str) -> list[Any]:
+    """One value per row, from one for all or a sequence of the right length."""
+    if isinstance(value, Plan) or not isinstance(value, Sequence):
+        return [value] * n_rows
+    if len(value) != n_rows:
+        raise SteerlensError(
+            f"{name} must be one for all prompts or one per prompt, got {len(value)} for {n_rows} prompts"
+        )
+    return list(value)
+
+
+class Progress:
+    """A bar over new tokens: rate, time left, rows done. Tokens that a stopped row did not need leave the total."""
+
+    def __init__(self, n_rows: int, max_new_tokens: int, *, disable: bool) -> None:
+        self.budget, self.n_rows, self.done = max_new_tokens, n_rows, 0
+        self.bar = tqdm(total=n_rows * max_new_tokens, desc="generate", unit="tok", disable=disable)
+
+    def step(self, n_rows: int) -> None:
+        self.bar.update(n_rows)
+
+    def finish(self, n_tokens: int) -> None:
+        self.done += 1
+        if self.bar.total:
+            self.bar.total -= self.budget - n_tokens
+        self.bar.set_postfix_str(f"{self.done}/{self.n_rows} rows", refresh=False)
+
+    def __enter__(self) -> "Progress":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.bar.close()
+
+
+class _Row:
+    """One row on its way."""
+
+    def __init__(self, index: int, prompt: list[int], plan: Plan, seed: int, sampling: SamplingConfig) -> None:
+        self.index, self.prompt, self.plan, self.seed = index, prompt, plan, seed
+        self.tokens: list[int] = []
+        self.uniforms = _uniforms(seed, sampling.max_new_tokens) if sampling.temperature > 0 else None
+
+    def finished(self, tokenizer: Any, sampling: SamplingConfig, stops: tuple[int, ...]) -> Generation | None:
+        """The finished row, or None while it goes on."""
+        text = _decode(tokenizer, self.tokens) if sampling.stop else ""
+        cut = min((found for stop in sampling.stop if (found := text.find(stop)) >= 0), default=None)
+        if self.tokens[-1] in stops:
+            # Not every stop id is a special token of its tokenizer, so the text leaves the last one out by itself.
+            return self._generation(_decode(tokenizer, self.tokens[:-1]), "eos")
+        if cut is not None:
+            return self._generation(text[:cut], "stop")
+        if len(self.tokens) >= sampling.max_new_tokens:
+            return self._generation(_decode(tokenizer, self.tokens), "length")
+        return None
+
+    def _generation(self, text: str, reason: FinishReason) -> Generation:
+        computed = len(self.prompt) + len(self.tokens) - 1  # the last token is never fed
+        steered = 0
+        for step in self.plan.active:
+            low, high = step.bounds(len(self.prompt))
+            steered += max(0, min(high, computed) - low)
+        return Generation(self.index, text, tuple(self.prompt), tuple(self.tokens), reason, self.seed, steered)
+
+
+def _decode(tokenizer: Any, tokens: Sequence[int]) -> str:
+    return str(tokenizer.decode(list(tokens), skip_special_tokens=True, clean_up_tokenization_spaces=False))
+
+
+def _uniforms(seed: int, count: int) -> Float[Tensor, " count"]:
+    return torch.rand(count, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+class _Batch:
+    """Rows that are decoded together."""
+
+    def __init__(self, model: Any, rows: list[_Row], sampling: SamplingConfig, bar: Progress) -> None:
+        self.model, self.rows, self.sampling, self.bar = model, rows, sampling, bar
+        self.device, self.stops = model_device(model), stop_ids(model)
+        lengths = [len(row.prompt) for row in rows]
+        plans = [row.plan for row in rows]
+        self.steering = Steering(build_tables(plans, lengths, d_model=int(model.cfg.d_model), device=self.device))
+        padded = left_pad([row.prompt for row in rows], pad_id=pad_id(model))
+        self.tokens, self.mask = padded.tokens.to(self.device), padded.attention_mask.to(self.device)
+        self.steering.positions = token_positions(self.mask)
+        self.cache: Any = None
+        self.stems = _stems(rows)
+
+    def advance(self) -> list[Generation]:
+        """Decode, with hooks on, until at least one row stops; those rows leave the batch."""
+        finished: list[Generation] = []
+        if self.cache is None and len(set(self.stems)) < len(self.stems):
+            self._prefill_once()
+        with torch.inference_mode(), self.model.hooks(fwd_hooks=self.steering.hooks()):
+            while not finished:
+                finished = self._step()
+        return finished
+
+    def _prefill_once(self) -> None:
+        """Run what rows have in common, their prompts up to the last token, once per stem, and hand it to each of its rows."""
+        first = list(dict.fromkeys(self.stems))
+        rows = [self.rows[place] for place in first]
+        lengths = [len(row.prompt) for row in rows]
+        tables = build_tables(
+            [row.plan for row in rows], lengths, d_model=int(self.model.cfg.d_model), device=self.device
+        )
+        batch = left_pad([row.prompt[:-1] for row in rows], pad_id=pad_id(self.model))
+        steering = Steering(tables)
+        tokens, mask = batch.tokens.to(self.device), batch.attention_mask.to(self.device)
+        steering.positions = token_positions(mask)
+        with torch.inference_mode(), self.model.hooks(fwd_hooks=steering.hooks()):
+            _, self.cache = forward(self.model, tokens, mask, None)
+        share = torch.tensor([first.index(stem) for stem in self.stems])
+        self.cache.batch_select_indices(share)
+        self.mask = torch.cat([mask[share.to(self.device)], torch.ones_like(self.tokens[:, -1:])], dim=1)
+        self.tokens = self.tokens[:, -1:]
+        assert self.steering.positions is not None
+        self.steering.positions = self.steering.positions[:, -1:]
+
+    def _step(self) -> list[Generation]:
+        logits, self.cache = forward(self.model, self.tokens, self.mask, self.cache)
+        chosen = choose(logits, self.sampling, _draws(self.rows, self.device))
+        self.bar.step(len(self.rows))
+        outcomes = []
+        for row, token in zip(self.rows, chosen.tolist(), strict=True):
+            row.tokens.append(token)
+            outcomes.append(row.finished(self.model.tokenizer, self.sampling, self.stops))
+        finished = [outcome for outcome in outcomes if outcome is not None]
+        if finished:
+            chosen = self._keep([place for place, outcome in enumerate(outcomes) if outcome is None], chosen)
+        self.tokens = chosen[:, None]
+        self.mask = torch.cat([self.mask, torch.ones_like(self.tokens)], dim=1)
+        assert self.steering.positions is not None
+        self.steering.positions = self.steering.positions[:, -1:] + 1
+        return finished
+
+    def _keep(self, places: list[int], chosen: Tensor) -> Tensor:
+        """Drop the other rows everywhere; returns the chosen tokens of those that stay."""
+        self.rows = [self.rows[place] for place in places]
+        keep = torch.tensor(places, dtype=torch.long)  # on the CPU: each layer's cache may be on another device
+        if self.rows:
+            self.cache.batch_select_indices(keep)
+        self.steering.rows(keep)
+        self.mask = self.mask[keep.to(self.device)]
+        return chosen[keep.to(self.device)]
+
+
+def _stems(rows: Sequence[_Row]) -> list[int]:
+    """For each row the first one whose prompt, and what steers it before its last token, are the same."""
+    first: dict[Any, int] = {}
+    stems = []
+    for place, row in enumerate(rows):
+        end = len(row.prompt) - 1
+        early = Plan(tuple(step for step in row.plan.active if step.bounds(end + 1)[0] < end))
+        alone = (place,) if end < 1 else ()  # nothing before the last token: nothing to share
+        stems.append(first.setdefault((tuple(row.prompt), early.digest, *alone), place))
+    return stems
+
+
+def _draws(rows: list[_Row], device: torch.device) -> Float[Tensor, " batch"] | None:
+    """This step's uniform number of each row; None when greedy."""
+    drawn = [row.uniforms[len(row.tokens)] for row in rows if row.uniforms is not None]
+    return torch.stack(drawn).to(device) if drawn else None
+
+
+def choose(
+    logits: Float[Tensor, "batch d_vocab"],
+    sampling: SamplingConfig,
+    uniforms: Float[Tensor, " batch"] | None,
+) -> Int[Tensor, " batch"]:
+    """The next token of each row: the most likely one, or the one at `uniforms` of the row's cumulative distribution.
+
+    Tokens are ordered by probability, cut by top-k and then top-p, and the row's number in [0, 1) is inverted over what is left.
+    """
+    if sampling.temperature == 0 or uniforms is None:
+        return logits.argmax(-1)
+    ordered, order = (logits.double() / sampling.temperature).sort(dim=-1, descending=True, stable=True)
+    if sampling.top_k is not None:
+        ordered, order = ordered[:, : sampling.top_k], order[:, : sampling.top_k]
+    probabilities = ordered.softmax(-1)
+    before = probabilities.cumsum(-1) - probabilities
+    probabilities = probabilities * (before < sampling.top_p)
+    cumulative = probabilities.cumsum(-1)
+    picked = (cumulative <= uniforms[:, None] * cumulative[:, -1:]).sum(-1).clamp(max=order.shape[1] - 1)
+    chosen: Tensor = order.gather(-1, picked[:, None])[:, 0]
+    return chosen

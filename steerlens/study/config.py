@@ -1,0 +1,88 @@
+"""What a run depends on: one frozen dataclass, shared by the command line and the job; imports nothing heavy."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from steerlens._typing import Gate, Operator, RuleName, Style
+
+if TYPE_CHECKING:
+    pass
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """Everything that a run depends on, besides the model's weights and the prompts themselves."""
+
+    model: str = "tiny"
+    """A local folder, a named model (see `steerlens models`), or a hub id."""
+    pairs: str = "auto"
+    """Where vectors come from: "tiny" or "format" (bundled), or a JSONL file; auto is tiny for the tiny models, else format."""
+    data: str | None = None
+    """A JSONL file of test prompts; default: the test split of `pairs`."""
+    queries: str | None = None
+    """For official IFEval files, a JSONL file of base queries: `key`, and `model_output` without the instructions."""
+    instructions: tuple[str, ...] = ()
+    """Instruction ids; default: all that both `pairs` and `data` have."""
+    n_train: int = 48
+    """Training pairs per instruction, at most."""
+    n_valid: int = 8
+    """Validation prompts per instruction, at most (the paper uses 8 to 10)."""
+    n_test: int | None = None
+    """Test prompts per instruction, at most; default: all."""
+    layers: tuple[int, ...] = ()
+    """Layers to search; default: the paper's, every second one from a fifth of the depth on."""
+    coeffs: tuple[float, ...] = (1.0,)
+    """Coefficients to search; for set_projection and ablate the share of the full change, for add the step's length."""
+    unit: Literal["absolute", "resid_norm"] = "absolute"
+    """Of the coefficients of add: absolute, or the layer's mean residual norm."""
+    operator: tuple[Operator, ...] = ("set_projection",)
+    """What to do with a vector: set_projection (the paper's format steering), add, or ablate; several are searched together."""
+    positions: tuple[RuleName, ...] = ("all",)
+    """Which tokens to steer; the paper steers all. Several rules are searched together."""
+    gate: Gate = "degenerate"
+    """What bars a searched candidate: degenerate (more looping or empty texts than without steering), low_perplexity (more texts
+    of perplexity below 2.5 under the quality model), or no_low_perplexity (any such text)."""
+    quality_model: str | None = None
+    """The causal LM whose perplexity is measured: a name, folder or hub id; default: the unsteered model itself."""
+    kl: bool = False
+    """Also measure how far steering moves the next-token distribution, in nats."""
+    reward_model: str | None = None
+    """Also score each response with this reward model: a folder or hub id of a sequence classifier."""
+    max_new_tokens: int = 128
+    """At most this many new tokens for each test response."""
+    search_tokens: int = 64
+    """max_new_tokens of the search."""
+    temperature: float = 0.0
+    """0 is greedy."""
+    trials: int = 1
+    """Responses per prompt and condition; more than one needs a temperature."""
+    seed: int = 0
+    """For splits, phrasings, samples and the random direction."""
+    batch_size: int = 16
+    """Rows per batch; pairs per batch when recording."""
+    system: str | None = None
+    """A system message for the chat template."""
+    style: Style = "auto"
+    """Chat template or plain text; auto takes the template where the model has one."""
+    dtype: str = "float32"
+    """Of the weights: float32, bfloat16 or float16."""
+    device: str | None = None
+    """As in PyTorch; default: the best one present."""
+    engine: Literal["local", "ray"] = "local"
+    """Where responses are generated: in this process, or on a Ray cluster, with the same results."""
+    ray_address: str | None = None
+    """Of a running Ray cluster; default: one is started on this machine."""
+    n_workers: int | None = None
+    """Ray workers; default: as many as the cluster's processors allow."""
+
+
+PLACE = ("device", "engine", "ray_address", "n_workers")
+"""Settings that say where a run runs, not what comes out."""
+
+
+def pairs_for(pairs: str, model: str) -> str:
+    """The bundled pairs that "auto" stands for: the tiny models are asked only what they can know."""
+    if pairs != "auto":
+        return pairs
+    return "tiny" if Path(model).name.startswith("tiny") else "format"

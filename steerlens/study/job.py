@@ -1,0 +1,367 @@
+"""The main job, in one resumable folder: pairs, vectors, layer search, four cells, report.
+
+    load the model -> record both sides of the training pairs -> one vector per instruction, at every layer
+    -> search the layer on validation prompts, without and with the instruction in them
+    -> answer the test prompts in all cells -> score -> tables and report.html
+
+Training, validation and test prompts share no base query. Every generation is in `generations.jsonl` before it is scored, under
+a key that covers all it depends on (`records`), so the same command goes on where a killed one stopped, and a changed setting
+never finds an old answer.
+"""
+
+import contextlib
+import sys
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import pandas as pd
+
+from steerlens.checks.catalogue import format_instructions, language_instructions
+from steerlens.checks.text import sentence_splitter
+from steerlens.data.conditions import CONDITIONS
+from steerlens.data.load import BUNDLED_QUERIES, load_pairs
+from steerlens.data.pairs import PairSet, query_key
+from steerlens.errors import DataError, SteerlensError
+from steerlens.figures.report import write_report
+from steerlens.files import Journal, content_key, json_lines, start_folder, writable_folder, write_atomically
+from steerlens.models.facts import check_layer, library_versions, model_digest, model_facts, model_id
+from steerlens.models.load import load_model
+from steerlens.models.prompts import PromptFormat, encode_all, template_digest
+from steerlens.steering.sampling import SamplingConfig
+from steerlens.study.config import PLACE, RunConfig, pairs_for
+from steerlens.study.quality import Quality
+from steerlens.study.responses import Engine, Sampler, requests_for
+from steerlens.study.scores import Evaluation, score
+from steerlens.study.sweeps import Sweep, candidate_layers, grid_spec, search
+from steerlens.vectors.activations import record_activations
+from steerlens.vectors.estimators import fit_steering_vector
+from steerlens.vectors.vector import SteeringVector
+
+
+@dataclass(frozen=True, eq=False)
+class RunResult:
+    """What a run made."""
+
+    folder: Path
+    evaluation: Evaluation
+    search: Mapping[str, Sweep]
+    """The searches without ("vector") and with ("text+vector") the instruction in the prompt."""
+    vectors: Mapping[str, SteeringVector]
+    report: Path
+    facts: Mapping[str, Any] = field(default_factory=dict)
+
+
+def run(
+    config: RunConfig, out: str | Path, *, model: Any = None, progress: bool = True, command: str = ""
+) -> RunResult:
+    """Run the main job in a folder, or go on with it.
+
+    Args:
+        model: A loaded model, in place of `config.model`.
+        command: What to print in the report as the way to repeat the run.
+
+    Raises:
+        SteerlensError: before anything is generated, if a setting, a file or the folder will not do.
+    """
+    if model is not None and config.engine == "ray":
+        raise SteerlensError(
+            "Ray workers load the model themselves, and one was handed over loaded; name it in the settings"
+        )
+    folder = writable_folder(out)
+    name = config.model if model is None else model_id(model)
+    config = replace(config, pairs=pairs_for(config.pairs, name))
+    train, valid, test, notes = select_pairs(config)
+    model = (
+        model
+        if model is not None
+        else load_model(config.model, dtype=config.dtype, device=config.device, progress=progress)
+    )
+    _say(progress, f"{model_facts(model)['model']}: {train!r} to fit, {valid!r} to search, {test!r} to test")
+    check_settings(config, model, valid, test)
+    quality = Quality(True, config.quality_model, config.kl, config.reward_model)
+    quality.check()
+    identity = run_identity(config, model, train, valid, test)
+    start_folder(folder, identity, {"config": asdict(config), "versions": library_versions()}, RESULTS)
+    vectors = _vectors(folder, config, model, train, progress=progress)
+    with Journal(folder / "generations.jsonl") as journal, engine_for(config) as engine:
+
+        def sampler(tokens: int) -> Sampler:
+            return Sampler(
+                model,
+                sampling=SamplingConfig(tokens, config.temperature),
+                prompt_format=_prompt_format(config),
+                batch_size=config.batch_size,
+                journal=journal,
+                engine=engine,
+                progress=progress,
+            )
+
+        candidates = grid_spec(
+            model,
+            layers=config.layers or candidate_layers(int(model.cfg.n_layers)),
+            coeffs=config.coeffs,
+            operator=config.operator,
+            positions=config.positions,
+            unit=config.unit,
+        )
+        found: dict[str, Sweep] = {}
+        for condition in SEARCHED:
+            _say(progress, f"search: every candidate on the validation prompts, {_IN_WORDS[condition]}")
+            found[condition] = search(
+                sampler(config.search_tokens),
+                vectors,
+                valid,
+                candidates,
+                condition=condition,
+                gate=config.gate,
+                quality=Quality(config.gate != "degenerate", config.quality_model),
+                seed=config.seed,
+            )
+        plans, text_plans = (
+            {name: vector.at(found[condition].best(name)) for name, vector in vectors.items()} for condition in SEARCHED
+        )
+        _say(progress, "evaluate: the test prompts under every condition")
+        requests = requests_for(
+            test, plans, text_plans=text_plans, conditions=CONDITIONS, trials=config.trials, seed=config.seed
+        )
+        evaluation = Evaluation(score(sampler(config.max_new_tokens), requests, quality=quality))
+    facts = _facts(config, model, identity, (train, valid, test), found, notes, command)
+    report = _write_results(folder, config, evaluation, found, facts)
+    return RunResult(folder, evaluation, found, vectors, report, facts)
+
+
+@contextlib.contextmanager
+def engine_for(config: RunConfig) -> Iterator[Engine | None]:
+    """The engine that the settings ask for; None answers in this process.
+
+    Raises:
+        SteerlensError: if Ray is not installed or not reached.
+    """
+    if config.engine == "local":
+        yield None
+        return
+    from steerlens.study.engines import ray_engine
+
+    with ray_engine(
+        config.model,
+        address=config.ray_address,
+        n_workers=config.n_workers,
+        dtype=config.dtype,
+        device=config.device,
+    ) as engine:
+        yield engine
+
+
+SEARCHED: tuple[Literal["vector", "text+vector"], ...] = ("vector", "text+vector")
+
+
+_IN_WORDS = {"vector": "without the instruction in the prompt", "text+vector": "with it"}
+
+
+def select_pairs(config: RunConfig) -> tuple[PairSet, PairSet, PairSet, list[str]]:
+    """Training, validation and test pairs without a common base query, and notes on what was left out.
+
+    Raises:
+        DataError: if nothing is left to test.
+    """
+    data = None if config.data is None else load_pairs(config.data, seed=config.seed, queries=config.queries)
+    wanted = config.instructions or None
+    if wanted is None and data is not None and config.pairs in BUNDLED_QUERIES:
+        # A language only where it is tested.
+        wanted = (*format_instructions(), *(name for name in language_instructions() if name in data.instructions))
+    pairs = load_pairs(config.pairs, instructions=wanted, seed=config.seed)
+    notes: list[str] = []
+    if data is None:
+        train, valid, test = pairs.split(seed=config.seed)
+    else:
+        train, valid = pairs.split(seed=config.seed, fractions=(0.75, 0.25))
+        test = _test_pairs(config, data, pairs, notes)
+        train, valid = (_fitting(part, test, notes) for part in (train, valid))
+    kept = set(test.instructions)
+    if untested := sorted({*train.instructions, *valid.instructions} - kept):
+        notes.append(f"not tested, for want of test prompts: {', '.join(untested)}")
+    train, valid = (PairSet(pair for pair in part if pair.instruction_id in kept) for part in (train, valid))
+    train, valid = (at_most(part, n, config.seed) for part, n in ((train, config.n_train), (valid, config.n_valid)))
+    test = test if config.n_test is None else at_most(test, config.n_test, config.seed)
+    for name, part in (("training", train), ("validation", valid), ("test", test)):
+        missing = [one for one in test.instructions if one not in part.instructions]
+        if len(part) == 0 or missing:
+            raise DataError(
+                f"every instruction needs {name} prompts, got none for {', '.join(missing) or 'any'}; use more queries"
+            )
+    return train, valid, test, notes
+
+
+def _test_pairs(config: RunConfig, data: PairSet, pairs: PairSet, notes: list[str]) -> PairSet:
+    known = set(pairs.instructions)
+    test = PairSet(pair for pair in data if pair.instruction_id in known and pair.query is not None)
+    if len(test) == 0:
+        raise DataError(
+            f"no test prompts are left: {config.data!r} has {', '.join(data.instructions)}, and the vectors are for "
+            f"{', '.join(pairs.instructions)}; test prompts also need a base query"
+        )
+    if absent := [name for name in config.instructions if name not in test.instructions]:
+        raise DataError(
+            f"every instruction asked for needs test prompts, and {config.data!r} has none for {', '.join(absent)}"
+        )
+    if len(test) < len(data):
+        others = sorted({pair.instruction_id for pair in data} - known)
+        notes.append(
+            f"{len(data) - len(test)} of {len(data)} test prompts left out ({', '.join(others) or 'no base query'})"
+        )
+    return test
+
+
+def without_queries(pairs: PairSet, test: PairSet) -> PairSet:
+    """The pairs whose queries are not tested."""
+    tested = {query_key(pair) for pair in test}
+    return PairSet(pair for pair in pairs if query_key(pair) not in tested)
+
+
+def _fitting(pairs: PairSet, test: PairSet, notes: list[str]) -> PairSet:
+    kept = without_queries(pairs, test)
+    if len(kept) < len(pairs):
+        notes.append(f"{len(pairs) - len(kept)} fitting pairs left out, because their queries are test prompts")
+    return kept
+
+
+def at_most(pairs: PairSet, n: int, seed: int) -> PairSet:
+    """Of each instruction n pairs, or all where there are fewer."""
+    if n < 1:
+        raise SteerlensError(f"numbers of prompts must be at least 1, got {n}")
+    groups = pairs.by_instruction().values()
+    return PairSet(pair for group in groups for pair in group.sample(min(n, len(group)), seed=seed))
+
+
+def run_identity(config: RunConfig, model: Any, *parts: PairSet) -> str:
+    """A hash of the settings, the model's weights and the prompts: equal for runs with equal results."""
+    settings = {key: value for key, value in asdict(config).items() if key not in ("model", "pairs", "data", *PLACE)}
+    return content_key([settings, model_digest(model), [part.content_hash for part in parts]])
+
+
+def check_settings(config: RunConfig, model: Any, valid: PairSet, test: PairSet) -> None:
+    """Refuse, before anything is run, what would stop the job later.
+
+    Raises:
+        SteerlensError: for a setting out of range, or a prompt that leaves no room for its answer.
+    """
+    if config.trials < 1 or (config.trials > 1 and config.temperature == 0):
+        raise SteerlensError(f"trials must be 1, or more with a temperature above 0; got {config.trials}")
+    if not config.coeffs:
+        raise SteerlensError("coeffs must name at least one coefficient, got none; 1 is the full change")
+    for layer in config.layers:
+        check_layer(model, layer)
+    for pair in (*valid, *test):
+        pair.check()
+    needed = ((valid, config.search_tokens, ["none", "text"]), (test, config.max_new_tokens, ["none", "text"]))
+    for part, tokens, conditions in needed:
+        SamplingConfig(tokens, config.temperature)
+        for condition in conditions:
+            encode_all(model, part.prompts(condition), _prompt_format(config), room=tokens)
+
+
+RESULTS = ("scores.jsonl", "search_scores.jsonl", "table.csv", "comparisons.csv", "search.csv", "report.html")
+
+
+def _vectors(
+    folder: Path, config: RunConfig, model: Any, train: PairSet, *, progress: bool
+) -> dict[str, SteeringVector]:
+    """One vector per instruction: the folder's, if they are what this run would fit, or all anew.
+
+    All or none, because another batch rounds differently, and a run that goes on must get the very same vectors.
+    """
+    parts = train.by_instruction()
+    paths = {name: folder / "vectors" / f"{name.replace(':', '.')}.safetensors" for name in parts}
+    digest = content_key(
+        [
+            model_digest(model),
+            template_digest(model, _prompt_format(config)),
+            config.dtype,
+            config.batch_size,
+            train.content_hash,
+        ]
+    )
+    with contextlib.suppress(SteerlensError):  # a vector is not there yet
+        stored = {name: SteeringVector.load(path) for name, path in paths.items()}
+        if all(vector.metadata.get("fit") == digest for vector in stored.values()):
+            return stored
+    recorded = record_activations(
+        model, train, batch_size=config.batch_size, prompt_format=_prompt_format(config), progress=progress
+    ).by_instruction()
+    seed = str(config.seed)
+    vectors = {name: fit_steering_vector(recorded[name]).with_metadata(fit=digest, seed=seed) for name in parts}
+    for name, vector in vectors.items():
+        vector.save(paths[name])
+    return vectors
+
+
+def _facts(
+    config: RunConfig,
+    model: Any,
+    identity: str,
+    parts: tuple[PairSet, PairSet, PairSet],
+    found: Mapping[str, Sweep],
+    notes: list[str],
+    command: str,
+) -> dict[str, Any]:
+    train, valid, test = parts
+    scores = pd.concat([one.scores for one in found.values()])
+    return {
+        **model_facts(model),
+        "vectors from": f"{config.pairs}: {train!r}",
+        "searched on": f"{config.pairs}: {valid!r}",
+        "tested on": f"{config.data or config.pairs}: {test!r}",
+        "left out": "; ".join(notes) or "nothing",
+        "operator": f"{' or '.join(config.operator)} at {' or '.join(config.positions)} positions",
+        "layers searched": ", ".join(str(x) for x in scores["layer"].dropna().unique()),
+        "coefficients searched": ", ".join(f"{x:g}" for x in config.coeffs),
+        "search answers cut at the limit": f"{(scores['finish_reason'] == 'length').mean():.0%}; "
+        "checks of how an answer ends can fail for that alone",
+        "quality gate of the search": config.gate,
+        "perplexity under": config.quality_model or "the unsteered model, given the bare query",
+        "chosen": _choices(found["vector"]),
+        "chosen with the text": _choices(found["text+vector"]),
+        "sampling": f"{'greedy' if config.temperature == 0 else f'temperature {config.temperature:g}'}, "
+        f"at most {config.max_new_tokens} new tokens ({config.search_tokens} in the search), {config.trials} per prompt",
+        "seed": config.seed,
+        "sentences split by": sentence_splitter(),
+        "identity": identity,
+        "versions": library_versions(),
+        "command": command,
+    }
+
+
+def _choices(found: Sweep) -> str:
+    chosen = {name: found.best(name) for name in dict.fromkeys(found.table["instruction"])}
+    return "; ".join(
+        f"{name}: no steering"
+        if best.layer is None
+        else f"{name}: layer {best.layer}, {best.operator} at {best.positions}, coeff {best.coeff:g}"
+        for name, best in chosen.items()
+    )
+
+
+def _write_results(
+    folder: Path, config: RunConfig, evaluation: Evaluation, found: Mapping[str, Sweep], facts: dict[str, Any]
+) -> Path:
+    tables = {condition: one.table for condition, one in found.items()}
+    searched = pd.concat([one.scores for one in found.values()])
+    search_table = pd.concat([table.assign(condition=condition) for condition, table in tables.items()])
+    write_atomically(folder / "scores.jsonl", json_lines(evaluation.scores))
+    write_atomically(folder / "search_scores.jsonl", json_lines(searched))
+    write_atomically(folder / "table.csv", evaluation.table.to_csv(index=False))
+    write_atomically(folder / "comparisons.csv", evaluation.comparisons.to_csv(index=False))
+    write_atomically(folder / "search.csv", search_table.to_csv(index=False))
+    title = f"{facts['model']}: instruction vectors from {Path(config.pairs).name}"
+    return write_report(folder / "report.html", scores=evaluation.scores, search=tables, facts=facts, title=title)
+
+
+def _prompt_format(config: RunConfig) -> PromptFormat:
+    return PromptFormat(style=config.style, system=config.system)
+
+
+def _say(progress: bool, text: str) -> None:
+    if progress:
+        print(text, file=sys.stderr, flush=True)

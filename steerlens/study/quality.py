@@ -1,0 +1,246 @@
+"""The quality of responses, as models see it: perplexity, divergence from the unsteered model, reward.
+
+    perplexity       exp of the mean negative log probability of the response's tokens. By default under the unsteered model,
+                     given the bare query in every cell, so that cells stand on the same footing; under another causal LM
+                     (GPT-2 in Stolfo et al. 2025), of the text alone, its last 1024 tokens.
+    low_perplexity   a perplexity below 2.5, their mark of looping text; a response without any text counts as one, too.
+    kl               KL(steered || unsteered) of the next-token distribution in nats, the mean over the response's tokens, both
+                     models reading the same prompt and response. What steering does to the model, whatever it says.
+    reward           a reward model's logit for the query and the response.
+
+What these do not show: whether the response answers the query. A fluent answer to another question has a fine perplexity.
+"""
+
+import inspect
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import pandas as pd
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from steerlens.errors import ModelError
+from steerlens.models.facts import model_device
+from steerlens.models.load import LOADING_ERRORS, in_one_line, load_model
+from steerlens.models.prompts import PromptFormat, encode
+from steerlens.models.rows import left_pad, length_sorted_batches, pad_id, token_positions
+from steerlens.steering.plan import Plan
+from steerlens.steering.residual import Steering, build_tables
+
+LOW_PERPLEXITY = 2.5
+
+
+LAST_TOKENS = 1024
+
+
+LOGITS_MEMORY = 2**30
+"""Bytes that the logits of one batch may take: a vocabulary is wide."""
+
+
+@dataclass(frozen=True)
+class Quality:
+    """What is measured on each response."""
+
+    perplexity: bool = True
+    quality_model: str | None = None
+    """Whose perplexity: a name, folder or hub id of a causal LM; None is the unsteered model itself, given the bare query."""
+    kl: bool = False
+    """Also the divergence of each response from the unsteered model."""
+    reward_model: str | None = None
+    """A folder or hub id of a sequence classifier with one label; None measures no reward."""
+
+    def check(self) -> None:
+        """Load the models that are named, so that a wrong name shows before anything is generated.
+
+        Raises:
+            ModelError: if one cannot be loaded, or is no reward model.
+        """
+        if self.quality_model is not None:
+            _causal_lm(self.quality_model)
+        if self.reward_model is not None:
+            _classifier(self.reward_model)
+
+
+@dataclass(frozen=True)
+class Response:
+    """A response and what it answered."""
+
+    query: str
+    """The bare query, or the whole prompt where there is none."""
+    text: str
+    context: tuple[int, ...]
+    """The tokens of the bare query as they are fed."""
+    prompt: tuple[int, ...]
+    """The tokens that were fed."""
+    tokens: tuple[int, ...]
+    """The new tokens, the stopping one included."""
+    plan: Plan
+
+
+def measure(model: Any, responses: Sequence[Response], quality: Quality, *, batch_size: int = 8) -> pd.DataFrame:
+    """One row per response: perplexity and low_perplexity, and where they are asked for kl and reward. nan: not defined.
+
+    Equal responses are measured once.
+    """
+    columns: dict[str, list[float]] = {"perplexity": [float("nan")] * len(responses)}
+    if quality.perplexity and quality.quality_model is None:
+        rows = [(one.context, one.tokens) for one in responses]
+        found = _once(rows, lambda unique: (-mean_log_probabilities(model, unique, batch_size)).exp().tolist())
+        columns["perplexity"] = found
+    elif quality.perplexity:
+        texts = [one.text for one in responses]
+        columns["perplexity"] = _once(
+            texts, lambda unique: text_perplexities(_causal_lm(quality.quality_model), unique)
+        )
+    if quality.kl:
+        steps = [(one.prompt, one.tokens, one.plan) for one in responses]
+        columns["kl"] = kl_from_unsteered(model, steps, batch_size)
+    if quality.reward_model is not None:
+        pairs = [(one.query, one.text) for one in responses]
+        columns["reward"] = _once(pairs, lambda unique: rewards(str(quality.reward_model), unique))
+    frame = pd.DataFrame(columns)
+    if quality.perplexity:
+        empty = pd.Series([not one.text.strip() for one in responses])
+        frame.insert(1, "low_perplexity", (frame["perplexity"] < LOW_PERPLEXITY) | empty)
+    return frame
+
+
+def _once(items: Sequence[Any], values: Any) -> list[float]:
+    """The value of each item, each distinct one computed once."""
+    unique = list(dict.fromkeys(items))
+    found = dict(zip(unique, values(unique), strict=True))
+    return [found[item] for item in items]
+
+
+def mean_log_probabilities(
+    model: Any, rows: Sequence[tuple[Sequence[int], Sequence[int]]], batch_size: int = 8
+) -> Float[Tensor, " row"]:
+    """Mean log probability, in nats, of each row's second part after its first; nan where the second part is empty."""
+    found = torch.full((len(rows),), float("nan"))
+    for indices in _batches(model, rows, batch_size):
+        batch = left_pad([[*rows[i][0], *rows[i][1]] for i in indices], pad_id=pad_id(model))
+        device = model_device(model)
+        with torch.inference_mode():
+            logits = model(batch.tokens.to(device), attention_mask=batch.attention_mask.to(device))
+        for place, index in enumerate(indices):
+            new = list(rows[index][1])
+            if new:
+                scores = logits[place, -len(new) - 1 : -1].float().log_softmax(-1)
+                found[index] = scores.cpu().gather(-1, torch.tensor(new)[:, None]).mean()
+    return found
+
+
+def text_perplexities(model: Any, texts: Sequence[str], batch_size: int = 8) -> list[float]:
+    """Perplexity of each text on its own, its last 1024 tokens; nan for a text of fewer than two tokens.
+
+    The first token, the beginning-of-sequence token where the model has one, is given and not scored.
+    """
+    plain = PromptFormat(style="plain")
+    room = min(LAST_TOKENS, int(model.cfg.n_ctx))
+    rows = []
+    for text in texts:
+        ids = encode(model, text, plain)[-room:] if text else []
+        rows.append((ids[:1], ids[1:]))
+    values: list[float] = (-mean_log_probabilities(model, rows, batch_size)).exp().tolist()
+    return values
+
+
+def kl_from_unsteered(
+    model: Any, rows: Sequence[tuple[Sequence[int], Sequence[int], Plan]], batch_size: int = 8
+) -> list[float]:
+    """KL(steered || unsteered) in nats, the mean over each response's tokens; 0 where nothing steers, nan without tokens."""
+    found = [float("nan") if not new else 0.0 for _, new, _ in rows]
+    active = [index for index, (_, new, plan) in enumerate(rows) if new and plan.active]
+    steered = [rows[index] for index in active]
+    for indices in _batches(model, [row[:2] for row in steered], max(1, batch_size // 2)):
+        chosen = [steered[i] for i in indices]
+        for place, value in zip(indices, _kl_of_batch(model, chosen), strict=True):
+            found[active[place]] = value
+    return found
+
+
+def _kl_of_batch(model: Any, rows: Sequence[tuple[Sequence[int], Sequence[int], Plan]]) -> list[float]:
+    device = model_device(model)
+    batch = left_pad([[*prompt, *new] for prompt, new, _ in rows], pad_id=pad_id(model))
+    tokens, mask = batch.tokens.to(device), batch.attention_mask.to(device)
+    lengths = [len(prompt) for prompt, _, _ in rows]
+    tables = build_tables([plan for _, _, plan in rows], lengths, d_model=int(model.cfg.d_model), device=device)
+    steering = Steering(tables)
+    steering.positions = token_positions(mask)
+    with torch.inference_mode():
+        raw = model(tokens, attention_mask=mask)
+        with model.hooks(fwd_hooks=steering.hooks()):
+            steered = model(tokens, attention_mask=mask)
+    values = []
+    for place, (_, new, _) in enumerate(rows):
+        p, q = (logits[place, -len(new) - 1 : -1].float().log_softmax(-1) for logits in (steered, raw))
+        values.append(float((p.exp() * (p - q)).sum(-1).mean()))
+    return values
+
+
+def _batches(model: Any, rows: Sequence[tuple[Sequence[int], Sequence[int]]], batch_size: int) -> list[list[int]]:
+    """Places of the rows that are run together, no more of them than their logits allow."""
+    if not rows:
+        return []
+    lengths = [len(first) + len(second) for first, second in rows]
+    fitting = LOGITS_MEMORY // (4 * max(1, *lengths) * int(model.cfg.d_vocab))
+    batches = length_sorted_batches(lengths, max(1, min(batch_size, fitting)))
+    return [[index for index in batch if lengths[index]] for batch in batches if any(lengths[i] for i in batch)]
+
+
+@cache
+def _causal_lm(name: str) -> Any:
+    return load_model(name, progress=False)
+
+
+@cache
+def _classifier(name: str) -> tuple[Any, Any]:
+    from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+    try:
+        classifier, info = AutoModelForSequenceClassification.from_pretrained(name, output_loading_info=True)
+        tokenizer = AutoTokenizer.from_pretrained(name)
+    except LOADING_ERRORS as error:
+        raise ModelError(
+            f"a reward model must be a folder or a reachable hub id, got {name!r}: {in_one_line(error)}"
+        ) from error
+    if classifier.config.num_labels != 1 or info["missing_keys"]:
+        raise ModelError(
+            f"a reward model must give one number by trained weights, got {name!r} with {classifier.config.num_labels} labels "
+            f"and {len(info['missing_keys'])} missing weights; choose a model that was trained as a reward model"
+        )
+    if classifier.config.pad_token_id is None:
+        classifier.config.pad_token_id = tokenizer.pad_token_id
+    return classifier.eval(), tokenizer
+
+
+def rewards(name: str, pairs: Sequence[tuple[str, str]], batch_size: int = 8) -> list[float]:
+    """The reward model's logit for each (query, response): as a chat where its tokenizer has a template, else as two texts.
+
+    Raises:
+        ModelError: if the model cannot be loaded, or has more than one label.
+    """
+    classifier, tokenizer = _classifier(name)
+    # Another token in the place of padding would be taken for the text's end, so without one texts go one by one.
+    batch_size = batch_size if tokenizer.pad_token_id is not None else 1
+    takes_segments = "token_type_ids" in inspect.signature(classifier.forward).parameters
+    values: list[float] = []
+    for start in range(0, len(pairs), batch_size):
+        part = pairs[start : start + batch_size]
+        options = {"return_tensors": "pt", "padding": batch_size > 1, "truncation": True}
+        if tokenizer.chat_template:
+            chats = [
+                [{"role": "user", "content": query}, {"role": "assistant", "content": text}] for query, text in part
+            ]
+            rendered = [tokenizer.apply_chat_template(chat, tokenize=False) for chat in chats]
+            batch = tokenizer(rendered, add_special_tokens=False, **options)
+        else:
+            batch = tokenizer([query for query, _ in part], [text for _, text in part], **options)
+        if not takes_segments:
+            batch.pop("token_type_ids", None)
+        with torch.inference_mode():
+            values += classifier(**batch.to(classifier.device)).logits[:, 0].float().tolist()
+    return values

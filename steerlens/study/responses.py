@@ -1,0 +1,210 @@
+"""Responses: which are asked for, how they are sampled, and where they are kept.
+
+A request is a pair under a condition with the plan that steers it. A `Sampler` answers requests batch by batch, keeps what it
+answered under a key of all that decides a text, and never answers one twice.
+"""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from typing import Any
+
+from tqdm import tqdm
+
+from steerlens.data.conditions import CONDITIONS, STEERED
+from steerlens.data.pairs import InstructionPair
+from steerlens.errors import DataError, SteerlensError, nearest
+from steerlens.files import Journal, content_key, derived_seed
+from steerlens.models.facts import model_digest
+from steerlens.models.prompts import PromptFormat, encode
+from steerlens.models.rows import length_sorted_batches
+from steerlens.steering.plan import Plan
+from steerlens.steering.sampling import Generation, SamplingConfig, stream
+
+
+@dataclass(frozen=True)
+class Request:
+    """One response to be had: a pair under a condition, with the plan that steers it."""
+
+    pair: InstructionPair
+    condition: str
+    plan: Plan
+    trial: int
+    seed: int
+
+    @property
+    def prompt(self) -> str:
+        return self.pair.text(self.condition)
+
+
+Batch = Sequence[Request]
+
+
+Record = dict[str, Any]
+
+
+Engine = Callable[["Sampler", Sequence[Batch]], Iterator[tuple[int, list[Record]]]]
+"""What answers batches: for each its place and its records, as they are done."""
+
+
+def requests_for(
+    pairs: Iterable[InstructionPair],
+    plans: Plan | Mapping[str, Plan],
+    *,
+    text_plans: Plan | Mapping[str, Plan] | None = None,
+    conditions: Sequence[str] = CONDITIONS,
+    trials: int = 1,
+    seed: int = 0,
+) -> list[Request]:
+    """One request per pair, condition and trial.
+
+    A row's seed depends on the run's seed, the query and the trial, so conditions of one pair share their random numbers.
+
+    Args:
+        plans: One plan for all pairs, or one per instruction id.
+        text_plans: The same for `text+vector`, where the instruction's words may want another layer; default: `plans`.
+
+    Raises:
+        DataError: for an unknown condition, or an instruction without a plan.
+    """
+    for condition in conditions:
+        if condition not in CONDITIONS:
+            raise DataError(
+                f"a condition must be one of the cells, got {condition!r}; {nearest(condition, CONDITIONS)}"
+            )
+    requests = []
+    for pair in pairs:
+        plan = _plan_of(pair, plans)
+        text_plan = plan if text_plans is None else _plan_of(pair, text_plans)
+        for condition in conditions:
+            used = text_plan if condition == "text+vector" else plan if condition in STEERED else Plan()
+            if condition == "random":
+                used = plan.placebo(seed=derived_seed(seed, "random", pair.instruction_id, plan.digest))
+            for trial in range(trials):
+                row_seed = derived_seed(seed, pair.query or pair.prompt, trial)
+                requests.append(Request(pair, condition, used, trial, row_seed))
+    return requests
+
+
+def _plan_of(pair: InstructionPair, plans: Plan | Mapping[str, Plan]) -> Plan:
+    if isinstance(plans, Plan):
+        return plans
+    if pair.instruction_id not in plans:
+        raise DataError(
+            f"every instruction needs a plan, got none for {pair.instruction_id!r}; plans: {', '.join(plans)}"
+        )
+    return plans[pair.instruction_id]
+
+
+class Sampler:
+    """A model with fixed settings that answers requests, keeps what it answered, and never answers one twice.
+
+    Args:
+        journal: Where generations are kept; None keeps them in memory.
+        batch_size: Rows per batch. A batch is written once all of its rows have stopped.
+        engine: What answers batches, in any order; default: this process, one after another (see `engines` for Ray).
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        *,
+        sampling: SamplingConfig = SamplingConfig(),
+        prompt_format: PromptFormat = PromptFormat(),
+        batch_size: int = 16,
+        journal: Journal | None = None,
+        engine: "Engine | None" = None,
+        progress: bool = False,
+    ) -> None:
+        self.model, self.sampling, self.prompt_format = model, sampling, prompt_format
+        self.engine = self._here if engine is None else partial(engine, self)
+        self.batch_size, self.journal, self.progress = batch_size, journal, progress
+        self.records: dict[str, dict[str, Any]] = {} if journal is None else journal.records
+        self.greedy = sampling.temperature == 0
+        # What greedy text does not depend on is left out.
+        used = replace(sampling, top_k=None, top_p=1.0) if self.greedy else sampling
+        self._settings = {"model": model_digest(model), "dtype": str(model.cfg.dtype), "sampling": asdict(used)}
+        self._encoded: dict[str, list[int]] = {}
+
+    def key(self, request: Request) -> str:
+        """The hash of all that decides a request's text: model, tokens fed, plan with its numbers, sampling, seed."""
+        seed = None if self.greedy else request.seed
+        return content_key([self._settings, self.encode(request.prompt), request.plan.digest, seed])
+
+    def encode(self, prompt: str) -> list[int]:
+        """The tokens fed for a prompt."""
+        if prompt not in self._encoded:
+            self._encoded[prompt] = encode(self.model, prompt, self.prompt_format)
+        return self._encoded[prompt]
+
+    def generate(self, requests: Sequence[Request]) -> list[dict[str, Any]]:
+        """The record of each request, in order; what is missing is generated, batch by batch.
+
+        Batches are formed over all requests, also those that are already answered, and written whole, so that a run that
+        was cut short between two batches and goes on sees the same batches, and so the same rounding, as one that was not.
+
+        Raises:
+            SteerlensError: for several trials of greedy decoding, which would count one text several times.
+        """
+        if self.greedy and any(request.trial for request in requests):
+            raise SteerlensError("several trials need a temperature above 0: greedy trials of a prompt are one text")
+        request_keys = [self.key(request) for request in requests]
+        by_key = dict(zip(request_keys, requests, strict=True))
+        keys = list(by_key)
+        lengths = [len(self.encode(by_key[key].prompt)) for key in keys]
+        batches = [
+            [keys[index] for index in batch if keys[index] not in self.records]
+            for batch in length_sorted_batches(lengths, self.batch_size)
+        ]
+        missing = [batch for batch in batches if batch]
+        total = sum(map(len, missing))
+        with tqdm(total=total, desc="generate", unit="row", disable=not self.progress or not total) as bar:
+            n_tokens = 0
+            for place, found in self.engine([[by_key[key] for key in batch] for batch in missing]):
+                batch = missing[place]
+                self._keep({"key": key, **record} for key, record in zip(batch, found, strict=True))
+                n_tokens += sum(len(record["tokens"]) for record in found)
+                bar.update(len(batch))
+                bar.set_postfix_str(f"{n_tokens / max(bar.format_dict['elapsed'], 1e-9):.0f} tok/s")
+        return [self.records[key] for key in request_keys]
+
+    def _here(self, batches: Sequence[Batch]) -> Iterator[tuple[int, list[Record]]]:
+        for place, batch in enumerate(batches):
+            yield place, answer(self.model, batch, self.sampling, self.prompt_format)
+
+    def _keep(self, records: Iterable[dict[str, Any]]) -> None:
+        if self.journal is not None:
+            self.journal.append(records)
+        else:
+            self.records.update((record["key"], record) for record in records)
+
+
+def answer(
+    model: Any, batch: Batch, sampling: SamplingConfig, prompt_format: PromptFormat = PromptFormat()
+) -> list[Record]:
+    """The records of one batch of requests, in their order: text, tokens, and what they came from."""
+    rows: list[Generation] = list(
+        stream(
+            model,
+            [request.prompt for request in batch],
+            steering=[request.plan for request in batch],
+            sampling=sampling,
+            seed=[request.seed for request in batch],
+            batch_size=len(batch),
+            prompt_format=prompt_format,
+        )
+    )
+    rows.sort(key=lambda row: row.index)
+    return [
+        {
+            "prompt": request.prompt,
+            "text": row.text,
+            "finish_reason": row.finish_reason,
+            "seed": row.seed,
+            "n_steered": row.n_steered,
+            "plan": [step.record() for step in request.plan.active],
+            "prompt_tokens": list(row.prompt_tokens),
+            "tokens": list(row.tokens),
+        }
+        for request, row in zip(batch, rows, strict=True)
+    ]

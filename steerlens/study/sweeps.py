@@ -1,0 +1,413 @@
+"""Sweeps: many ways to apply a vector, and the choice among them.
+
+Every candidate (no steering first, then those of the spec) answers the same validation prompts, all as rows of shared batches. A
+candidate's rate counts responses that follow the instruction. A candidate that does not pass the quality gate is out, and the
+highest rate wins. The gates:
+
+    "degenerate"          no more responses than without steering are empty or loop (half of the token trigrams repeat an earlier
+                          one); needs no second model
+    "low_perplexity"      no more responses than without steering have a perplexity below 2.5: looping text is all too likely.
+                          What Stolfo et al. (2025) ask of base models, with GPT-2 as the judge
+    "no_low_perplexity"   no response has one: what they ask of instruction-tuned models
+
+The last two want a judge of their own (`Quality(quality_model=...)`): a model finds most of its own texts likely.
+
+Ties go to no steering, then to the first candidate: the lowest layer, then the smaller coefficient. The candidates of one prompt
+and trial share their random numbers, so that differences between them are not the sampler's.
+
+What is searched must not be reported on the same prompts: `Sweep.nested` reports each prompt under the choice that the other
+prompts made, and generates nothing for that.
+"""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import numpy as np
+import pandas as pd
+
+from steerlens._typing import Gate, Operator
+from steerlens.data.pairs import PairSet
+from steerlens.errors import DataError, SteerlensError, nearest
+from steerlens.files import (
+    Journal,
+    content_key,
+    derived_seed,
+    json_lines,
+    start_folder,
+    writable_folder,
+    write_atomically,
+)
+from steerlens.models.facts import check_layer, library_versions, model_id
+from steerlens.models.prompts import PromptFormat
+from steerlens.stats.pareto import pareto_front
+from steerlens.stats.rates import quality_table, rate_table, trial_spread
+from steerlens.steering.candidates import UNSTEERED, Candidate, Unit, grid
+from steerlens.steering.plan import Plan
+from steerlens.steering.positions import Window
+from steerlens.steering.sampling import SamplingConfig
+from steerlens.study.quality import Quality
+from steerlens.study.responses import Engine, Request, Sampler, requests_for
+from steerlens.study.scores import score
+from steerlens.vectors.vector import SteeringVector
+
+Spec = Sequence[Candidate] | Callable[[SteeringVector], Iterable[Candidate]]
+"""What to try: a list (also of `grid` or `draws`), or a function of each instruction's vector."""
+
+
+CANDIDATE = [field.name for field in fields(Candidate)]
+"""Columns that name a candidate."""
+
+
+RESULTS = ("scores.jsonl", "table.csv", "sweep.html")
+"""What a finished sweep leaves in its folder, besides its generations."""
+
+
+@dataclass(frozen=True)
+class Best(Candidate):
+    """What a search chose; `vector.at(best)` applies it. Layer None: no steering did at least as well as any candidate."""
+
+    rate: float = float("nan")
+    """The chosen candidate's rate on the validation prompts; not an estimate of its rate elsewhere."""
+
+
+@dataclass(frozen=True, eq=False)
+class Sweep:
+    """A finished sweep."""
+
+    scores: pd.DataFrame
+    """One row per response."""
+    table: pd.DataFrame
+    """One row per instruction and candidate: rate with its interval, quality, whether it passed the gate, which was chosen."""
+    gate: Gate = "degenerate"
+
+    @property
+    def configurations(self) -> pd.DataFrame:
+        """One row per candidate over all instructions that tried it (n_instructions): rate, spread of trials, quality."""
+        counts = self.scores.groupby(CANDIDATE, sort=False, dropna=False)["instruction"].nunique()
+        return summary(self.scores, CANDIDATE).merge(counts.rename("n_instructions").reset_index(), on=CANDIDATE)
+
+    def best(
+        self,
+        instruction: str | None = None,
+        *,
+        objective: str = "rate",
+        subject_to: str = "eligible",
+    ) -> Best:
+        """The choice for an instruction; it may be left out where there is one.
+
+        Args:
+            objective: The column of `table` to make as large as possible; "-" before it: as small as possible.
+            subject_to: A condition on the columns of `table` as in `DataFrame.query`, such as
+                "median_perplexity < 8 and mean_repetition < 0.2". Default: the gate.
+
+        Raises:
+            SteerlensError: if the search covered several instructions and none is named, a name is unknown, or nothing meets
+                the condition.
+        """
+        names = list(dict.fromkeys(self.table["instruction"]))
+        if instruction is None and len(names) == 1:
+            (instruction,) = names
+        if instruction is None:
+            raise SteerlensError(f"best() needs the name of one of the searched instructions: {', '.join(names)}")
+        if instruction not in names:
+            raise SteerlensError(f"the search did not cover {instruction!r}; {nearest(instruction, names)}")
+        return _best(self.table[self.table["instruction"] == instruction], objective, subject_to)
+
+    def pareto(
+        self, *, maximize: Sequence[str] = ("rate",), minimize: Sequence[str] = ("degenerate", "mean_repetition")
+    ) -> pd.DataFrame:
+        """The rows of `configurations` that no other row beats in one of these columns without losing in another.
+
+        Only candidates that every instruction tried are compared: others met easier or harder instructions.
+        """
+        table = self.configurations
+        return pareto_front(
+            table[table["n_instructions"] == table["n_instructions"].max()], maximize=maximize, minimize=minimize
+        )
+
+    def nested(self, *, folds: int = 4, seed: int = 0) -> pd.DataFrame:
+        """Each prompt's responses under the candidate that the other folds' prompts chose: scores to report.
+
+        The prompts of an instruction are dealt into `folds` parts by query; the choice for a part is made on the others. The
+        rate of these rows estimates how well *searching* works, without the optimism of reporting the winner's own rate.
+
+        Raises:
+            SteerlensError: if an instruction has fewer prompts than folds, or folds is below 2.
+        """
+        parts = []
+        for name, group in self.scores.groupby("instruction", sort=False):
+            asked = group["query"].str.casefold()
+            queries = sorted(asked.unique(), key=lambda query: derived_seed(seed, query))
+            if not 2 <= folds <= len(queries):
+                raise SteerlensError(
+                    f"folds must be in [2, {len(queries)}], the number of queries of {name!r}; got {folds}"
+                )
+            fold = asked.map({query: place % folds for place, query in enumerate(queries)})
+            for held_out in range(folds):
+                chosen = choose(group[fold != held_out], self.gate)
+                (row,) = chosen[chosen["chosen"]].to_dict("records")
+                parts.append(_rows_of(group[fold == held_out], row).assign(fold=held_out))
+        return pd.concat(parts, ignore_index=True)
+
+    def save(self, folder: str | Path) -> None:
+        """Write scores.jsonl (one row per response) and table.csv (one per instruction and candidate) into a folder."""
+        write_atomically(Path(folder) / "scores.jsonl", json_lines(self.scores))
+        write_atomically(Path(folder) / "table.csv", self.table.to_csv(index=False))
+
+    def _repr_html_(self) -> str:
+        return str(self.table.to_html(index=False, float_format="{:.3f}".format))
+
+    def __repr__(self) -> str:
+        return str(self.table.to_string(index=False, float_format="{:.3f}".format))
+
+
+def candidate_layers(n_layers: int, *, step: int = 2) -> list[int]:
+    """The paper's candidates: every second layer from a fifth of the depth on."""
+    return list(range(n_layers // 5, n_layers, step))
+
+
+def sweep(
+    model: Any,
+    vectors: SteeringVector | Mapping[str, SteeringVector],
+    pairs: PairSet,
+    *,
+    candidates: Spec | None = None,
+    layers: Sequence[int] | Literal["paper", "all"] = "paper",
+    coeffs: Sequence[float] = (1.0,),
+    operator: Operator | Sequence[Operator] = "set_projection",
+    positions: str | Window | Sequence[str | Window] = "all",
+    unit: Unit = "absolute",
+    condition: Literal["vector", "text+vector"] = "vector",
+    gate: Gate = "degenerate",
+    quality: Quality | None = None,
+    trials: int = 1,
+    max_new_tokens: int = 128,
+    temperature: float = 0.0,
+    seed: int = 0,
+    batch_size: int = 64,
+    prompt_format: PromptFormat = PromptFormat(),
+    out: str | Path | None = None,
+    engine: Engine | None = None,
+    progress: bool = False,
+) -> Sweep:
+    """The rate of every candidate on validation prompts, and the choice for each instruction.
+
+    Args:
+        vectors: One vector for all pairs, or one per instruction id.
+        pairs: Validation prompts: not those the vectors were fitted on, nor those to be reported.
+        candidates: What to try. Default: the grid of the next five arguments.
+        layers: "paper" takes `candidate_layers`, "all" every layer of the vector.
+        coeffs, operator, positions, unit: As in `SteeringVector.at`; one operator and rule, or several.
+        condition: Search with the bare query, or with the instruction in the prompt.
+        gate: The quality that a candidate must not lose.
+        quality: What scores the responses; default: perplexity under the model itself where the gate asks for it.
+        trials: Responses per prompt and candidate; more than one needs a temperature.
+        out: A folder that keeps every response as it is made (generations.jsonl), so that the same sweep goes on where it was
+            cut short and a larger one generates only what is new; scores.jsonl and table.csv are written at the end.
+        engine: Where responses are generated; default: in this process (see `engines.ray_engine`).
+
+    Raises:
+        DataError: if there are no pairs, or an instruction has no vector.
+        SteerlensError: if a layer is out of range or not in a vector, or there is no candidate.
+    """
+    if candidates is None:
+        candidates = grid_spec(model, layers=layers, coeffs=coeffs, operator=operator, positions=positions, unit=unit)
+    with nullcontext() if out is None else Journal(writable_folder(out) / "generations.jsonl") as journal:
+        sampler = Sampler(
+            model,
+            sampling=SamplingConfig(max_new_tokens, temperature),
+            prompt_format=prompt_format,
+            batch_size=batch_size,
+            journal=journal,
+            engine=engine,
+            progress=progress,
+        )
+        found = search(
+            sampler,
+            vectors,
+            pairs,
+            candidates,
+            condition=condition,
+            gate=gate,
+            quality=quality,
+            trials=trials,
+            seed=seed,
+            out=out,
+        )
+    if out is not None:
+        found.save(out)
+    return found
+
+
+def grid_spec(
+    model: Any,
+    *,
+    layers: Sequence[int] | Literal["paper", "all"] = "paper",
+    coeffs: Sequence[float] = (1.0,),
+    operator: Operator | Sequence[Operator] = "set_projection",
+    positions: str | Window | Sequence[str | Window] = "all",
+    unit: Unit = "absolute",
+) -> Spec:
+    """The grid over the layers that a vector has, for `search`."""
+
+    def spec(vector: SteeringVector) -> list[Candidate]:
+        if layers == "paper":
+            chosen = [layer for layer in candidate_layers(int(model.cfg.n_layers)) if layer in vector.directions]
+        elif layers == "all":
+            chosen = list(vector.layers)
+        else:
+            chosen = [check_layer(model, int(layer)) for layer in layers]
+        if not chosen:
+            raise SteerlensError(
+                f"a search needs a layer to try, got {layers!r} for {vector!r} of {list(vector.layers)}"
+            )
+        return grid(layers=chosen, coeffs=coeffs, operators=operator, positions=positions, unit=unit)
+
+    return spec
+
+
+def search(
+    sampler: Sampler,
+    vectors: SteeringVector | Mapping[str, SteeringVector],
+    pairs: PairSet,
+    candidates: Spec,
+    *,
+    condition: Literal["vector", "text+vector"] = "vector",
+    gate: Gate = "degenerate",
+    quality: Quality | None = None,
+    trials: int = 1,
+    seed: int = 0,
+    out: str | Path | None = None,
+) -> Sweep:
+    """`sweep` with a sampler of the caller's, so that its generations are kept and found again.
+
+    Args:
+        out: A folder whose config.json will say what is searched; results of another search there are removed.
+    """
+    measured = quality or Quality(perplexity=gate != "degenerate")
+    rules = {
+        'condition must be "vector" or "text+vector"': condition in ("vector", "text+vector"),
+        f"gate must be one of {', '.join(get_args(Gate))}, all but the first with perplexity measured": gate
+        == "degenerate"
+        or (gate in get_args(Gate) and measured.perplexity),
+        "trials must be at least 1": trials >= 1,
+    }
+    for rule, holds in rules.items():
+        if not holds:
+            raise SteerlensError(f"{rule}, got condition {condition!r}, gate {gate!r}, {measured}, trials {trials}")
+    if len(pairs) == 0:
+        raise DataError("a search needs at least one validation prompt, got none; check the split and the filter")
+    by_instruction = dict.fromkeys(pairs.instructions, vectors) if isinstance(vectors, SteeringVector) else vectors
+    unsteered = "none" if condition == "vector" else "text"
+    requests: list[Request] = requests_for(pairs, Plan(), conditions=[unsteered], trials=trials, seed=seed)
+    tried = [UNSTEERED] * len(requests)
+    for name, group in pairs.by_instruction().items():
+        if name not in by_instruction:
+            raise DataError(
+                f"every instruction needs a vector, got none for {name!r}; vectors: {', '.join(by_instruction)}"
+            )
+        vector = by_instruction[name]
+        vector.check_fits(sampler.model)
+        for candidate in _listed(candidates, vector):
+            plan = vector.at(candidate)
+            rows = requests_for(group, plan, conditions=[condition], trials=trials, seed=seed)
+            requests += rows
+            tried += [candidate] * len(rows)
+    # A row's candidate is set here, because a step of coefficient 0 is still a candidate of its own.
+    places = pd.DataFrame([asdict(candidate) for candidate in tried])
+    if out is not None:
+        settings: dict[str, Any] = {
+            "condition": condition,
+            "gate": gate,
+            "quality": asdict(measured),
+            "trials": trials,
+            "seed": seed,
+            "candidates": [str(one) for one in dict.fromkeys(tried)],
+            "versions": library_versions(),
+            "model": model_id(sampler.model),
+            "sampling": asdict(sampler.sampling),
+            "pairs": repr(pairs),
+        }
+        keys = [sampler.key(request) for request in requests]
+        start_folder(Path(out), content_key([keys, settings, pairs.content_hash]), settings, RESULTS)
+    scores = score(sampler, requests, quality=measured)
+    scores = scores.assign(**{name: places[name].to_numpy() for name in CANDIDATE}).astype({"layer": "Int64"})
+    return Sweep(scores, choose(scores, gate), gate)
+
+
+def _listed(candidates: Spec, vector: SteeringVector) -> list[Candidate]:
+    found = list(dict.fromkeys(candidates(vector) if callable(candidates) else candidates))
+    found = [candidate for candidate in found if candidate != UNSTEERED]
+    if not found:
+        raise SteerlensError(f"a search needs a candidate to try, got none for {vector!r}")
+    for candidate in found:
+        if candidate.layer is None:
+            raise SteerlensError("a candidate needs a layer; no steering is always part of a search")
+    return found
+
+
+def choose(scores: pd.DataFrame, gate: Gate = "degenerate") -> pd.DataFrame:
+    """One row per instruction and candidate, in the order of the candidates, with the choice marked.
+
+    A candidate is eligible if its share of responses that fail the gate is at most that of no steering, for "no_low_perplexity"
+    if it is zero; the first eligible one of the highest rate is chosen. No steering is always eligible.
+
+    Raises:
+        DataError: if the scores do not have the gate's column, or lack a value there.
+    """
+    failed = gate.removeprefix("no_")
+    if failed not in scores or scores[failed].isna().any():
+        raise DataError(
+            f"the gate {gate!r} needs the column {failed!r} without missing values; score the responses with it"
+        )
+    table = summary(scores, ["instruction", *CANDIDATE])
+    table["eligible"] = False
+    table["chosen"] = False
+    for _, group in table.groupby("instruction", sort=False):
+        unsteered = group["layer"].isna()
+        allowed = 0.0 if gate == "no_low_perplexity" else group.loc[unsteered, failed].iloc[0]
+        eligible = unsteered | (group[failed] <= allowed)
+        table.loc[group.index, "eligible"] = eligible
+        table.loc[group.loc[eligible, "rate"].idxmax(), "chosen"] = True
+    return table
+
+
+def summary(scores: pd.DataFrame, keys: Sequence[str]) -> pd.DataFrame:
+    """One row per group: rate with its interval over base queries, spread between trials, quality, share of broken responses."""
+    keys = list(keys)
+    table = rate_table(scores, by=keys, clusters="query").merge(quality_table(scores, by=keys), on=keys)
+    failed = scores.groupby(keys, sort=False, dropna=False)["degenerate"].mean().reset_index()
+    return table.merge(failed, on=keys).merge(trial_spread(scores, by=keys), on=keys)
+
+
+def _best(table: pd.DataFrame, objective: str, subject_to: str) -> Best:
+    sign, column = (-1.0, objective[1:]) if objective.startswith("-") else (1.0, objective)
+    if column not in table or not pd.api.types.is_numeric_dtype(table[column]):
+        raise SteerlensError(
+            f"the objective must be a number in the table, got {objective!r}; {nearest(column, table.columns)}"
+        )
+    try:
+        kept = table.query(subject_to)
+    except Exception as error:  # whatever pandas' parser raises
+        raise SteerlensError(
+            f"subject_to must be a condition on the table's columns, got {subject_to!r}: {error}; "
+            f"columns: {', '.join(table.columns)}"
+        ) from error
+    values = sign * kept[column].astype(float)
+    if values.isna().all():
+        raise SteerlensError(f"no candidate meets {subject_to!r} with a value of {column!r}; loosen the condition")
+    row = kept.iloc[int(np.nanargmax(values.to_numpy()))]
+    layer = None if pd.isna(row["layer"]) else int(row["layer"])
+    return Best(layer, float(row["coeff"]), row["operator"], row["positions"], row["unit"], rate=float(row["rate"]))
+
+
+def _rows_of(scores: pd.DataFrame, candidate: Mapping[Any, Any]) -> pd.DataFrame:
+    """The scores of one candidate."""
+    same = np.ones(len(scores), dtype=bool)
+    for name in CANDIDATE:
+        value = candidate[name]
+        same &= (scores[name].isna() if pd.isna(value) else (scores[name] == value).fillna(False)).to_numpy(dtype=bool)
+    return scores[same]

@@ -1,0 +1,1 @@
+"""From recorded activations to steering vectors, their algebra, their files, and their transfer."""

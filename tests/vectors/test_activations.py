@@ -1,0 +1,422 @@
+"""Activations equal what a plain hook on the raw model reads, whatever the batch, the padding and the shared prefixes."""
+
+import weakref
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, MistralConfig, MistralForCausalLM
+
+from steerlens.data.load import load_pairs
+from steerlens.data.pairs import InstructionPair, PairSet
+from steerlens.errors import DataError, SteerlensError
+from steerlens.models.facts import stop_ids
+from steerlens.models.load import load_model
+from steerlens.models.prompts import PromptFormat, encode
+from steerlens.steering.sampling import generate
+from steerlens.vectors import activations as capture
+from steerlens.vectors.activations import (
+    SIDES,
+    Activations,
+    capture_metadata,
+    common_prefix,
+    record_activations,
+    record_means,
+)
+from steerlens.vectors.estimators import fit_steering_vector
+from tests.conftest import Subject, hooks_on
+from tests.near_ties import assert_same_text
+from tests.reference.plain_capture import last_residuals, mean_difference
+from tests.reference.plain_loop import Step, plain_greedy
+from tests.steps import unit
+from tests.tiny_models import D_MODEL, N_CTX, byte_tokenizer, special_ids
+
+QUERIES = ["Describe rain.", "Why?", "Name a river in the north.", "Hm", "Describe snow.", "Tell me about tea, please."]
+INSTRUCTION = "Use capitals."
+PAIRS = PairSet([InstructionPair(query, INSTRUCTION, "change_case:english_capital") for query in QUERIES])
+MARK = "~"
+
+
+def by_hand(
+    subject: Subject,
+    pairs: PairSet = PAIRS,
+    prompt_format: PromptFormat = PromptFormat(),
+    *,
+    hf_model: Any = None,
+) -> torch.Tensor:
+    """`[pair, side, layer, d_model]` in float64, one prompt at a time."""
+    hf_model = subject.hf if hf_model is None else hf_model
+    return torch.stack(
+        [
+            torch.stack(
+                [
+                    last_residuals(hf_model, encode(subject.model, pair.text(condition), prompt_format))
+                    for condition in ("none", "text")
+                ]
+            )
+            for pair in pairs
+        ]
+    )
+
+
+def relative_error(got: torch.Tensor, expected: torch.Tensor) -> float:
+    """The largest error of any `[..., d_model]` vector, in units of that vector's largest entry."""
+    error = (got.double() - expected).abs().amax(-1) / expected.abs().amax(-1)
+    return float(error.max())
+
+
+@pytest.mark.parametrize("share_prefixes", [True, False])
+@pytest.mark.parametrize("batch_size", [1, 2, 4, 32])
+def test_activations_equal_the_plain_hooks_whatever_the_batch_and_sharing(
+    tiny: Subject, batch_size: int, share_prefixes: bool
+) -> None:
+    acts = record_activations(tiny.model, PAIRS, batch_size=batch_size, share_prefixes=share_prefixes)
+    assert acts.resid.shape == (len(PAIRS), 2, 4, 32)
+    assert relative_error(acts.resid, by_hand(tiny)) < 1e-5
+
+
+@pytest.mark.parametrize("share_prefixes", [True, False])
+@pytest.mark.parametrize("batch_size", [1, 4, 32])
+def test_the_vector_equals_the_mean_difference_by_hand(tiny: Subject, batch_size: int, share_prefixes: bool) -> None:
+    acts = record_activations(tiny.model, PAIRS, batch_size=batch_size, share_prefixes=share_prefixes)
+    vector = fit_steering_vector(acts)
+    sides = [[encode(tiny.model, pair.text(condition)) for pair in PAIRS] for condition in ("none", "text")]
+    expected = mean_difference(tiny.hf, *sides)
+    assert relative_error(torch.stack(list(vector.directions.values())), expected) < 1e-5
+
+
+def test_projections_are_the_means_and_deviations_along_the_unit_direction(tiny: Subject) -> None:
+    vector = fit_steering_vector(record_activations(tiny.model, PAIRS))
+    resid = by_hand(tiny)
+    for layer in range(4):
+        direction = (resid[:, 1, layer] - resid[:, 0, layer]).mean(0)
+        along = resid[:, :, layer] @ (direction / direction.norm())
+        found = [vector.proj_without, vector.proj_with, vector.std_without, vector.std_with, vector.resid_norm]
+        expected = [*along.mean(0), *along.std(0), resid[:, 0, layer].norm(dim=-1).mean()]
+        for got, value in zip(found, expected, strict=True):
+            assert got[layer] == pytest.approx(float(value), rel=1e-4)
+
+
+@pytest.mark.parametrize("prompt_format", [PromptFormat(style="plain"), PromptFormat(system="Be brief.")], ids=str)
+def test_activations_are_of_the_prompt_format_that_was_asked_for(llama: Subject, prompt_format: PromptFormat) -> None:
+    acts = record_activations(llama.model, PAIRS[:3], prompt_format=prompt_format)
+    assert relative_error(acts.resid, by_hand(llama, PAIRS[:3], prompt_format)) < 1e-5
+    assert relative_error(acts.resid, by_hand(llama, PAIRS[:3])) > 1e-3
+
+
+def test_pairs_that_share_nothing_but_the_bos_are_read_right(gpt2: Subject) -> None:
+    pairs = PairSet(
+        [
+            InstructionPair("Describe rain.", "x", "a:b", prompt="Use capitals. Describe rain."),
+            InstructionPair("Why?", "x", "a:b", prompt="Why"),
+            InstructionPair("One two", "x", "a:b", prompt="One two"),
+        ]
+    )
+    assert relative_error(record_activations(gpt2.model, pairs).resid, by_hand(gpt2, pairs)) < 1e-5
+
+
+@pytest.mark.parametrize("layers", [[2], [3, 0], [1, 1], [0, 1, 2, 3]], ids=str)
+def test_only_the_wanted_layers_are_kept_once_in_the_order_given(tiny: Subject, layers: list[int]) -> None:
+    acts = record_activations(tiny.model, PAIRS, layers=layers)
+    kept = list(dict.fromkeys(layers))
+    assert acts.layers == tuple(kept)
+    assert relative_error(acts.resid, by_hand(tiny)[:, :, kept]) < 1e-5
+
+
+def test_running_sums_equal_the_kept_examples(tiny: Subject) -> None:
+    acts = record_activations(tiny.model, PAIRS)
+    means = record_means(tiny.model, PAIRS, batch_size=2)
+    assert means.count == len(PAIRS)
+    assert relative_error(means.mean, acts.resid.double().mean(0)) < 1e-5
+    torch.testing.assert_close(means.mean_norm, acts.resid.norm(dim=-1).mean(0), rtol=1e-5, atol=0)
+    kept, summed = fit_steering_vector(acts), fit_steering_vector(means)
+    for layer in kept.layers:
+        assert relative_error(summed.directions[layer], kept.directions[layer].double()) < 1e-5
+        for name in ("proj_with", "proj_without", "resid_norm"):
+            assert getattr(summed, name)[layer] == pytest.approx(getattr(kept, name)[layer], rel=1e-4)
+    assert summed.std_with == {}
+    assert summed.metadata == kept.metadata
+
+
+def test_a_planted_direction_is_recovered(tiny: Subject) -> None:
+    """Every token that reads the mark, which only instructions hold, gets a known direction added at layer 1."""
+    planted, strength = unit(77), 400.0
+    pairs = PairSet([InstructionPair(query, f"Do it {MARK}", "a:b") for query in QUERIES])
+    mark = tiny.model.tokenizer(MARK, add_special_tokens=False)["input_ids"][0]
+    seen: list[torch.Tensor] = []
+
+    def note(tokens: torch.Tensor, hook: Any) -> None:
+        seen.append((tokens == mark).any(1, keepdim=True))
+
+    def plant(resid: torch.Tensor, hook: Any) -> torch.Tensor:
+        return resid + strength * seen[-1][..., None] * planted
+
+    points = [("embed.hook_in", note), ("blocks.1.hook_resid_post", plant)]
+    with tiny.model.hooks(fwd_hooks=points):
+        acts = record_activations(tiny.model, pairs, share_prefixes=False, layers=[0, 1])
+    vector = fit_steering_vector(acts)
+    assert float(vector.unit(1) @ planted) > 0.99
+    assert abs(float(vector.unit(0) @ planted)) < 0.9
+    assert vector.proj_with[1] - vector.proj_without[1] == pytest.approx(strength, rel=0.2)
+
+
+def test_activations_are_float32_whatever_the_models_dtype(llama: Subject) -> None:
+    model = load_model(llama.folder, dtype="bfloat16", progress=False)
+    acts = record_activations(model, PAIRS[:2])
+    assert acts.resid.dtype == torch.float32
+    exact = by_hand(llama, PAIRS[:2]).float()
+    assert torch.cosine_similarity(acts.resid, exact, dim=-1).min() > 0.99
+
+
+def test_a_hook_keeps_no_view_of_the_whole_activation(tiny: Subject) -> None:
+    rows = torch.tensor([[0, 5, 6], [0, 7, 8]])
+    storages: list[int] = []
+
+    def watch(resid: torch.Tensor, hook: Any) -> None:
+        storages.append(resid.untyped_storage().data_ptr())
+
+    stacked: list[list[torch.Tensor]] = []
+    real = torch.stack
+
+    def spy(tensors: Any, *args: Any, **options: Any) -> torch.Tensor:
+        stacked.append(list(tensors))
+        return real(tensors, *args, **options)
+
+    with pytest.MonkeyPatch.context() as patch, tiny.model.hooks(fwd_hooks=[("blocks.1.hook_resid_post", watch)]):
+        patch.setattr(capture.torch, "stack", spy)
+        capture._read_last(tiny.model, rows, torch.ones_like(rows), None, [1])
+    [kept] = stacked[-1]
+    assert kept.untyped_storage().nbytes() == 2 * 32 * 4
+    assert kept.untyped_storage().data_ptr() not in storages
+
+
+def test_running_sums_keep_one_batch_at_a_time(tiny: Subject, monkeypatch: pytest.MonkeyPatch) -> None:
+    alive: list[weakref.ref] = []
+    most = 0
+    real = capture.iter_activations
+
+    def watched(*args: Any, **options: Any) -> Any:
+        nonlocal most
+        for batch in real(*args, **options):
+            alive.append(weakref.ref(batch))
+            most = max(most, sum(ref() is not None for ref in alive))
+            yield batch
+            del batch
+
+    monkeypatch.setattr(capture, "iter_activations", watched)
+    record_means(tiny.model, PAIRS, batch_size=1)
+    assert len(alive) == len(PAIRS)
+    assert most <= 2
+
+
+def test_shared_beginnings_are_run_once(llama: Subject, monkeypatch: pytest.MonkeyPatch) -> None:
+    fed = 0
+    real = capture.forward
+
+    def counting(model: Any, tokens: torch.Tensor, *args: Any) -> Any:
+        nonlocal fed
+        fed += tokens.numel()
+        return real(model, tokens, *args)
+
+    monkeypatch.setattr(capture, "forward", counting)
+    record_activations(llama.model, PAIRS, batch_size=1)
+    rows = [[encode(llama.model, pair.text(condition)) for condition in ("none", "text")] for pair in PAIRS]
+    trunk = shared_length([row for pair in rows for row in pair])
+    expected = trunk
+    for pair in rows:
+        split = shared_length(pair)
+        expected += (split - trunk) + 2 * (max(map(len, pair)) - split)  # the shorter ending is padded
+    assert fed == expected < sum(len(row) for pair in rows for row in pair)
+
+
+def shared_length(rows: list[list[int]]) -> int:
+    """How many first tokens all rows share, one at a time."""
+    length = 0
+    while len({tuple(row[: length + 1]) for row in rows}) == 1:
+        length += 1
+    return length
+
+
+def test_no_hook_is_left_after_a_failure_in_the_middle(tiny: Subject, monkeypatch: pytest.MonkeyPatch) -> None:
+    def failing(*args: Any) -> Any:
+        assert hooks_on(tiny.model)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(capture, "forward", failing)
+    with pytest.raises(KeyboardInterrupt):
+        record_activations(tiny.model, PAIRS, share_prefixes=False)
+    assert hooks_on(tiny.model) == []
+
+
+def test_results_name_their_pairs_and_where_they_come_from(tiny: Subject) -> None:
+    acts = record_activations(tiny.model, PAIRS)
+    assert acts.prompt_ids == tuple(pair.prompt_id for pair in PAIRS)
+    assert acts.metadata == capture_metadata(tiny.model, PAIRS, PromptFormat())
+    assert acts.metadata["model"] == tiny.name
+    assert acts.metadata["n_layers"] == "4"
+    assert acts.metadata["frame"] == "raw"
+    assert all(isinstance(value, str) for value in acts.metadata.values())
+    assert SIDES == ("without", "with")
+    assert torch.equal(acts.differences, acts.resid[:, 1] - acts.resid[:, 0])
+    assert "6 pairs x 2 sides x 4 layers x 32" in repr(acts)
+
+
+def test_activations_part_by_instruction(tiny: Subject) -> None:
+    pairs = PairSet(
+        [InstructionPair(query, INSTRUCTION, name) for query, name in zip(QUERIES, ["a:b", "c:d"] * 3, strict=True)]
+    )
+    acts = record_activations(tiny.model, pairs)
+    parts = acts.by_instruction()
+    assert list(parts) == ["a:b", "c:d"]
+    assert torch.equal(parts["c:d"].resid, acts.resid[1::2])
+    assert parts["c:d"].prompt_ids == acts.prompt_ids[1::2]
+    assert parts["c:d"].metadata["instruction"] == "c:d"
+    assert isinstance(parts["a:b"], Activations)
+
+
+# --- bad input -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("record", [record_activations, record_means])
+def test_an_empty_pair_set_is_refused(tiny: Subject, record: Any) -> None:
+    with pytest.raises(DataError, match="at least one pair, got an empty pair set; check the filter and the split"):
+        record(tiny.model, PairSet([]))
+
+
+@pytest.mark.parametrize("record", [record_activations, record_means])
+@pytest.mark.parametrize("layer", [-1, 4])
+def test_a_layer_out_of_range_is_refused(tiny: Subject, record: Any, layer: int) -> None:
+    with pytest.raises(SteerlensError, match=rf"layer must be in \[0, 4\), got {layer}; layers count from zero"):
+        record(tiny.model, PAIRS, layers=[0, layer])
+
+
+@pytest.mark.parametrize("record", [record_activations, record_means])
+def test_no_layer_at_all_is_refused(tiny: Subject, record: Any) -> None:
+    with pytest.raises(SteerlensError, match="at least one layer, got none; leave layers out to keep all"):
+        record(tiny.model, PAIRS, layers=[])
+
+
+def test_a_vector_of_several_instructions_is_refused(tiny: Subject) -> None:
+    names = ["a:b", "c:d"] * 3
+    pairs = PairSet([InstructionPair(query, INSTRUCTION, name) for query, name in zip(QUERIES, names, strict=True)])
+    with pytest.raises(
+        SteerlensError, match=r"of one instruction, got activations of 2; fit each part of activations\.by_"
+    ):
+        fit_steering_vector(record_activations(tiny.model, pairs))
+
+
+def test_nothing_is_shared_where_attention_has_a_window(llama: Subject, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A window counts columns, and shared prefixes leave masked columns inside a row."""
+    monkeypatch.setattr(llama.model.original_model.config, "sliding_window", 8, raising=False)
+    assert not capture._prefixes_can_be_shared(llama.model)
+    monkeypatch.undo()
+    assert capture._prefixes_can_be_shared(llama.model)
+
+
+def test_a_prompt_longer_than_the_context_is_refused(tiny: Subject) -> None:
+    with pytest.raises(SteerlensError, match="fit the context of 160 tokens"):
+        record_activations(tiny.model, PairSet([InstructionPair("b" * 170, INSTRUCTION, "a:b")]))
+
+
+def test_a_pair_without_its_bare_query_is_refused(tiny: Subject) -> None:
+    pairs = PairSet([InstructionPair(None, "", "a:b", prompt="Describe rain in capitals.")])
+    with pytest.raises(DataError, match="needs the base query"):
+        record_activations(tiny.model, pairs)
+
+
+@pytest.mark.parametrize(
+    ("rows", "shared"),
+    [
+        ([[1, 2, 3], [1, 2, 4]], 2),
+        ([[1, 2, 3], [1, 2, 3]], 2),
+        ([[1, 2], [1, 2, 3]], 1),
+        ([[1], [1, 2]], 0),
+        ([[2, 1], [1, 2]], 0),
+        ([[1, 2, 9], [1, 2, 3, 4], [1, 5]], 1),
+        ([[4, 5, 6]], 2),
+    ],
+)
+def test_a_common_prefix_leaves_every_row_a_token_of_its_own(rows: list[list[int]], shared: int) -> None:
+    assert common_prefix(rows) == shared
+
+
+@pytest.mark.smollm2
+@pytest.mark.parametrize("share_prefixes", [True, False])
+def test_the_real_models_means_equal_those_by_hand_and_its_vector_to_the_noise_of_float32(
+    smollm2: Subject, share_prefixes: bool
+) -> None:
+    """Means of hidden states are compared to 1e-5. Their difference is small beside them (about 1 % at layer 0), so in float32
+    it cannot be had to 1e-5 of itself: the plain loop misses float64 by about 5e-5. It may not be worse than that."""
+    pairs = PAIRS[:4]
+    acts = record_activations(smollm2.model, pairs, share_prefixes=share_prefixes)
+    plain = by_hand(smollm2, pairs)
+    assert relative_error(acts.resid.double().mean(0), plain.mean(0)) < 1e-5
+
+    exact_model = AutoModelForCausalLM.from_pretrained(
+        smollm2.folder, dtype=torch.float64, local_files_only=True
+    ).eval()
+    exact = by_hand(smollm2, pairs, hf_model=exact_model)
+    truth = (exact[:, 1] - exact[:, 0]).mean(0)
+    noise = relative_error((plain[:, 1] - plain[:, 0]).mean(0), truth)
+    vector = torch.stack(list(fit_steering_vector(acts).directions.values()))
+    error = relative_error(vector, truth)
+    assert error < 2 * noise < 5e-4, f"error {error:.1e}, float32 noise {noise:.1e}"
+
+
+@pytest.mark.smollm2
+def test_the_papers_method_by_its_defaults_is_the_computation_by_hand(smollm2: Subject) -> None:
+    """32 pairs: the same directions, the same projection means, and under them the same greedy text as the plain loop."""
+    pairs = load_pairs("format", instructions="detectable_format:title")[:32]
+    vector = fit_steering_vector(record_activations(smollm2.model, pairs))
+    means = by_hand(smollm2, pairs).mean(0)
+    directions = means[1] - means[0]
+    units = directions / directions.norm(dim=-1, keepdim=True)
+    for side, found in ((0, vector.proj_without), (1, vector.proj_with)):
+        expected = (means[side] * units).sum(-1)
+        torch.testing.assert_close(torch.tensor(list(found.values())).double(), expected, rtol=2e-3, atol=2e-3)
+    fitted = torch.stack(list(vector.directions.values())).double()
+    assert torch.cosine_similarity(fitted, directions, dim=-1).min() > 1 - 1e-6
+
+    layer, prompt = 18, "Describe rain."
+    target = float((means[1, layer] * units[layer]).sum())
+    by_hand_step = Step(layer, "set_projection", units[layer].float(), coeff=1.0, target=target)
+    stops = stop_ids(smollm2.model)
+    expected_text = plain_greedy(
+        smollm2.hf, encode(smollm2.model, prompt), [by_hand_step], max_new_tokens=16, stop_ids=stops
+    )
+    (row,) = generate(smollm2.model, [prompt], steering=vector.at(layer), max_new_tokens=16)
+    assert_same_text([expected_text], [row.tokens])
+    (plain,) = generate(smollm2.model, [prompt], max_new_tokens=16)
+    assert row.tokens != plain.tokens  # the step says something
+
+
+def test_a_sliding_window_model_is_recorded_right_with_prefixes_of_any_length(tmp_path: Path) -> None:
+    """Windows count columns, gaps included, so such a model must not run a row with a masked gap inside."""
+    tokenizer = byte_tokenizer()
+    config = MistralConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=D_MODEL,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        sliding_window=40,
+        max_position_embeddings=N_CTX,
+        **special_ids(tokenizer),
+    )
+    torch.manual_seed(0)
+    MistralForCausalLM(config).save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    model = load_model(tmp_path, progress=False)
+    lengths = [(3, 30), (28, 4), (12, 18)]
+    pairs = PairSet(InstructionPair("q" * a + str(a), "i" * b, "punctuation:no_comma") for a, b in lengths)
+    shared = record_activations(model, pairs)
+    whole = record_activations(model, pairs, batch_size=1, share_prefixes=False)
+    torch.testing.assert_close(shared.resid, whole.resid, rtol=1e-4, atol=1e-5)
+
+
+def test_no_layers_are_refused(llama: Subject) -> None:
+    pairs = PairSet([InstructionPair("a", "b", "punctuation:no_comma")])
+    with pytest.raises(SteerlensError, match="activations need at least one layer"):
+        record_activations(llama.model, pairs, layers=[])
