@@ -4,7 +4,10 @@
 
 An instruction vector is the mean difference of activations over such pairs, and an evaluation compares responses to
 the two sides (Stolfo et al., "Improving Instruction-Following in Language Models through Activation Steering", ICLR
-2025). `load_pairs("format")` gives the bundled set: base queries written for this project x the paper's twelve format
+2025). Any two prompts can be a pair (`contrast`); only an evaluation needs to know how its instruction is checked, by an
+id. In names, an `instruction` is a text and an `instruction_id` what tables, vectors and checks know it by.
+
+`load_pairs("format")` gives the bundled set: base queries written for this project x the paper's twelve format
 instructions. Files of IFEval, of the paper's authors and of Split-IFEval load by their path.
 
 Splits are made by base query: a query (up to case and white space) is in one split only, whatever its instruction, so
@@ -21,22 +24,32 @@ import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import pairwise
-from typing import Any, overload
+from typing import TYPE_CHECKING, Any, overload
 
 from steerlens.checks.arguments import LANGUAGE
 from steerlens.checks.registry import check_arguments
 from steerlens.data.conditions import CONDITIONS, WITH_TEXT
+from steerlens.data.readers import instruction_in
 from steerlens.errors import DataError, nearest
 from steerlens.files import write_atomically
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+LONGEST_NAME = 40
+"""Characters of an instruction's text that name it in tables, where it has no id; a longer text is cut."""
 
 
 @dataclass(frozen=True, init=False)
 class InstructionPair:
     """A base query and the same query with an instruction.
 
-    >>> pair = InstructionPair("Describe rain.", "Use capitals.", "change_case:english_capital")
+    Only an evaluation needs an id, which says how responses are checked.
+
+    >>> pair = InstructionPair("Describe rain.", "Use capitals.")
     >>> pair.text("none"), pair.text("text")
     ('Describe rain.', 'Describe rain. Use capitals.')
+    >>> checked = InstructionPair("Describe rain.", "Use capitals.", "change_case:english_capital")
     """
 
     query: str | None
@@ -44,7 +57,7 @@ class InstructionPair:
     instruction: str
     """The instruction's text as it stands in `prompt`; "" where it cannot be separated from the query."""
     instruction_ids: tuple[str, ...]
-    """IFEval ids or those of `register_check`, usually one; a bare string is taken as one id."""
+    """IFEval ids or those of `register_check`, usually one, or none; a bare string is taken as one id."""
     kwargs: tuple[Mapping[str, Any], ...]
     """The arguments of each id's check, without None values; a bare dict is taken as one. Default: no arguments."""
     prompt: str
@@ -58,7 +71,7 @@ class InstructionPair:
         self,
         query: str | None,
         instruction: str,
-        instruction_ids: str | Iterable[str],
+        instruction_ids: str | Iterable[str] = (),
         kwargs: Mapping[str, Any] | Iterable[Mapping[str, Any]] = (),
         prompt: str = "",
         prompt_id: str = "",
@@ -68,15 +81,20 @@ class InstructionPair:
         given = (kwargs,) if isinstance(kwargs, Mapping) else kwargs
         arguments = tuple(_without_none(values) for values in given) or ({},) * len(ids)
         prompt = prompt or (f"{query} {instruction}" if query and instruction else "")
-        if not ids or not all(ids) or len(arguments) != len(ids):
+        if not all(ids) or len(arguments) != len(ids):
             raise DataError(
-                f"a pair needs one id or more, and one dict of arguments for each; got ids {ids} and {len(arguments)} "
+                f"ids must not be empty, and each has one dict of arguments; got ids {ids} and {len(arguments)} "
                 "dicts; leave kwargs out for instructions without arguments"
             )
         if not prompt.strip() or (query is not None and not query.strip()):
             raise DataError(
                 "a pair needs a query and an instruction, or a prompt, none of them empty; "
                 f"got query {query!r}, instruction {instruction!r}, prompt {prompt!r}"
+            )
+        if not ids and not instruction.strip():
+            raise DataError(
+                f"a pair needs an instruction or an id, by which tables name it; got neither for the prompt {prompt!r}; "
+                "two prompts that differ in anything are a pair by contrast(with_, without)"
             )
         vars(self).update(  # the class is frozen
             query=query,
@@ -93,10 +111,15 @@ class InstructionPair:
 
     @property
     def instruction_id(self) -> str:
-        """The ids joined by "+": the `instruction` column of every table.
+        """The ids joined by "+", without any the instruction's text, shortened: the `instruction` column of every table.
 
         A language is part of the name (`language:response_language_de`): German and Thai have no vector in common.
+
+        >>> InstructionPair("Describe rain.", "Use capitals.").instruction_id
+        'Use capitals.'
         """
+        if not self.instruction_ids:
+            return _short(self.instruction)
         return "+".join(
             f"{name}_{arguments['language']}" if name == LANGUAGE and arguments.get("language") else name
             for name, arguments in zip(self.instruction_ids, self.kwargs, strict=True)
@@ -131,8 +154,15 @@ class InstructionPair:
         """Refuse an instruction that nothing can check, or arguments that its check does not take.
 
         Raises:
-            SteerlensError: naming the id, with the nearest known one.
+            SteerlensError: naming the id, with the nearest known one, or that there is none.
+
+        >>> InstructionPair("Describe rain.", "Use capitals.", "change_case:english_capital").check()
         """
+        if not self.instruction_ids:
+            raise DataError(
+                f"an evaluation must know how to check an instruction, and {self.instruction_id!r} has no id; give its "
+                'pairs one of IFEval\'s, as in instruction_ids="punctuation:no_comma", or one of your own (register_check)'
+            )
         for name, arguments in zip(self.instruction_ids, self.kwargs, strict=True):
             check_arguments(name, arguments)
 
@@ -189,6 +219,23 @@ class PairSet(Sequence[InstructionPair]):
 
     def __hash__(self) -> int:
         return hash(self._pairs)
+
+    def to_frame(self) -> "pd.DataFrame":
+        """One row per pair: prompt_id, instruction (its id), query, prompt, source.
+
+        >>> pair_set(["Describe rain."], "Use capitals.").to_frame().loc[0, "prompt"]
+        'Describe rain. Use capitals.'
+        """
+        import pandas as pd  # here, because pairs are wanted sooner than tables
+
+        columns = ("prompt_id", "instruction_id", "query", "prompt", "source")
+        frame = pd.DataFrame([[getattr(pair, name) for name in columns] for pair in self], columns=list(columns))
+        return frame.rename(columns={"instruction_id": "instruction"})
+
+    def _repr_html_(self) -> str:
+        shown = self[:10]
+        rest = f"<p>… and {len(self) - len(shown)} more</p>" if len(shown) < len(self) else ""
+        return f"<p>{self!r}</p>{shown.to_frame().to_html(index=False)}{rest}"
 
     def __repr__(self) -> str:
         queries = len({query_key(pair) for pair in self})
@@ -263,7 +310,84 @@ class PairSet(Sequence[InstructionPair]):
         write_atomically(path, "".join(lines))
 
 
+def pair_set(
+    queries: Iterable[str],
+    instruction: str,
+    *,
+    instruction_ids: str | Iterable[str] = (),
+    kwargs: Mapping[str, Any] | Iterable[Mapping[str, Any]] = (),
+) -> PairSet:
+    """Each query without and with one instruction of your own.
+
+    Args:
+        queries: Base queries, all different.
+        instruction: The text that follows each query.
+        instruction_ids: How responses are checked: an id of IFEval's or of `register_check`; only an evaluation needs it.
+        kwargs: The arguments of each id's check.
+
+    Returns:
+        One pair per query, in their order.
+
+    Raises:
+        DataError: if a query comes twice, or a text is empty.
+
+    >>> pair_set(["Describe rain.", "Describe snow."], "Answer in one word.")
+    PairSet(2 pairs, 2 queries, 1 instruction)
+    """
+    if isinstance(queries, str):
+        raise DataError(f"queries must be a list of texts, got one text, {queries[:40]!r}; put it into a list")
+    return PairSet(InstructionPair(query, instruction, instruction_ids, kwargs) for query in queries)
+
+
+_Texts = list[str] | tuple[str, ...]
+
+
+@overload
+def contrast(with_: str, without: str, *, instruction_id: str = "contrast") -> InstructionPair: ...
+@overload
+def contrast(with_: _Texts, without: _Texts, *, instruction_id: str = "contrast") -> PairSet: ...
+def contrast(
+    with_: str | _Texts, without: str | _Texts, *, instruction_id: str = "contrast"
+) -> InstructionPair | PairSet:
+    """Two prompts that differ in anything as a pair, or two lists of them as a set: the vector leads from `without` to `with_`.
+
+    Args:
+        with_: The prompt whose behaviour is wanted, or a list of such prompts.
+        without: Its counterpart, or one for each.
+        instruction_id: What tables and vectors call the difference. Give each contrast its own where several are used
+            together; that of a check (`register_check`) allows evaluations.
+
+    Raises:
+        DataError: if the prompts are equal, or the lists differ in length.
+
+    >>> contrast("Describe rain as a pirate.", "Describe rain as a nurse.").text("none")
+    'Describe rain as a nurse.'
+    >>> contrast(["Be brief. Hi!", "Be brief. Bye!"], ["Hi!", "Bye!"])
+    PairSet(2 pairs, 2 queries, 1 instruction)
+    """
+    if isinstance(with_, str) and isinstance(without, str):
+        if with_ == without:
+            raise DataError(f"the prompts of a contrast must differ, got {with_!r} twice")
+        return InstructionPair(without, instruction_in(with_, without), instruction_id, prompt=with_)
+    if isinstance(with_, str) or isinstance(without, str) or len(with_) != len(without):
+        raise DataError(
+            "a contrast needs two texts, or two lists of equal length whose texts belong together; "
+            f"got {_described(with_)} and {_described(without)}"
+        )
+    return PairSet(contrast(*sides, instruction_id=instruction_id) for sides in zip(with_, without, strict=True))
+
+
 # Small helpers.
+
+
+def _described(side: str | _Texts) -> str:
+    return "one text" if isinstance(side, str) else f"{len(side)} texts"
+
+
+def _short(instruction: str) -> str:
+    """A text in one line; a long one is cut, with a few digits of its hash, so that other texts have other names."""
+    line = " ".join(instruction.split())
+    return line if len(line) <= LONGEST_NAME else f"{line[: LONGEST_NAME - 8].rstrip()}… {digest(line)[:6]}"
 
 
 def query_key(pair: InstructionPair) -> str:

@@ -2,7 +2,7 @@
 
 | schema | known by | base query | instruction |
 |---|---|---|---|
-| own (`PairSet.save`) | `instruction_ids` | `query` | `instruction` |
+| own (`PairSet.save`) | `instruction_ids`, or `query` and `instruction` | `query` | `instruction` |
 | llm-steer-instruct | `prompt_without_instruction` | that | the rest of `prompt` |
 | Split-IFEval | `separated_prompt` | that | the rest of `prompt`, or from the first to the last of `instructions` |
 | IFEval | `prompt`, `instruction_id_list`, `kwargs` | unknown, or joined by `key` | the rest of `prompt` |
@@ -62,7 +62,7 @@ def read_lines(path: Path, queries: str | os.PathLike[str] | None = None) -> Ite
 
 
 def _line(number: int, row: _Row, source: str, joined: Mapping[Any, str] | None) -> Line:
-    if "instruction_ids" in row:
+    if "instruction_ids" in row or {"query", "instruction"} <= row.keys():
         if joined is not None:
             raise DataError("own pairs have what base query there is; remove queries=, which is for IFEval files")
         return Line(number, _own_fields(row, source))
@@ -70,7 +70,7 @@ def _line(number: int, row: _Row, source: str, joined: Mapping[Any, str] | None)
         return Line(number, _ifeval_fields(row, source, _base_query(row, joined)), row.get("key"))
     hint = "; pass this file as queries= beside the IFEval file" if "model_output" in row else ""
     raise DataError(
-        f"keys {sorted(row)} are of no known schema; a row needs instruction_ids (own format), or prompt, "
+        f"keys {sorted(row)} are of no known schema; a row needs query and instruction (own format), or prompt, "
         f"instruction_id_list and kwargs (IFEval){hint}"
     )
 
@@ -79,8 +79,8 @@ def _own_fields(row: _Row, source: str) -> _Row:
     return {
         "query": None if row.get("query") is None else _field(row, "query", str),
         "instruction": _field(row, "instruction", str, default=""),
-        "instruction_ids": _strings(row, "instruction_ids"),
-        "kwargs": _dicts(row, "kwargs"),
+        "instruction_ids": _strings(row, "instruction_ids") if row.get("instruction_ids") else (),
+        "kwargs": _dicts(row, "kwargs") if row.get("instruction_ids") else (),
         "prompt": _field(row, "prompt", str, default=""),
         "prompt_id": _field(row, "prompt_id", str, default=""),
         "source": _field(row, "source", str, default=source),
@@ -89,7 +89,7 @@ def _own_fields(row: _Row, source: str) -> _Row:
 
 def _ifeval_fields(row: _Row, source: str, query: str | None) -> _Row:
     prompt = _field(row, "prompt", str)
-    instruction = "" if query is None else _instruction_in(prompt, query)
+    instruction = "" if query is None else instruction_in(prompt, query)
     if "separated_prompt" in row:
         _field(row, "original_prompt", str, default="")
         listed = _strings(row, "instructions") if "instructions" in row else ()
@@ -116,7 +116,7 @@ def _base_query(row: _Row, joined: Mapping[Any, str] | None) -> str | None:
     return joined[key]
 
 
-def _instruction_in(prompt: str, query: str) -> str:
+def instruction_in(prompt: str, query: str) -> str:
     """What `prompt` says before or after `query`; "" where the instruction is woven into it."""
     if prompt.startswith(query):
         return prompt[len(query) :].strip()

@@ -77,7 +77,9 @@ def theme() -> go.layout.Template:
 
 
 def short_label(instruction: str) -> str:
-    """An instruction id in words: "change_case:english_capital" reads "english capital"."""
+    """An instruction id in words: "change_case:english_capital" reads "english capital"; a text stays as it is."""
+    if " " in instruction:
+        return instruction
     names = [part.split(":", 1)[-1] for part in instruction.split("+")]
     return " + ".join(re.sub(r"[_:]+", " ", name).strip() for name in names)
 

@@ -16,8 +16,8 @@ from steerlens.checks.catalogue import format_instructions
 from steerlens.checks.registry import check_arguments, register_check
 from steerlens.data.conditions import CONDITIONS, WITH_TEXT
 from steerlens.data.load import bundled_queries, load_pairs
-from steerlens.data.pairs import InstructionPair, PairSet
-from steerlens.errors import DataError
+from steerlens.data.pairs import LONGEST_NAME, InstructionPair, PairSet, contrast, pair_set
+from steerlens.errors import DataError, SteerlensError
 
 DATA = Path(os.environ.get("STEERLENS_DATA", Path(__file__).parents[3] / "shared" / "data"))
 needs_data = pytest.mark.skipif(
@@ -143,14 +143,80 @@ def test_prompt_id_does_not_depend_on_the_number_type_of_an_argument(three):
         (("", "Do.", COMMA), "none of them empty"),
         (("Describe rain.", "", COMMA), "none of them empty"),
         ((None, "Do.", COMMA), "none of them empty"),
-        (("Describe rain.", "Do.", ()), "one id or more"),
-        (("Describe rain.", "Do.", ("",)), "one id or more"),
-        (("Describe rain.", "Do.", (COMMA, CAPITAL), ({},)), "one dict of arguments for each"),
+        (("Describe rain.", "Do.", (), {"num_bullets": 3}), "each has one dict of arguments"),
+        (("Describe rain.", "Do.", ("",)), "ids must not be empty"),
+        (("Describe rain.", "Do.", (COMMA, CAPITAL), ({},)), "each has one dict of arguments"),
+        (("Describe rain.", "", (), (), "Describe heavy rain."), "an instruction or an id, by which tables name it"),
     ],
 )
 def test_a_pair_without_text_or_ids_is_refused(arguments, message):
     with pytest.raises(DataError, match=message):
         InstructionPair(*arguments)
+
+
+def test_a_pair_without_an_id_goes_by_its_text():
+    pair = InstructionPair("Describe rain.", "Use  capitals.\nAll of them.")
+    assert pair.instruction_ids == pair.kwargs == ()
+    assert pair.instruction_id == "Use capitals. All of them."
+    assert pair.prompt[slice(*pair.instruction_span)] == pair.instruction
+
+
+def test_long_texts_are_cut_and_their_names_still_differ():
+    texts = [f"Answer in the manner of someone who has lived by the sea for {n} years." for n in range(20)]
+    names = {InstructionPair("Describe rain.", text).instruction_id for text in texts}
+    assert len(names) == len(texts)
+    assert all(len(name) <= LONGEST_NAME and name.startswith("Answer in the manner of") for name in names)
+
+
+@pytest.mark.parametrize("ids", [(), "length:short"])
+def test_a_pair_that_nothing_checks_says_how_to_give_it_a_check(ids):
+    with pytest.raises(SteerlensError, match="register_check"):
+        InstructionPair("Describe rain.", "Be brief.", ids).check()
+
+
+def test_a_set_of_pairs_is_made_from_queries_and_one_instruction():
+    pairs = pair_set(["Describe rain.", "Describe snow."], "Use capitals.")
+    assert pairs.prompts("text") == ["Describe rain. Use capitals.", "Describe snow. Use capitals."]
+    assert pairs.instructions == ("Use capitals.",)
+    checked = pair_set(["Describe rain."], "Use 3 bullets.", instruction_ids=BULLETS, kwargs={"num_bullets": 3})
+    checked[0].check()
+    with pytest.raises(DataError, match="put it into a list"):
+        pair_set("Describe rain.", "Use capitals.")
+
+
+def test_two_prompts_that_differ_in_anything_are_a_pair():
+    pair = contrast("Say only what is true of rain.", "Say only what is false of rain.")
+    assert (pair.text("text"), pair.text("none")) == (pair.prompt, "Say only what is false of rain.")
+    assert pair.instruction_id == "contrast"
+    assert contrast("You are a pirate. Describe rain.", "Describe rain.").instruction == "You are a pirate."
+    both = contrast(["A.", "B."], ["C.", "D."], instruction_id="my:truth")
+    assert (both.prompts("text"), both.instructions) == (["A.", "B."], ("my:truth",))
+
+
+@pytest.mark.parametrize("sides", [("A.", "A."), (["A."], "B."), ("A.", ["B."]), (["A.", "B."], ["C."])])
+def test_sides_of_a_contrast_that_do_not_belong_together_are_refused(sides):
+    with pytest.raises(DataError, match="a contrast"):
+        contrast(*sides)
+
+
+def test_pairs_without_ids_are_saved_and_read_also_from_a_file_of_ones_own(tmp_path, write):
+    pairs = pair_set(["Describe rain.", "Describe snow."], "Use capitals.") + PairSet([contrast("A.", "B.")])
+    pairs.save(tmp_path / "own.jsonl")
+    assert load_pairs(tmp_path / "own.jsonl") == pairs
+    (read,) = load_pairs(write({"query": "Describe rain.", "instruction": "Use capitals."}))
+    assert (read.prompt, read.prompt_id, read.instruction_ids) == (pairs[0].prompt, pairs[0].prompt_id, ())
+
+
+def test_a_set_shows_itself_as_a_table():
+    pairs = pair_set([f"Describe {n} < 100." for n in range(12)], "Use capitals.")
+    frame = pairs.to_frame()
+    assert list(frame) == ["prompt_id", "instruction", "query", "prompt", "source"]
+    assert frame["prompt"].tolist() == pairs.prompts("text")
+    page = pairs._repr_html_()
+    assert "12 pairs" in page
+    assert "0 &lt; 100" in page
+    assert "and 2 more" in page
+    assert list(PairSet([]).to_frame()) == list(frame)
 
 
 def test_a_pair_with_only_its_prompt_has_no_bare_text():
@@ -569,7 +635,7 @@ def test_blank_lines_and_a_byte_order_mark_are_skipped(tmp_path):
         ({**IFEVAL, "prompt": None}, r"prompt must be a str; got None \(NoneType\)"),
         ({key: IFEVAL[key] for key in IFEVAL if key != "prompt"}, "prompt must be a str; got only the keys"),
         ({**IFEVAL, "prompt": " "}, "none of them empty"),
-        ({**IFEVAL, "kwargs": [{}]}, "one dict of arguments for each"),
+        ({**IFEVAL, "kwargs": [{}]}, "each has one dict of arguments"),
         ({**IFEVAL, "kwargs": [{}, None]}, "list of JSON objects"),
         ({**IFEVAL, "kwargs": [{}, {"num_bullets": None}]}, "needs num_bullets.*got nothing"),
         ({**IFEVAL, "kwargs": [{}, {"num_bullets": 3.5}]}, "needs num_bullets.*got 3.5"),

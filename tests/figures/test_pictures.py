@@ -246,6 +246,7 @@ def test_instruction_ids_read_as_words() -> None:
     assert short_label("startend:quotation+punctuation:no_comma") == "quotation + no comma"
     assert short_label("language:response_language:de") == "response language de"
     assert short_label("plain") == "plain"
+    assert short_label("Answer like this: a_b + c") == "Answer like this: a_b + c"
 
 
 def test_a_theme_is_passed_not_registered() -> None:

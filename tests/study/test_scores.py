@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from steerlens.data.conditions import CONDITIONS
-from steerlens.data.pairs import InstructionPair, PairSet
+from steerlens.data.pairs import InstructionPair, PairSet, pair_set
 from steerlens.errors import DataError, SteerlensError
 from steerlens.files import Journal
 from steerlens.models.prompts import encode
@@ -244,3 +244,8 @@ def test_a_steered_model_does_not_change_the_perplexity_of_the_same_text(llama, 
     assert none["response"].tolist() == vector["response"].tolist()
     assert none["perplexity"].tolist() == vector["perplexity"].tolist()
     assert (none["perplexity"] > 1).all()
+
+
+def test_an_evaluation_asks_for_a_check_before_it_generates(llama):
+    with pytest.raises(DataError, match=r"'Be brief\.' has no id; .*register_check"):
+        evaluate(llama.model, Plan(), pair_set(["Describe rain."], "Be brief."))

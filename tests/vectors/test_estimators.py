@@ -9,8 +9,10 @@ from sklearn.base import BaseEstimator
 from sklearn.model_selection import cross_val_score
 from sklearn.utils.estimator_checks import parametrize_with_checks
 
+from steerlens.data.pairs import PairSet, contrast, pair_set
 from steerlens.errors import SteerlensError
-from steerlens.vectors.activations import ActivationMeans, Activations
+from steerlens.steering.sampling import generate
+from steerlens.vectors.activations import ActivationMeans, Activations, record_activations
 from steerlens.vectors.estimators import MeanDifference, fit_steering_vector, projection_statistics
 from tests.steps import unit
 
@@ -144,3 +146,17 @@ def test_a_vector_of_several_instructions_at_once_is_refused() -> None:
     with pytest.raises(SteerlensError, match="a vector is of one instruction, got activations of 2"):
         fit_steering_vector(acts)
     assert set(acts.by_instruction()) == {"x:y", "x:z"}
+
+
+def test_pairs_without_an_id_fit_a_vector_that_steers(llama):
+    pairs = pair_set(["Describe rain.", "Describe snow.", "Describe fog."], "Shout.")
+    vector = fit_steering_vector(record_activations(llama.model, pairs))
+    assert vector.metadata["instruction"] == "Shout."
+    prompts = pairs.prompts("none")
+    steered = generate(llama.model, prompts, steering=vector.at(2, operator="add", coeff=8.0), max_new_tokens=4)
+    assert [row.text for row in steered] != [row.text for row in generate(llama.model, prompts, max_new_tokens=4)]
+
+
+def test_a_list_of_contrasts_is_one_instruction(llama):
+    pairs = PairSet([contrast("True: A.", "False: A."), contrast("Truly B!", "Falsely B!")])
+    assert fit_steering_vector(record_activations(llama.model, pairs)).metadata["instruction"] == "contrast"
