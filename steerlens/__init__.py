@@ -1,148 +1,53 @@
 """steerlens: find, read and apply the directions that instructions write into a language model's residual stream.
 
-Names are imported when they are first used, so `import steerlens` is quick and loads no torch. No room has the name of a
-public function: importing it would put it in the function's place.
+Here are the names that a notebook needs; the rest is in the rooms, as `sl.stats.mcnemar` or `sl.study.run`. All are imported when
+they are first used, so `import steerlens` is quick and loads no torch.
 """
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from steerlens._lazy import lazy_exports
 
 if TYPE_CHECKING:
-    from steerlens.checks.catalogue import format_instructions
-    from steerlens.checks.registry import check, register_check
-    from steerlens.data.families import keyword_pairs, length_pairs, sentence_count, sentence_pairs
-    from steerlens.data.load import load_pairs
-    from steerlens.data.pairs import InstructionPair, PairSet
-    from steerlens.errors import DataError, ModelError, SteerlensError
-    from steerlens.figures.report import write_report
-    from steerlens.models.load import load_model
-    from steerlens.models.prompts import PromptFormat
-    from steerlens.stats.comparisons import bootstrap_mean, compare_conditions, holm, mcnemar
-    from steerlens.stats.slopes import agreement, d_prime, sample_slopes, steerability_summary
-    from steerlens.steering.candidates import Candidate, draws, grid
-    from steerlens.steering.plan import Intervention, Plan
-    from steerlens.steering.positions import Window
-    from steerlens.steering.residual import steer
-    from steerlens.steering.sampling import Generation, SamplingConfig, generate, stream
-    from steerlens.study.calibration import calibrate
-    from steerlens.study.config import RunConfig
-    from steerlens.study.engines import ray_engine
-    from steerlens.study.job import RunResult, run
-    from steerlens.study.judge import Judge, Judgement, judge_frame
-    from steerlens.study.quality import Quality
-    from steerlens.study.scores import Evaluation, evaluate
-    from steerlens.study.sweeps import Best, Sweep, sweep
-    from steerlens.vectors.activations import ActivationMeans, Activations, record_activations, record_means
-    from steerlens.vectors.estimators import MeanDifference, fit_steering_vector, fit_vectors
-    from steerlens.vectors.transfer import RidgeMap, fit_ridge_map
-    from steerlens.vectors.vector import SteeringVector
-
-_HOME = {
-    "checks.catalogue": ("format_instructions",),
-    "checks.registry": (
-        "check",
-        "register_check",
-    ),
-    "data.families": (
-        "keyword_pairs",
-        "length_pairs",
-        "sentence_count",
-        "sentence_pairs",
-    ),
-    "data.load": ("load_pairs",),
-    "data.pairs": (
-        "InstructionPair",
-        "PairSet",
-    ),
-    "errors": (
-        "DataError",
-        "ModelError",
-        "SteerlensError",
-    ),
-    "figures.report": ("write_report",),
-    "models.load": ("load_model",),
-    "models.prompts": ("PromptFormat",),
-    "stats.comparisons": (
-        "bootstrap_mean",
-        "compare_conditions",
-        "holm",
-        "mcnemar",
-    ),
-    "stats.slopes": (
-        "agreement",
-        "d_prime",
-        "sample_slopes",
-        "steerability_summary",
-    ),
-    "steering.candidates": (
-        "Candidate",
-        "draws",
-        "grid",
-    ),
-    "steering.plan": (
-        "Intervention",
-        "Plan",
-    ),
-    "steering.positions": ("Window",),
-    "steering.residual": ("steer",),
-    "steering.sampling": (
-        "Generation",
-        "SamplingConfig",
-        "generate",
-        "stream",
-    ),
-    "study.calibration": ("calibrate",),
-    "study.config": ("RunConfig",),
-    "study.engines": ("ray_engine",),
-    "study.job": (
-        "RunResult",
-        "run",
-    ),
-    "study.judge": (
-        "Judge",
-        "Judgement",
-        "judge_frame",
-    ),
-    "study.quality": ("Quality",),
-    "study.scores": (
-        "Evaluation",
-        "evaluate",
-    ),
-    "study.sweeps": (
-        "Best",
-        "Sweep",
-        "sweep",
-    ),
-    "vectors.activations": (
-        "ActivationMeans",
-        "Activations",
-        "record_activations",
-        "record_means",
-    ),
-    "vectors.estimators": (
-        "MeanDifference",
-        "fit_steering_vector",
-        "fit_vectors",
-    ),
-    "vectors.transfer": (
-        "RidgeMap",
-        "fit_ridge_map",
-    ),
-    "vectors.vector": ("SteeringVector",),
-}
-_MODULE_OF = {name: module for module, names in _HOME.items() for name in names}
+    from steerlens import (
+        checks as checks,
+        data as data,
+        figures as figures,
+        models as models,
+        stats as stats,
+        steering as steering,
+        study as study,
+        vectors as vectors,
+    )
+    from steerlens.checks.catalogue import format_instructions as format_instructions
+    from steerlens.checks.registry import check as check, register_check as register_check
+    from steerlens.data.families import (
+        keyword_pairs as keyword_pairs,
+        length_pairs as length_pairs,
+        sentence_pairs as sentence_pairs,
+    )
+    from steerlens.data.load import load_pairs as load_pairs
+    from steerlens.data.pairs import (
+        InstructionPair as InstructionPair,
+        PairSet as PairSet,
+        contrast as contrast,
+        pair_set as pair_set,
+    )
+    from steerlens.errors import DataError as DataError, ModelError as ModelError, SteerlensError as SteerlensError
+    from steerlens.models.load import load_model as load_model
+    from steerlens.models.prompts import PromptFormat as PromptFormat
+    from steerlens.steering.candidates import grid as grid
+    from steerlens.steering.plan import Plan as Plan
+    from steerlens.steering.positions import Window as Window
+    from steerlens.steering.residual import steer as steer
+    from steerlens.steering.sampling import generate as generate
+    from steerlens.study.calibration import calibrate as calibrate
+    from steerlens.study.quality import Quality as Quality
+    from steerlens.study.scores import Evaluation as Evaluation, evaluate as evaluate
+    from steerlens.study.sweeps import Sweep as Sweep, sweep as sweep
+    from steerlens.vectors.activations import Activations as Activations, record_activations as record_activations
+    from steerlens.vectors.estimators import fit_steering_vector as fit_steering_vector, fit_vectors as fit_vectors
+    from steerlens.vectors.vector import SteeringVector as SteeringVector
 
 __version__ = "0.1.0"
-__all__ = sorted(_MODULE_OF)
-
-
-def __getattr__(name: str) -> Any:
-    if name not in _MODULE_OF:
-        raise AttributeError(f"module 'steerlens' has no attribute {name!r}")
-    value = getattr(importlib.import_module(f"steerlens.{_MODULE_OF[name]}"), name)
-    globals()[name] = value
-    return value
-
-
-def __dir__() -> list[str]:
-    return [*globals(), *__all__]
+__getattr__, __dir__, __all__ = lazy_exports(__name__, __file__)

@@ -1,14 +1,19 @@
 """The public names: lazy, complete, never shadowed, and enough for the README's ten lines."""
 
+import importlib
+import inspect
 import subprocess
 import sys
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
 import steerlens as sl
+from steerlens._lazy import exported
 
 PACKAGE = Path(sl.__file__).parent
+ROOMS = sorted(path.parent.name for path in PACKAGE.glob("*/__init__.py"))
 
 
 def test_import_is_quick_because_it_loads_nothing_heavy():
@@ -17,23 +22,43 @@ def test_import_is_quick_because_it_loads_nothing_heavy():
     assert done.stdout.strip() == "[]"
 
 
-def test_no_module_has_the_name_of_a_public_function():
-    modules = {path.stem for path in PACKAGE.iterdir()}  # rooms, and the modules beside them
-    assert not modules & set(sl.__all__)
+def public(package: ModuleType) -> dict[str, object]:
+    return {name: getattr(package, name) for name in package.__all__}
 
 
-def test_every_public_name_is_there_after_every_module_was_imported():
-    for path in PACKAGE.rglob("[a-z]*.py"):
-        __import__("steerlens." + ".".join(path.relative_to(PACKAGE).with_suffix("").parts))
-    for name in sl.__all__:
-        assert getattr(sl, name).__module__.startswith("steerlens.")
-    assert set(sl.__all__) <= set(dir(sl))
+@pytest.mark.parametrize("package", [sl, *map(sl.__getattr__, ROOMS)], ids=lambda package: package.__name__)
+def test_every_public_name_is_the_thing_itself_after_every_module_was_imported(package):
+    folder = Path(package.__file__).parent
+    homes = exported(package.__file__)
+    assert list(public(package)) == sorted(homes)
+    assert {path.stem for path in folder.iterdir()} & set(homes) <= ({*ROOMS} if package is sl else set())
+    for path in folder.rglob("[a-z]*.py"):
+        importlib.import_module(".".join(("steerlens", *path.relative_to(PACKAGE).with_suffix("").parts)))
+    for name, value in public(package).items():
+        assert value is getattr(sys.modules[homes[name]], name)
+        assert inspect.ismodule(value) == (name in ROOMS)
+    assert set(homes) <= set(dir(package))
 
 
-def test_type_checkers_and_run_time_see_the_same_names():
-    lines = (PACKAGE / "__init__.py").read_text().split("if TYPE_CHECKING:")[1].split("\n\n")[0].splitlines()
-    declared = {name.strip() for line in lines if " import " in line for name in line.split(" import ")[1].split(",")}
-    assert declared == set(sl.__all__)
+def test_rooms_are_reached_from_the_package_and_light_ones_load_no_torch():
+    code = (
+        "import sys, steerlens as sl\n"
+        "print(sl.stats.mcnemar([False], [True]).gained, sl.data.pair_set(['a?'], 'No b.'), sl.figures.four_cells.__name__)\n"
+        "print([name for name in ('torch', 'transformers', 'lm_eval') if name in sys.modules])\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines() == ["1 PairSet(1 pair, 1 query, 1 instruction) four_cells", "[]"]
+
+
+def test_the_top_holds_what_a_notebook_needs_and_no_more():
+    assert 30 <= len(set(sl.__all__) - set(ROOMS)) <= 40
+
+
+def test_star_imports_and_type_checkers_get_the_public_names():
+    assert set(exported(sl.__file__)) == set(sl.__all__)
+    names: dict[str, object] = {}
+    exec("from steerlens.stats import *", names)
+    assert set(sl.stats.__all__) <= set(names)
 
 
 def test_an_unknown_name_is_an_attribute_error():

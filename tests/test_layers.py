@@ -11,7 +11,7 @@ import steerlens
 
 PACKAGE = Path(steerlens.__file__).parent
 ROOMS = {
-    "": "errors _typing files",
+    "": "_lazy errors _typing files",
     "stats": "words rates comparisons slopes pareto",
     "figures": "theme multiples cells layers matrices report",
     "checks": "arguments catalogue text ifeval registry",

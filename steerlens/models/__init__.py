@@ -1,1 +1,12 @@
 """Loading models, what is asked of them, and how prompts become rows of tokens that are run."""
+
+from typing import TYPE_CHECKING
+
+from steerlens._lazy import lazy_exports
+
+if TYPE_CHECKING:
+    from steerlens.models.facts import model_facts as model_facts
+    from steerlens.models.load import load_model as load_model
+    from steerlens.models.prompts import PromptFormat as PromptFormat
+
+__getattr__, __dir__, __all__ = lazy_exports(__name__, __file__)

@@ -1,1 +1,20 @@
 """What is done to a residual stream, where and when; and sampling text while it is done."""
+
+from typing import TYPE_CHECKING
+
+from steerlens._lazy import lazy_exports
+
+if TYPE_CHECKING:
+    from steerlens.steering.candidates import Candidate as Candidate, draws as draws, grid as grid
+    from steerlens.steering.operators import ablate as ablate, add as add, set_projection as set_projection
+    from steerlens.steering.plan import Intervention as Intervention, Plan as Plan
+    from steerlens.steering.positions import Window as Window
+    from steerlens.steering.residual import steer as steer
+    from steerlens.steering.sampling import (
+        Generation as Generation,
+        SamplingConfig as SamplingConfig,
+        generate as generate,
+        stream as stream,
+    )
+
+__getattr__, __dir__, __all__ = lazy_exports(__name__, __file__)

@@ -1,1 +1,24 @@
 """Does it work, against controls? Responses, scores, quality, sweeps, engines, and the whole job."""
+
+from typing import TYPE_CHECKING
+
+from steerlens._lazy import lazy_exports
+
+if TYPE_CHECKING:
+    from steerlens.study.calibration import calibrate as calibrate
+    from steerlens.study.config import RunConfig as RunConfig
+    from steerlens.study.engines import ray_engine as ray_engine
+    from steerlens.study.job import RunResult as RunResult, run as run
+    from steerlens.study.judge import Judge as Judge, Judgement as Judgement, judge_frame as judge_frame
+    from steerlens.study.quality import Quality as Quality
+    from steerlens.study.responses import Sampler as Sampler, requests_for as requests_for
+    from steerlens.study.scores import Evaluation as Evaluation, evaluate as evaluate, score as score
+    from steerlens.study.sweeps import (
+        Best as Best,
+        Sweep as Sweep,
+        candidate_layers as candidate_layers,
+        search as search,
+        sweep as sweep,
+    )
+
+__getattr__, __dir__, __all__ = lazy_exports(__name__, __file__)
