@@ -16,7 +16,7 @@ ROOMS = {
     "figures": "theme multiples cells layers matrices report",
     "checks": "arguments catalogue text ifeval registry",
     "data": "conditions readers pairs load families",
-    "models": "facts load prompts rows passes",
+    "models": "facts load prompts stops rows passes",
     "steering": "operators positions plan residual candidates sampling",
     "vectors": "vector activations estimators transfer",
     "study": "config quality responses scores judge calibration sweeps engines job",

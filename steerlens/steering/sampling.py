@@ -26,6 +26,7 @@ from steerlens.models.facts import model_device, stop_ids
 from steerlens.models.passes import forward
 from steerlens.models.prompts import PromptFormat, encode_all
 from steerlens.models.rows import left_pad, length_sorted_batches, pad_id, token_positions
+from steerlens.models.stops import before_stop, check_stop_ids, decode
 from steerlens.steering.plan import Plan
 from steerlens.steering.residual import Steering, build_tables, check_plan
 
@@ -44,16 +45,22 @@ class SamplingConfig:
     top_p: float = 1.0
     """Sample among the fewest tokens whose probabilities reach p (Holtzman et al. 2020); at least one."""
     stop: str | tuple[str, ...] = ()
-    """Texts that end a row; a row's text ends before them, its tokens hold them."""
+    """Texts that end a row, special tokens among them; a row's text ends before them, its tokens hold them."""
+    stop_ids: tuple[int, ...] = ()
+    """Token ids that end a row, besides those that the model names itself."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "stop", (self.stop,) if isinstance(self.stop, str) else tuple(self.stop))
+        object.__setattr__(self, "stop_ids", tuple(self.stop_ids))
         rules = {
             "max_new_tokens must be at least 1": self.max_new_tokens >= 1,
             "temperature must be 0 (greedy) or above": self.temperature >= 0,
             "top_k must be at least 1, or None": self.top_k is None or self.top_k >= 1,
             "top_p must be in (0, 1]": 0 < self.top_p <= 1,
-            "a stop text must not be empty": all(self.stop),
+            "a stop text must be a text, and not empty": all(isinstance(stop, str) and stop for stop in self.stop),
+            "a stop id must be a whole number from 0 on": all(
+                type(stop) is int and stop >= 0 for stop in self.stop_ids
+            ),
         }
         for rule, holds in rules.items():
             if not holds:
@@ -88,6 +95,7 @@ def generate(
     top_k: int | None = None,
     top_p: float = 1.0,
     stop: str | Sequence[str] = (),
+    stop_ids: Sequence[int] = (),
     seed: int | Sequence[int] = 0,
     batch_size: int = 16,
     prompt_format: PromptFormat = PromptFormat(),
@@ -97,6 +105,7 @@ def generate(
 
     Args:
         steering: One plan for all prompts, or one per prompt; None is no steering.
+        stop, stop_ids: Texts, special tokens among them, and token ids that end a row, besides the model's own.
         seed: One seed for all rows, or one per row. Rows with the same prompt, plan and seed get the same text.
         prompt_format: Chat template or plain; see `PromptFormat`.
         progress: Show tokens per second and the time left.
@@ -108,7 +117,12 @@ def generate(
         >>> generate(model, ["Describe rain."], steering=vector.at(3))[0].text      # doctest: +SKIP
     """
     sampling = SamplingConfig(
-        max_new_tokens, temperature, top_k, top_p, (stop,) if isinstance(stop, str) else tuple(stop)
+        max_new_tokens,
+        temperature,
+        top_k,
+        top_p,
+        stop if isinstance(stop, str) else tuple(stop),
+        tuple(stop_ids),
     )
     rows = stream(
         model,
@@ -148,6 +162,7 @@ def stream(
             raise SteerlensError(f"seed must be in [0, 2**63), got {value}")
     for plan in {id(plan): plan for plan in plans}.values():
         check_plan(model, plan)
+    check_stop_ids(model, sampling.stop_ids)
     rows = encode_all(model, prompts, prompt_format, room=sampling.max_new_tokens)
     with Progress(len(rows), sampling.max_new_tokens, disable=not progress) as bar:
         for indices in length_sorted_batches([len(row) for row in rows], batch_size):
@@ -202,15 +217,16 @@ class _Row:
 
     def finished(self, tokenizer: Any, sampling: SamplingConfig, stops: tuple[int, ...]) -> Generation | None:
         """The finished row, or None while it goes on."""
-        text = _decode(tokenizer, self.tokens) if sampling.stop else ""
-        cut = min((found for stop in sampling.stop if (found := text.find(stop)) >= 0), default=None)
+        before = before_stop(tokenizer, self.tokens, sampling.stop) if sampling.stop else None
         if self.tokens[-1] in stops:
             # Not every stop id is a special token of its tokenizer, so the text leaves the last one out by itself.
-            return self._generation(_decode(tokenizer, self.tokens[:-1]), "eos")
-        if cut is not None:
-            return self._generation(text[:cut], "stop")
+            return self._generation(decode(tokenizer, self.tokens[:-1]), "eos")
+        if before is not None:
+            return self._generation(before, "stop")
+        if self.tokens[-1] in sampling.stop_ids:
+            return self._generation(decode(tokenizer, self.tokens[:-1]), "stop")
         if len(self.tokens) >= sampling.max_new_tokens:
-            return self._generation(_decode(tokenizer, self.tokens), "length")
+            return self._generation(decode(tokenizer, self.tokens), "length")
         return None
 
     def _generation(self, text: str, reason: FinishReason) -> Generation:
@@ -220,10 +236,6 @@ class _Row:
             low, high = step.bounds(len(self.prompt))
             steered += max(0, min(high, computed) - low)
         return Generation(self.index, text, tuple(self.prompt), tuple(self.tokens), reason, self.seed, steered)
-
-
-def _decode(tokenizer: Any, tokens: Sequence[int]) -> str:
-    return str(tokenizer.decode(list(tokens), skip_special_tokens=True, clean_up_tokenization_spaces=False))
 
 
 def _uniforms(seed: int, count: int) -> Float[Tensor, " count"]:

@@ -1,5 +1,6 @@
 """Sampling: the same text every way, exact limits and reasons, and a model that is left as it was."""
 
+import copy
 import random
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -10,6 +11,7 @@ import torch
 from steerlens.errors import ModelError, SteerlensError
 from steerlens.models.facts import stop_ids
 from steerlens.models.prompts import PromptFormat, encode
+from steerlens.models.stops import before_stop, decode
 from steerlens.steering import sampling
 from steerlens.steering.plan import Intervention, Plan
 from steerlens.steering.residual import LayerTable
@@ -18,6 +20,7 @@ from tests.conftest import Subject, hooks_on
 from tests.near_ties import assert_same_text
 from tests.reference.plain_loop import PlainText, Rule, Step, plain_greedy
 from tests.steps import OPERATORS, RULES, as_plan, step, unit
+from tests.tiny_models import byte_tokenizer
 
 PROMPTS = [
     "a",
@@ -438,6 +441,47 @@ def test_the_earliest_of_several_stop_texts_ends_the_text(llama: Subject) -> Non
     assert same.text == free.text[:7]
 
 
+@pytest.mark.parametrize("and_before", [False, True])
+def test_a_stop_text_may_be_or_hold_a_special_token(
+    llama: Subject, monkeypatch: pytest.MonkeyPatch, and_before: bool
+) -> None:
+    [free] = generate(llama.model, ["Describe rain."], max_new_tokens=20)
+    character = free.text[7]
+    assert character not in free.text[:7]
+    tokenizer = copy.deepcopy(llama.model.tokenizer)
+    tokenizer.add_special_tokens({"additional_special_tokens": [character]})
+    monkeypatch.setattr(llama.model, "tokenizer", tokenizer)
+    stop = free.text[6:8] if and_before else character
+    [row] = generate(llama.model, ["Describe rain."], max_new_tokens=20, stop=stop)
+    assert (row.tokens, row.finish_reason) == (free.tokens[:8], "stop")
+    assert row.text == free.text[: 6 if and_before else 7]
+
+
+def test_the_text_before_a_stop_leaves_out_special_tokens() -> None:
+    tokenizer = byte_tokenizer()
+    tokens = tokenizer("a<turn>bé<turn>cd", add_special_tokens=False)["input_ids"]
+    expected = {"é": "ab", "<turn>c": "abé", "é<turn>": "ab", "d": "abéc", "b": "a", "<turn>": "a", "a": "", "z": None}
+    assert {stop: before_stop(tokenizer, tokens, [stop]) for stop in expected} == expected
+
+
+def test_stop_ids_end_a_row_and_its_text_leaves_them_out(tiny: Subject) -> None:
+    free = generate(tiny.model, PROMPTS, max_new_tokens=20)
+    stop = next(row.tokens[4] for row in free if row.finish_reason == "length")
+    cut = generate(tiny.model, PROMPTS, max_new_tokens=20, stop_ids=[stop])
+    for before, after in zip(free, cut, strict=True):
+        if stop not in before.tokens:
+            assert after == before
+            continue
+        length = before.tokens.index(stop) + 1
+        assert (after.tokens, after.finish_reason) == (before.tokens[:length], "stop")
+        assert after.text == decode(tiny.model.tokenizer, before.tokens[: length - 1])
+
+
+def test_a_stop_id_outside_the_vocabulary_is_refused(tiny: Subject) -> None:
+    with pytest.raises(SteerlensError, match=r"a stop id must be in \[0, 260\), the model's vocabulary, got 260"):
+        generate(tiny.model, ["a"], stop_ids=[3, 260])
+
+
 def test_every_stop_id_of_the_model_ends_a_row_and_its_text_leaves_it_out(
     tiny: Subject, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -605,7 +649,8 @@ def test_a_list_of_another_length_than_the_prompts_is_refused(llama: Subject, na
         ({"top_k": 0}, "top_k must be at least 1"),
         ({"top_p": 0.0}, r"top_p must be in \(0, 1\]"),
         ({"top_p": 1.1}, r"top_p must be in \(0, 1\]"),
-        ({"stop": ("",)}, "a stop text must not be empty"),
+        ({"stop": ("",)}, "a stop text must be a text, and not empty"),
+        ({"stop_ids": (-1,)}, "a stop id must be a whole number"),
     ],
     ids=str,
 )
