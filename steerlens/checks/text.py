@@ -3,6 +3,7 @@
 import functools
 import importlib.metadata
 import importlib.resources
+from itertools import pairwise
 
 
 def sentence_splitter() -> str:
@@ -21,10 +22,19 @@ def has_punkt() -> bool:
     return True
 
 
+PLACEHOLDERS = "ƪȸȹᓰᓱᓳᓴᓷᓸ∮∯⌬⎋☄☇☈☉☏☝♝♟♨♬♭✂"
+"""What pysbd writes in the place of points, brackets and quotes while it works; in a text they would be taken for these."""
+
+
+_STAND_INS = str.maketrans({sign: "ɐ" if sign.isalpha() else "✶" for sign in PLACEHOLDERS})
+
+
 def split_sentences(text: str) -> list[str]:
-    """The sentences of an English text, by pysbd; line breaks do not end one."""
+    """The sentences of an English text, by pysbd; line breaks do not end one. Every sign of the text is in one of them."""
     import pysbd
 
     # A new segmenter each time, since it keeps the text. Line breaks end a sentence in pysbd, but not in Punkt.
-    sentences: list[str] = pysbd.Segmenter(language="en", clean=False).segment(" ".join(text.split()))
-    return sentences
+    line = " ".join(text.split())
+    found = pysbd.Segmenter(language="en", clean=False, char_span=True).segment(line.translate(_STAND_INS))
+    ends = [*(sentence.start for sentence in found[1:]), len(line)]
+    return [line[start:end] for start, end in pairwise([0, *ends])] if found else []
