@@ -1,4 +1,4 @@
-"""Generations on disk: written before they are scored, found again by what they depend on.
+"""Files: names and keys made of content, whole or not at all, and journals of generations that a rerun finds again.
 
 A generation's key is a hash of all that decides its text: model weights, prompt, format, sampling settings, seed, and the plan
 with the numbers of its vectors. The file is a journal of JSON lines, one batch at a time, flushed to the disk; a line cut short
@@ -6,15 +6,19 @@ by a kill is dropped when the file is opened again. So a rerun finds exactly wha
 stale, because it asks for other keys.
 """
 
-import fcntl
+import errno
 import hashlib
+import importlib
 import json
 import os
+import re
 import tempfile
+import unicodedata
+import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any
 
 from steerlens.errors import DataError
 
@@ -23,8 +27,49 @@ if TYPE_CHECKING:
 
 
 def content_key(content: Any) -> str:
-    """16 hex digits of plain data (numbers, strings, lists, dicts), whatever the order of its keys."""
-    return hashlib.sha256(json.dumps(content, sort_keys=True, ensure_ascii=False).encode()).hexdigest()[:16]
+    """16 hex digits of plain data (numbers, NumPy's too, strings, lists, dicts), whatever the order of its keys."""
+    text = json.dumps(content, sort_keys=True, ensure_ascii=False, default=_plain_number)
+    return hashlib.sha256(text.encode(errors="surrogatepass")).hexdigest()[:16]
+
+
+def _plain_number(value: Any) -> Any:
+    if not hasattr(value, "tolist"):
+        raise TypeError(f"a key is made of numbers, strings, lists and dicts, got {value!r} ({type(value).__name__})")
+    return value.tolist()
+
+
+_QUOTES = str.maketrans("‘’‚‛“”„‟", "'" * 4 + '"' * 4)
+
+
+def query_key(text: str) -> str:
+    """What two spellings of one query have in common: their text up to case, white space, quotes and Unicode form.
+
+    Wherever queries are told apart (splits, what was trained on, the clusters of an interval), they are told apart by this.
+
+    >>> query_key("Say  “É”!") == query_key("say \\"e\\u0301\\"!")
+    True
+    """
+    folded = unicodedata.normalize("NFKC", text).casefold().translate(_QUOTES)
+    # Folding can undo a composed form; format characters (a soft hyphen, a byte order mark) are not seen.
+    seen = "".join(sign for sign in unicodedata.normalize("NFKC", folded) if unicodedata.category(sign) != "Cf")
+    return " ".join(seen.split()) or text
+
+
+def file_name(name: str, suffix: str) -> str:
+    """A file's name for content of this name: readable, safe on every file system, at most 64 characters and the suffix.
+
+    Names that differ, if only in case, have different files: the name's hash is part of it.
+
+    >>> file_name("punctuation:no_comma", ".safetensors")
+    'punctuation.no_comma-bd7cd47c.safetensors'
+    """
+    readable = re.sub(r"[^a-z0-9_]+", ".", name.lower()).strip(".")[:55]
+    return f"{readable}-{content_key(name)[:8]}{suffix}"
+
+
+def user_path(path: str | os.PathLike[str]) -> Path:
+    """A path that a user gave, with `~` for the home folder."""
+    return Path(path).expanduser()
 
 
 def derived_seed(*parts: Any) -> int:
@@ -38,7 +83,7 @@ def writable_folder(path: str | Path) -> Path:
     Raises:
         DataError: if it cannot be made or written to.
     """
-    folder = Path(path)
+    folder = user_path(path)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
@@ -65,9 +110,9 @@ def start_folder(folder: Path, identity: str, settings: Mapping[str, Any], resul
 @contextmanager
 def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
     """A scratch path beside `path`, whose file takes its place if the block succeeds and is gone if it does not."""
-    path = Path(path)
+    path = user_path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    scratch = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    scratch = path.with_name(f".{path.name[:200]}.{os.getpid()}.tmp")
     try:
         yield scratch
         os.replace(scratch, path)
@@ -78,8 +123,9 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
 def write_atomically(path: str | os.PathLike[str], text: str) -> Path:
     """Write a text file that appears whole or not at all."""
     with atomic_path(path) as scratch:
-        scratch.write_text(text, encoding="utf-8", newline="\n")
-    return Path(path)
+        # What is no character (half of a surrogate pair) is escaped, as in JSON: nothing is lost for it.
+        scratch.write_text(text, encoding="utf-8", errors="backslashreplace", newline="\n")
+    return user_path(path)
 
 
 def json_lines(frame: "pd.DataFrame") -> str:
@@ -97,21 +143,32 @@ class Journal:
     """
 
     def __init__(self, path: str | Path) -> None:
-        self.path = Path(path)
+        self.path = user_path(path)
         self.records: dict[str, dict[str, Any]] = {}
         self._file = open(self.path, "ab", buffering=0)  # noqa: SIM115 (closed by close)
         try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            self._file.close()
-            raise DataError(
-                f"one run writes to {str(self.path)!r} at a time, and another holds it; wait for it, or choose another folder"
-            ) from error
-        try:
+            self._take()
             self._recover()
         except BaseException:
             self._file.close()
             raise
+
+    def _take(self) -> None:
+        """Lock the file; where it cannot be locked, go on and say so, since work is worth more than the guard."""
+        try:
+            _lock(self._file)
+        except OSError as error:
+            if error.errno in _HELD:
+                raise DataError(
+                    f"one run writes to {str(self.path)!r} at a time, and another holds it; wait for it, or choose "
+                    "another folder"
+                ) from error
+            if error.errno not in _NO_LOCKS:
+                raise
+            warnings.warn(
+                f"{str(self.path)!r} cannot be locked ({error.strerror}): see to it that one run writes to it at a time",
+                stacklevel=4,
+            )
 
     def _recover(self) -> None:
         """Read what is whole; cut off a last line that a kill left unfinished."""
@@ -135,7 +192,7 @@ class Journal:
         """Add records and wait until they are on the disk; a key that is already there is not written again."""
         new = [dict(record) for record in records if record["key"] not in self.records]
         lines = [json.dumps(record, ensure_ascii=False) + "\n" for record in new]
-        data = "".join(lines).encode()
+        data = "".join(lines).encode(errors="backslashreplace")  # half of a surrogate pair becomes its JSON escape
         if (written := self._file.write(data)) != len(data):  # one call, so that a kill leaves all of it or nothing
             raise DataError(
                 f"{self.path}: wrote {written} of {len(data)} bytes; is the disk full? Make room, and run again"
@@ -151,3 +208,38 @@ class Journal:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+_HELD = (errno.EACCES, errno.EAGAIN, errno.EWOULDBLOCK)
+"""What a lock is refused with where another process holds it."""
+
+
+_NO_LOCKS = (errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK)
+"""What it is refused with where there are no locks: on some network and cloud file systems."""
+
+
+_LOCKED_BYTE = 2**31 - 2
+"""On Windows a locked byte cannot be read, so the one that stands for the file lies beyond its end."""
+
+
+def _lock(file: IO[bytes]) -> None:
+    """Take the file for this process. The lock goes with the file's closing, also by a kill.
+
+    Raises:
+        OSError: if another process holds it, or the file system or the platform has no locks.
+    """
+    try:
+        import fcntl
+    except ImportError:
+        _lock_byte(file)
+    else:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+
+def _lock_byte(file: IO[bytes]) -> None:
+    try:
+        msvcrt: Any = importlib.import_module("msvcrt")
+    except ImportError as error:
+        raise OSError(errno.ENOSYS, "this platform has no locks") from error
+    os.lseek(file.fileno(), _LOCKED_BYTE, os.SEEK_SET)  # appending is at the file's end all the same
+    msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)

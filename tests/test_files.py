@@ -1,15 +1,28 @@
 """The journal of generations: nothing lost, nothing doubled, nothing half-written."""
 
+import errno
+import fcntl
 import json
 import os
 import stat
 import subprocess
 import sys
+import types
 
+import numpy as np
 import pytest
 
 from steerlens.errors import DataError
-from steerlens.files import Journal, atomic_path, content_key, derived_seed, writable_folder, write_atomically
+from steerlens.files import (
+    Journal,
+    atomic_path,
+    content_key,
+    derived_seed,
+    file_name,
+    query_key,
+    writable_folder,
+    write_atomically,
+)
 from steerlens.study.config import pairs_for
 
 
@@ -23,6 +36,134 @@ def test_seeds_are_31_bit_and_depend_on_every_part():
     seeds = {derived_seed(run, query, trial) for run in range(3) for query in ("a", "b") for trial in range(3)}
     assert len(seeds) == 18
     assert all(0 <= seed < 2**31 for seed in seeds)
+
+
+def test_numpy_numbers_make_the_keys_of_plain_ones():
+    assert content_key([np.int64(3), np.float32(0.5), np.array([1, 2])]) == content_key([3, 0.5, [1, 2]])
+    with pytest.raises(TypeError, match="a key is made of numbers, strings, lists and dicts"):
+        content_key([object()])
+
+
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [
+        ("Name a bird.", "  name\tA\nBIRD. "),
+        ("Caf\u00e9?", "cafe\u0301?"),
+        ("Ask \u201cwho\u2019s there\u201d.", 'Ask "who\'s there".'),
+        ("Ｆｕｌｌ width", "full\u00a0width"),
+        ("The of\u00adfice", "\ufeffThe o\ufb03ce".replace("o\ufb03", "of\u200bfi")),
+        ("STRASSE", "straße"),
+    ],
+)
+def test_spellings_of_one_query_have_one_key(first: str, second: str) -> None:
+    assert query_key(first) == query_key(second) == query_key(query_key(first))
+
+
+@pytest.mark.parametrize("other", ["Name a bird?", "Name birds.", "Name a-bird.", "Name á bird.", "Namea bird."])
+def test_other_queries_have_other_keys(other: str) -> None:
+    assert query_key("Name a bird.") != query_key(other)
+
+
+NAMES = [
+    "my.x:y",
+    "my:x.y",
+    "MY:x.y",
+    "my:x/y",
+    "my:x\\y",
+    "my:x+y:z",
+    "con",
+    "..",
+    "+".join(["keywords:existence"] * 30),
+    "мой:чек",
+]
+
+
+def test_names_that_differ_have_files_that_differ_on_any_file_system(tmp_path):
+    files = [file_name(name, ".safetensors") for name in NAMES]
+    assert len({name.lower() for name in files}) == len(NAMES)
+    assert max(map(len, files)) <= 64 + len(".safetensors")
+    for name in files:
+        assert set(name) <= set("abcdefghijklmnopqrstuvwxyz0123456789._-")
+        write_atomically(tmp_path / name, name)
+    assert len(list(tmp_path.iterdir())) == len(NAMES)
+
+
+def test_a_tilde_in_a_path_is_the_home_folder(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.chdir(tmp_path)
+    assert writable_folder("~/run") == tmp_path / "home" / "run"
+    assert write_atomically("~/table.csv", "x") == tmp_path / "home" / "table.csv"
+    with Journal("~/journal.jsonl") as journal:
+        journal.append([{"key": "a"}])
+    assert {path.name for path in (tmp_path / "home").iterdir()} == {"run", "table.csv", "journal.jsonl"}
+    assert not (tmp_path / "~").exists()
+
+
+def test_half_of_a_surrogate_pair_is_kept_and_stops_no_run(tmp_path):
+    text = "broken \ud83d emoji, whole \U0001f600"
+    with Journal(tmp_path / "journal.jsonl") as journal:
+        journal.append([{"key": content_key(text), "text": text}])
+    with Journal(tmp_path / "journal.jsonl") as journal:
+        assert journal.records[content_key(text)]["text"] == text
+    (tmp_path / "journal.jsonl").read_text(encoding="utf-8")
+    assert "\\ud83d" in write_atomically(tmp_path / "table.csv", text).read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("number", [errno.ENOTSUP, errno.ENOLCK, errno.ENOSYS])
+def test_a_file_system_without_locks_is_said_and_used(tmp_path, monkeypatch, number):
+    def refused(*_: object) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(fcntl, "flock", refused)
+    with (
+        pytest.warns(UserWarning, match=r"journal\.jsonl' cannot be locked .*: see to it that one run"),
+        Journal(tmp_path / "journal.jsonl") as journal,
+    ):
+        journal.append([{"key": "a"}])
+    assert (tmp_path / "journal.jsonl").read_text() == '{"key": "a"}\n'
+
+
+def test_another_error_of_a_lock_travels(tmp_path, monkeypatch):
+    def refused(*_: object) -> None:
+        raise OSError(errno.EIO, "broken disk")
+
+    monkeypatch.setattr(fcntl, "flock", refused)
+    with pytest.raises(OSError, match="broken disk"):
+        Journal(tmp_path / "journal.jsonl")
+
+
+@pytest.mark.parametrize("held", [False, True])
+def test_without_fcntl_a_byte_beyond_the_end_is_locked_as_windows_does_it(tmp_path, monkeypatch, held):
+    locked: list[int] = []
+
+    def locking(descriptor: int, mode: int, n: int) -> None:
+        locked.append(os.lseek(descriptor, 0, os.SEEK_CUR))
+        if held:
+            raise PermissionError(errno.EACCES, "Permission denied")
+
+    monkeypatch.setitem(sys.modules, "fcntl", None)
+    monkeypatch.setitem(sys.modules, "msvcrt", types.SimpleNamespace(locking=locking, LK_NBLCK=2))
+    path = tmp_path / "journal.jsonl"
+    if held:
+        with pytest.raises(DataError, match="one run writes to"):
+            Journal(path)
+    else:
+        for key in "ab":
+            with Journal(path) as journal:
+                journal.append([{"key": key}])
+        assert path.read_text() == '{"key": "a"}\n{"key": "b"}\n'
+    assert min(locked) > 2**30
+
+
+def test_the_package_can_be_imported_where_nothing_locks(tmp_path):
+    code = (
+        "import sys, warnings; sys.modules['fcntl'] = None; warnings.simplefilter('ignore')\n"
+        "from steerlens.files import Journal\n"
+        f"with Journal({str(tmp_path / 'journal.jsonl')!r}) as journal: journal.append([{{'key': 'a'}}])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "journal.jsonl").read_text() == '{"key": "a"}\n'
 
 
 def test_a_journal_gives_back_what_was_appended(tmp_path):

@@ -25,7 +25,7 @@ from steerlens.data.load import BUNDLED_QUERIES, load_pairs
 from steerlens.data.pairs import PairSet, query_key
 from steerlens.errors import DataError, SteerlensError
 from steerlens.figures.report import write_report
-from steerlens.files import Journal, content_key, json_lines, start_folder, writable_folder, write_atomically
+from steerlens.files import Journal, content_key, file_name, json_lines, start_folder, writable_folder, write_atomically
 from steerlens.models.facts import check_layer, library_versions, model_digest, model_facts, model_id
 from steerlens.models.load import load_model
 from steerlens.models.prompts import PromptFormat, encode_all, template_digest
@@ -273,7 +273,7 @@ def _vectors(
     All or none, because another batch rounds differently, and a run that goes on must get the very same vectors.
     """
     parts = train.by_instruction()
-    paths = {name: folder / "vectors" / f"{name.replace(':', '.')}.safetensors" for name in parts}
+    paths = {name: folder / "vectors" / file_name(name, ".safetensors") for name in parts}
     digest = content_key(
         [
             model_digest(model),

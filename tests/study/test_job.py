@@ -12,9 +12,12 @@ from typing import Any
 
 import pandas as pd
 import pytest
+import torch
 
+from steerlens.checks.registry import register_check
 from steerlens.data.pairs import InstructionPair, PairSet
 from steerlens.errors import DataError, SteerlensError
+from steerlens.files import file_name
 from steerlens.study.config import RunConfig
 from steerlens.study.job import run, select_pairs
 from steerlens.vectors.vector import SteeringVector
@@ -62,7 +65,7 @@ def results(folder: Path) -> dict[str, bytes]:
 def test_a_run_leaves_everything_it_promises(config, tmp_path):
     done = run(config, tmp_path / "run", progress=False, command="the command")
     names = {str(path.relative_to(done.folder)) for path in done.folder.rglob("*") if path.is_file()}
-    vectors = {f"vectors/{name.replace(':', '.')}.safetensors" for name in (NO_COMMA, LOWERCASE)}
+    vectors = {f"vectors/{file_name(name, '.safetensors')}" for name in (NO_COMMA, LOWERCASE)}
     assert names == {*RESULTS, *vectors, "config.json", "generations.jsonl", "report.html"}
     assert set(done.evaluation.scores["instruction"]) == {NO_COMMA, LOWERCASE}
     stored = pd.read_json(done.folder / "scores.jsonl", lines=True)
@@ -82,6 +85,37 @@ def test_a_second_run_generates_nothing_and_changes_nothing(config, tmp_path, mo
     second = run(config, tmp_path, progress=False)
     assert (results(tmp_path), (tmp_path / "generations.jsonl").read_bytes()) == before
     assert first.facts["identity"] == second.facts["identity"]
+
+
+@pytest.fixture
+def own_checks(monkeypatch):
+    """Two checks whose ids differ in where a point and a colon stand."""
+    monkeypatch.setattr("steerlens.checks.registry._REGISTERED", {})
+
+    @register_check("my.x:y")
+    def one(response):
+        return "a" in response
+
+    @register_check("my:x.y")
+    def two(response):
+        return "b" in response
+
+
+def test_vectors_of_names_that_look_alike_or_are_long_are_kept_apart(config, own_checks, tmp_path):
+    long = "+".join(f"keywords:{name}" for name in ["existence"] * 6)
+    arguments = [{"keywords": [word]} for word in ["alpha", "beta", "gamma", "delta", "epsilon", "zeta"]]
+    PairSet(
+        InstructionPair(f"Say {n}.", text, ids.split("+"), kwargs)
+        for n in range(6)
+        for ids, text, kwargs in (("my.x:y", "Say a.", ()), ("my:x.y", "Write b.", ()), (long, "All six.", arguments))
+    ).save(tmp_path / "pairs.jsonl")
+    config = replace(config, pairs=str(tmp_path / "pairs.jsonl"), n_valid=1, n_test=1, layers=(1,))
+    first = run(config, tmp_path / "run", progress=False)
+    again = run(config, tmp_path / "run", progress=False)
+    assert set(again.vectors) == {"my.x:y", "my:x.y", long}
+    for name, vector in again.vectors.items():
+        assert vector.metadata["instruction"] == name
+        assert torch.equal(vector.directions[1], first.vectors[name].directions[1])
 
 
 @pytest.mark.parametrize("change", [{"max_new_tokens": 13}, {"seed": 1}, {"n_train": 5}, {"coeffs": (2.0,)}])
