@@ -38,7 +38,7 @@ def _plain_number(value: Any) -> Any:
     return value.tolist()
 
 
-_QUOTES = str.maketrans("‘’‚‛“”„‟", "'" * 4 + '"' * 4)
+_QUOTES = str.maketrans("‘’‚‛“”„‟", "'" * 4 + '"' * 4)  # noqa: RUF001
 
 
 def query_key(text: str) -> str:

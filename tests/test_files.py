@@ -50,7 +50,7 @@ def test_numpy_numbers_make_the_keys_of_plain_ones():
         ("Name a bird.", "  name\tA\nBIRD. "),
         ("Caf\u00e9?", "cafe\u0301?"),
         ("Ask \u201cwho\u2019s there\u201d.", 'Ask "who\'s there".'),
-        ("Ｆｕｌｌ width", "full\u00a0width"),
+        ("\uff26\uff55\uff4c\uff4c width", "full\u00a0width"),
         ("The of\u00adfice", "\ufeffThe o\ufb03ce".replace("o\ufb03", "of\u200bfi")),
         ("STRASSE", "straße"),
     ],

@@ -9,7 +9,7 @@ from steerlens.checks.registry import check
 from steerlens.checks.text import PLACEHOLDERS, split_sentences
 from steerlens.data.families import sentence_count
 
-PUNCTUATION = "«»°ûũǃʼ،‘’“”⁃。「」！（）．？"
+PUNCTUATION = "«»°ûũǃʼ،‘’“”⁃。「」！（）．？"  # noqa: RUF001
 """The signs beyond ASCII that pysbd reads as what they are."""
 
 UNUSED = ("languages", "cleaner", "about", "__init__")

@@ -72,7 +72,7 @@ def test_a_run_leaves_everything_it_promises(config, tmp_path):
     assert stored["response"].tolist() == done.evaluation.scores["response"].tolist()
     assert json.loads((done.folder / "config.json").read_text())["identity"] == done.facts["identity"]
     assert "the command" in done.report.read_text()
-    loaded = SteeringVector.load(done.folder / "vectors" / "punctuation.no_comma.safetensors")
+    loaded = SteeringVector.load(done.folder / "vectors" / file_name(NO_COMMA, ".safetensors"))
     assert loaded.layers == (0, 1, 2, 3)
     assert loaded.metadata["instruction"] == NO_COMMA
 
