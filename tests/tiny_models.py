@@ -40,7 +40,7 @@ def byte_tokenizer(*, chat_template: str | None = None) -> PreTrainedTokenizerFa
     return tokenizer
 
 
-def widen(model: torch.nn.Module, tokenizer: PreTrainedTokenizerFast, *, seed: int) -> None:
+def widen(model: torch.nn.Module, tokenizer: PreTrainedTokenizerFast, *, seed: int, eos_gain: float = 3.0) -> None:
     """Redraw every matrix with a standard deviation of 0.4; norms and biases get a little noise, too."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
@@ -54,7 +54,7 @@ def widen(model: torch.nn.Module, tokenizer: PreTrainedTokenizerFast, *, seed: i
         silent += [tokenizer.convert_tokens_to_ids(token) for token in (BOS, PAD, TURN)]
         readout = model.get_output_embeddings().weight
         readout[silent] = 0.0
-        readout[tokenizer.eos_token_id] *= 3.0  # so that some rows stop early
+        readout[tokenizer.eos_token_id] *= eos_gain  # so that some rows stop early
 
 
 def save_tiny_llama(folder: Path, *, seed: int = 0) -> Path:
@@ -71,7 +71,7 @@ def save_tiny_llama(folder: Path, *, seed: int = 0) -> Path:
         tie_word_embeddings=False,
         **special_ids(tokenizer),
     )
-    return _save(LlamaForCausalLM(config), tokenizer, folder, seed=seed)
+    return save(LlamaForCausalLM(config), tokenizer, folder, seed=seed)
 
 
 def save_tiny_gpt2(folder: Path, *, seed: int = 0) -> Path:
@@ -86,15 +86,18 @@ def save_tiny_gpt2(folder: Path, *, seed: int = 0) -> Path:
         tie_word_embeddings=False,
         **special_ids(tokenizer),
     )
-    return _save(GPT2LMHeadModel(config), tokenizer, folder, seed=seed)
+    return save(GPT2LMHeadModel(config), tokenizer, folder, seed=seed)
 
 
 def special_ids(tokenizer: PreTrainedTokenizerFast) -> dict[str, int]:
     return {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad")}
 
 
-def _save(model: torch.nn.Module, tokenizer: PreTrainedTokenizerFast, folder: Path, *, seed: int) -> Path:
-    widen(model, tokenizer, seed=seed)
+def save(
+    model: torch.nn.Module, tokenizer: PreTrainedTokenizerFast, folder: Path, *, seed: int, eos_gain: float = 3.0
+) -> Path:
+    """The model with wide weights as a Hugging Face folder; `eos_gain` is how readily it stops."""
+    widen(model, tokenizer, seed=seed, eos_gain=eos_gain)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder

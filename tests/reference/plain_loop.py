@@ -72,9 +72,22 @@ def changed(h: torch.Tensor, step: Step) -> torch.Tensor:
     return h + amount * (u if step.write is None else step.write)
 
 
+LAYER_LISTS = (
+    "model.layers",
+    "model.decoder.layers",
+    "gpt_neox.layers",
+    "backbone.layers",
+    "transformer.h",
+    "transformer.blocks",
+)
+"""Where Hugging Face's decoders keep their blocks."""
+
+
 def decoder_layers(hf_model: Any) -> Sequence[torch.nn.Module]:
-    """The blocks of a Llama-like or GPT-2-like model."""
-    return hf_model.model.layers if hasattr(hf_model, "model") else hf_model.transformer.h
+    """The blocks of a decoder."""
+    modules = dict(hf_model.named_modules())
+    (found,) = (modules[name] for name in LAYER_LISTS if name in modules)
+    return found
 
 
 def plain_logits(

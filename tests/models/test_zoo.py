@@ -1,0 +1,162 @@
+"""Every architecture of the zoo is right or refused: it gives what Hugging Face gives for one prompt alone, or a sentence."""
+
+import json
+from collections.abc import Callable, Iterable
+from dataclasses import replace
+from functools import cached_property, partial
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import pytest
+from transformers import AutoModelForCausalLM
+
+from steerlens.data.pairs import InstructionPair, PairSet
+from steerlens.errors import ModelError, SteerlensError
+from steerlens.models.load import load_model
+from steerlens.models.prompts import encode
+from steerlens.steering.sampling import generate
+from steerlens.vectors.activations import record_activations
+from tests.conftest import hooks_on
+from tests.near_ties import assert_same_text
+from tests.reference.plain_capture import last_residuals
+from tests.reference.plain_loop import PlainText, Step, plain_greedy
+from tests.steps import as_plan, step
+from tests.zoo import DEPTH, OTHERS, ZOO, save_animal
+
+PROMPTS = [
+    "a",
+    "Why?",
+    "Describe rain.",
+    "Name a river in the north.",
+    "Where do cats sleep at night, and why there?",
+    "Write one line about the sea, then one about tea, and stop there.",
+]
+QUERIES = ["Hm", "Describe rain.", "Tell me about tea and coffee, please."]
+INSTRUCTION = "Use capitals."
+PAIRS = PairSet([InstructionPair(query, INSTRUCTION, "change_case:english_capital") for query in QUERIES])
+NEW_TOKENS = 6
+EOS_ID = 1
+STEP = step("add", "all", layer=DEPTH // 2)
+
+
+class Subject:
+    """One animal: its folder, loaded by steerlens, and by Hugging Face alone."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    @cached_property
+    def model(self) -> Any:
+        return load_model(self.folder, progress=False)
+
+    @cached_property
+    def hf(self) -> Any:
+        # Eager attention: the fast kernels leave out softcaps.
+        return AutoModelForCausalLM.from_pretrained(
+            self.folder, local_files_only=True, attn_implementation="eager"
+        ).eval()
+
+
+@pytest.fixture(scope="module")
+def subjects(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Subject]:
+    root = tmp_path_factory.mktemp("zoo")
+    return {name: Subject(save_animal(name, root / name)) for name in ZOO | OTHERS}
+
+
+def text(subject: Subject, *, steps: tuple[Step, ...] = (), trials: int = 1) -> None:
+    """Greedy text of one batch is Hugging Face's own of each prompt alone; a stop text makes rows leave early."""
+    plain = [
+        plain_greedy(subject.hf, encode(subject.model, prompt), steps, max_new_tokens=NEW_TOKENS, stop_ids=[EOS_ID])
+        for prompt in PROMPTS
+    ]
+    stop_id = next(one.tokens[2] for one in plain if EOS_ID not in one.tokens[:3])
+    got = generate(
+        subject.model,
+        PROMPTS * trials,
+        steering=as_plan(steps),
+        max_new_tokens=NEW_TOKENS,
+        stop=subject.model.tokenizer.decode([stop_id]),
+    )
+    assert_same_text([up_to(stop_id, one) for one in plain] * trials, [generation.tokens for generation in got])
+
+
+def up_to(stop_id: int, plain: PlainText) -> PlainText:
+    """The text up to a token that ends it."""
+    end = plain.tokens.index(stop_id) + 1 if stop_id in plain.tokens else len(plain.tokens)
+    return replace(plain, tokens=plain.tokens[:end], gaps=plain.gaps[:end])
+
+
+def activations(subject: Subject) -> None:
+    """Recorded residuals are those of Hugging Face's decoder layers for each prompt alone."""
+    acts = record_activations(subject.model, PAIRS)
+    for pair, sides in zip(PAIRS, acts.resid, strict=True):
+        for condition, got in zip(("none", "text"), sides, strict=True):
+            expected = last_residuals(subject.hf, encode(subject.model, pair.text(condition)))
+            error = (got - expected).abs().amax(-1) / expected.abs().amax(-1)
+            assert float(error.max()) < 1e-4
+
+
+CHECKS: dict[str, Callable[[Subject], None]] = {
+    "text": text,
+    "steered text": partial(text, steps=(STEP,)),
+    "steered trials": partial(text, steps=(STEP,), trials=2),
+    "activations": activations,
+}
+
+TEXTS = ("text", "steered text", "steered trials")
+NO_GAPS = "prompts share a prefix, and a masked gap is counted by its "
+ROUNDED_UP = "the longest row of a batch, padding included, picks the rotary frequencies of all"
+KEPT_STATE = "the cache of a recurrent state cannot drop or repeat rows: a raw AttributeError or RuntimeError"
+NO_CACHE = "the model gives back no cache: a raw AttributeError, or what went before is lost without a word"
+NO_DECODER = "it loads, and fails when it is used"
+KNOWN_WRONG: dict[tuple[str, str], str] = {
+    ("gpt-neo", "activations"): NO_GAPS + "local window",
+    ("mpt", "activations"): NO_GAPS + "linear biases",
+    ("llama4-chunked", "activations"): NO_GAPS + "attention chunks",
+    **{("phi3-longrope", check): ROUNDED_UP for check in CHECKS},
+    **{(name, check): NO_CACHE for name in ("mamba", "mamba2", "recurrent-gemma") for check in TEXTS},
+    ("recurrent-gemma", "activations"): NO_CACHE,
+    **{("bamba", check): KEPT_STATE for check in TEXTS},
+    **{(name, check): KEPT_STATE for name in ("jamba", "falcon-h1", "lfm2", "qwen3-next") for check in CHECKS},
+    **{(name, "loading"): NO_DECODER for name in OTHERS},
+}
+"""What is neither right nor refused today, and how."""
+
+REFUSED: dict[tuple[str, str], str] = {}
+"""What is refused, with a part of the sentence, which names the architecture."""
+
+
+def cases(names: Iterable[str], checks: Iterable[str]) -> list[Any]:
+    """Every name with every check; what is known to be wrong must fail until it is mended."""
+    return [
+        pytest.param(name, check, id=f"{name}, {check}", marks=_known(KNOWN_WRONG.get((name, check))))
+        for name, check in product(names, checks)
+    ]
+
+
+def _known(reason: str | None) -> Any:
+    return () if reason is None else pytest.mark.xfail(reason=reason, strict=True)
+
+
+@pytest.mark.parametrize(("name", "check"), cases(ZOO, CHECKS))
+def test_an_architecture_gives_what_hugging_face_gives_for_one_prompt_alone_or_a_sentence(
+    name: str, check: str, subjects: dict[str, Subject]
+) -> None:
+    subject = subjects[name]
+    before = hooks_on(subject.model)  # TransformerLens keeps some of its own on some models
+    if (name, check) in REFUSED:
+        with pytest.raises(SteerlensError, match=REFUSED[name, check]):
+            CHECKS[check](subject)
+    else:
+        CHECKS[check](subject)
+    assert hooks_on(subject.model) == before
+
+
+@pytest.mark.parametrize(("name", "check"), cases(OTHERS, ["loading"]))
+def test_what_no_text_goes_on_from_is_refused_by_name_when_loading(
+    name: str, check: str, subjects: dict[str, Subject]
+) -> None:
+    architecture = json.loads((subjects[name].folder / "config.json").read_text())["architectures"][0]
+    with pytest.raises(ModelError, match=architecture):
+        load_model(subjects[name].folder, progress=False)
