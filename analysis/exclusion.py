@@ -19,10 +19,10 @@ from study import Frames, Study, conduct, lab, line
 
 from steerlens.data.families import keyword_pairs
 from steerlens.figures.theme import CONDITION_COLORS
+from steerlens.stats.rates import rates_and_quality
 from steerlens.steering.plan import Plan
 from steerlens.study.responses import Request, requests_for
 from steerlens.study.scores import score
-from steerlens.study.sweeps import summary
 from steerlens.vectors.estimators import fit_vectors
 
 
@@ -64,7 +64,7 @@ def measure(settings: Settings) -> Frames:
         scores = score(here.sampler, requests).join(pd.DataFrame(labels))
     scores["followed"] = scores["followed_strict"]
     words = scores[["word", "prompt"]].drop_duplicates()
-    return {"by_coefficient": summary(scores, ["method", "steered_layer", "size"]), "words": words}
+    return {"by_coefficient": rates_and_quality(scores, ["method", "steered_layer", "size"]), "words": words}
 
 
 def draw(frames: Frames) -> dict[str, go.Figure]:

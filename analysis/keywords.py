@@ -28,7 +28,7 @@ from steerlens.data.pairs import PairSet, query_key
 from steerlens.errors import DataError
 from steerlens.figures.cells import four_cells
 from steerlens.stats.comparisons import compare_cells
-from steerlens.stats.rates import quality_table, rate_table
+from steerlens.stats.rates import rates_and_quality
 from steerlens.study.responses import requests_for
 from steerlens.study.scores import score
 from steerlens.study.sweeps import Best
@@ -75,7 +75,7 @@ def measure(settings: Settings) -> Frames:
             scores = score(here.sampler, requests).assign(instruction=mode)
             scores["followed"] = scores["followed_strict"]
             keys = ["instruction", "condition"]
-            tables.append(rate_table(scores, keys).merge(quality_table(scores, keys), on=keys))
+            tables.append(rates_and_quality(scores, keys))
             comparisons.append(compare_cells(scores))
             for condition, best in chosen.items():
                 row = {"mode": mode, "condition": condition, "layer": best.layer, "coeff": best.coeff}

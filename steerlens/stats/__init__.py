@@ -22,6 +22,7 @@ if TYPE_CHECKING:
         effective_n as effective_n,
         quality_table as quality_table,
         rate_table as rate_table,
+        rates_and_quality as rates_and_quality,
         trial_spread as trial_spread,
         wilson_interval as wilson_interval,
     )

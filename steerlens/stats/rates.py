@@ -163,6 +163,38 @@ def quality_table(frame: pd.DataFrame, by: Sequence[str]) -> pd.DataFrame:
     return table.reset_index(drop=not by)
 
 
+def rates_and_quality(frame: pd.DataFrame, by: Sequence[str]) -> pd.DataFrame:
+    """What a study shows of each group of responses: the columns of `rate_table` and `quality_table` side by side.
+
+    The interval is over base queries: responses to one query, be they trials or several instructions, are not independent.
+    Where the frame can say so, strict (the rate of the strict verdicts), degenerate (the share of broken responses),
+    n_trials and trial_sd stand beside them.
+
+    Args:
+        frame: one row per response, as `score` gives them.
+        by: the columns to group by; none of them gives one row.
+
+    Returns:
+        One row per group, in the order in which groups are first seen. Rates and shares are in [0, 1].
+
+    Raises:
+        DataError: a missing column, or a response without a verdict.
+
+    Example:
+        >>> rates_and_quality(scores, by=["condition"])[["condition", "n"]].values.tolist()
+        [['none', 6], ['vector', 6]]
+    """
+    table = rate_table(frame, by, clusters="query")
+    parts = [quality_table(frame, by)]
+    for value, name in (("followed_strict", "strict"), ("degenerate", "degenerate")):
+        if value in frame:
+            parts.append(rate_table(frame, by, value)[["rate"]].rename(columns={"rate": name}))
+    if "trial" in frame:
+        parts.append(trial_spread(frame, by))
+    # Every part has the same groups in the same order.
+    return pd.concat([table, *(part.drop(columns=list(by), errors="ignore") for part in parts)], axis=1)
+
+
 def require_columns(frame: pd.DataFrame, columns: Sequence[str], *, what: str) -> None:
     """Refuse a table that lacks one of `columns`.
 

@@ -10,7 +10,7 @@ import pytest
 
 from steerlens.errors import DataError, SteerlensError
 from steerlens.stats.pareto import pareto_front
-from steerlens.stats.rates import quality_table, rate_table, trial_spread, wilson_interval
+from steerlens.stats.rates import quality_table, rate_table, rates_and_quality, trial_spread, wilson_interval
 from steerlens.stats.words import distinct_n, repetition, words
 
 COUNTS = [(0, 1), (1, 1), (0, 10), (3, 10), (10, 10), (50, 163), (162, 163), (5000, 10_000)]
@@ -238,3 +238,27 @@ def test_the_pareto_front_keeps_what_nothing_dominates_equals_included():
     assert pareto_front(frame, maximize=["rate"], minimize=["cost"]).index.tolist() == [0, 1, 2]
     with pytest.raises(SteerlensError, match="needs a column"):
         pareto_front(frame)
+
+
+def test_rates_and_quality_stand_side_by_side_for_the_same_groups():
+    rng = np.random.default_rng(0)
+    n = 60
+    frame = pd.DataFrame({"layer": rng.choice([1.0, np.nan], n), "condition": rng.choice(["a", "b", "c"], n)})
+    frame = frame.assign(query=rng.choice(list("pqrs"), n), trial=rng.integers(0, 3, n), finish_reason="eos")
+    for name in ("followed", "followed_strict", "degenerate"):
+        frame[name] = rng.random(n) < 0.5
+    for name in ("n_words", "repetition", "distinct_2", "perplexity"):
+        frame[name] = rng.random(n)
+    table = rates_and_quality(frame, ["layer", "condition"])
+    for row in table.to_dict("records"):
+        same = frame["layer"].isna() if math.isnan(row["layer"]) else frame["layer"] == row["layer"]
+        group = frame[same & (frame["condition"] == row["condition"])]
+        assert row["n"] == len(group)
+        assert row["n_trials"] == group["trial"].nunique()
+        means = {"rate": "followed", "strict": "followed_strict", "degenerate": "degenerate", "mean_words": "n_words"}
+        for column, value in means.items():
+            assert row[column] == pytest.approx(group[value].mean())
+    (whole,) = rates_and_quality(frame, []).to_dict("records")
+    assert (whole["n"], whole["strict"]) == (n, pytest.approx(frame["followed_strict"].mean()))
+    plain = rates_and_quality(frame.drop(columns=["followed_strict", "degenerate", "trial"]), ["condition"])
+    assert not {"strict", "degenerate", "trial_sd"} & set(plain)
