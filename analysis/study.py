@@ -162,8 +162,7 @@ class Lab:
         scores = pd.concat([one.scores for one in found]).assign(instruction="all")
         scores["followed"] = scores["followed_strict" if strict else "followed"]
         (row,) = choose(scores).query("chosen").to_dict("records")
-        layer = None if pd.isna(row["layer"]) else int(row["layer"])
-        return Best(layer, row["coeff"], row["operator"], row["positions"], row["unit"], rate=row["rate"])
+        return Best.of(row)
 
 
 @contextmanager

@@ -40,7 +40,7 @@ if TYPE_CHECKING:
     from steerlens.steering.plan import Plan as Plan
     from steerlens.steering.positions import Window as Window
     from steerlens.steering.residual import steer as steer
-    from steerlens.steering.sampling import generate as generate
+    from steerlens.steering.sampling import Generations as Generations, generate as generate
     from steerlens.study.calibration import calibrate as calibrate
     from steerlens.study.quality import Quality as Quality
     from steerlens.study.scores import Evaluation as Evaluation, evaluate as evaluate

@@ -20,6 +20,8 @@ from steerlens.files import writable_folder
 from steerlens.study.config import RunConfig, pairs_for
 
 if TYPE_CHECKING:
+    import pandas as pd
+
     from steerlens.steering.plan import Plan
 
 OUT = "Folder of the run; made if need be, gone on with if it was cut short."
@@ -39,7 +41,7 @@ def run(
     from steerlens.study.job import run as run_job
 
     result = run_job(config, out, command=shlex.join(["steerlens", *sys.argv[1:]]))
-    print(result.evaluation)
+    _show(result.evaluation.summary)
     print(f"\nreport: {result.report}")
 
 
@@ -150,7 +152,7 @@ def sweep(
         )
     write_atomically(folder / "sweep.html", layer_curve(found.table).to_html())
     columns = ["instruction", "layer", "operator", "positions", "coeff", "n", "rate", "low", "high", "degenerate"]
-    print(found.table.loc[found.table["chosen"], columns].to_string(index=False, float_format="{:.3f}".format))
+    _show(found.table.loc[found.table["chosen"], columns])
     print(
         f"\n{len(found.configurations)} candidates, {len(found.scores)} responses: {folder / 'table.csv'}, sweep.html"
     )
@@ -289,11 +291,10 @@ def evaluate(
     pairs = pairs if n_test is None else pairs.sample(n_test, seed=seed)
     loaded = load_model(model)
     plan = _plan(loaded, vector, layer, coeff, operator, positions)
-    print(
-        run_evaluation(
-            loaded, plan, pairs, max_new_tokens=max_new_tokens, seed=seed, batch_size=batch_size, progress=True
-        )
+    found = run_evaluation(
+        loaded, plan, pairs, max_new_tokens=max_new_tokens, seed=seed, batch_size=batch_size, progress=True
     )
+    _show(found.summary)
 
 
 def info(path: Annotated[Path, tyro.conf.Positional]) -> None:
@@ -313,7 +314,7 @@ def info(path: Annotated[Path, tyro.conf.Positional]) -> None:
                 f"a run's folder must hold table.csv, got {str(path)!r} without it; let the run finish"
             )
         print((path / "config.json").read_text())
-        print(pd.read_csv(path / "table.csv").to_string(index=False, float_format="{:.3f}".format))
+        _show(pd.read_csv(path / "table.csv"))
         return
     from steerlens.vectors.vector import SteeringVector
 
@@ -381,6 +382,10 @@ def main() -> None:
     except BrokenPipeError:  # `steerlens instructions | head`
         with contextlib.suppress(OSError):
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def _show(table: "pd.DataFrame") -> None:
+    print(table.to_string(index=False, float_format="{:.3f}".format))
 
 
 def _plan(model: Any, path: Path, layer: int | None, coeff: float, operator: Operator, positions: RuleName) -> "Plan":

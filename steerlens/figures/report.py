@@ -28,7 +28,7 @@ from steerlens.figures.layers import layer_curve
 from steerlens.figures.theme import CONDITION_COLORS, MISSING, percent, rate_text, short_label
 from steerlens.files import write_atomically
 from steerlens.stats.comparisons import compare_cells
-from steerlens.stats.rates import quality_table, rate_table, require_columns
+from steerlens.stats.rates import rates_and_quality, require_columns
 from steerlens.stats.words import WORD
 
 _NEEDED = (
@@ -78,8 +78,8 @@ def write_report(
     require_columns(scores, _NEEDED, what="the scores frame")
     if scores.empty:
         raise DataError("the scores frame must have at least one row, got none; generate and score responses first")
-    overall = _rates_and_quality(scores, ["condition"])
-    table = _rates_and_quality(scores, ["instruction", "condition"])
+    overall = _in_order(rates_and_quality(scores, ["condition"]))
+    table = _in_order(rates_and_quality(scores, ["instruction", "condition"]))
     order = _by_gain(table)
     table = table.sort_values("instruction", key=lambda names: names.map(order.index), kind="stable")
     sections = {
@@ -178,13 +178,8 @@ def _quality_change(rows: Mapping[str, Mapping[Any, Any]]) -> str:
     return f"With the vector (in brackets: without steering) {', '.join(changes)}" if changes else ""
 
 
-def _rates_and_quality(scores: pd.DataFrame, by: list[str]) -> pd.DataFrame:
-    strict = rate_table(scores, by, "followed_strict").rename(columns={"rate": "strict"})
-    table = (
-        rate_table(scores, by, clusters="query")
-        .merge(strict[[*by, "strict"]], on=by)
-        .merge(quality_table(scores, by), on=by)
-    )
+def _in_order(table: pd.DataFrame) -> pd.DataFrame:
+    """The rows in the order in which conditions are always shown."""
     rank = {name: index for index, name in enumerate(CONDITION_COLORS)}
     return table.sort_values("condition", key=lambda names: names.map(rank), kind="stable")
 

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from steerlens.steering.residual import steer as steer
     from steerlens.steering.sampling import (
         Generation as Generation,
+        Generations as Generations,
         SamplingConfig as SamplingConfig,
         generate as generate,
         stream as stream,

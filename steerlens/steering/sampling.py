@@ -14,8 +14,9 @@ tokens are nearly tied (about 1e-4 in logits) the texts can part.
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, overload
 
+import pandas as pd
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
@@ -85,6 +86,57 @@ class Generation:
     """How many (position, intervention) places of this row were steered."""
 
 
+class Generations(Sequence[Generation]):
+    """Continuations in their prompts' order; shows prompt and text in a notebook.
+
+    >>> rows = generate(model, ["What colour is snow?", "What is iron?"], max_new_tokens=8)
+    >>> len(rows), len(rows[:1]), rows.texts == [row.text for row in rows]
+    (2, 1, True)
+    """
+
+    def __init__(self, rows: Sequence[Generation], prompts: Sequence[str]) -> None:
+        self._rows, self.prompts = tuple(rows), tuple(prompts)
+
+    @property
+    def texts(self) -> list[str]:
+        """The new text of each prompt."""
+        return [row.text for row in self]
+
+    def to_frame(self) -> pd.DataFrame:
+        """One row per continuation: prompt, text, n_tokens, finish_reason, seed, n_steered."""
+        columns = ["prompt", "text", "n_tokens", "finish_reason", "seed", "n_steered"]
+        values = [
+            (prompt, row.text, len(row.tokens), row.finish_reason, row.seed, row.n_steered)
+            for prompt, row in zip(self.prompts, self, strict=True)
+        ]
+        return pd.DataFrame(values, columns=columns)
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    @overload
+    def __getitem__(self, index: int) -> Generation: ...
+    @overload
+    def __getitem__(self, index: slice) -> "Generations": ...
+    def __getitem__(self, index: int | slice) -> "Generation | Generations":
+        if isinstance(index, slice):
+            return Generations(self._rows[index], self.prompts[index])
+        return self._rows[index]
+
+    def __eq__(self, other: object) -> bool:
+        return list(self) == list(other) if isinstance(other, Generations | list) else NotImplemented
+
+    __hash__ = None  # type: ignore[assignment]  # compared by content, as a list is
+
+    def _repr_html_(self) -> str:
+        with pd.option_context("display.max_colwidth", None):
+            return str(self.to_frame()[["prompt", "text", "finish_reason"]].to_html(index=False))
+
+    def __repr__(self) -> str:
+        lines = [f"  {prompt[:40]!r} -> {row.text[:60]!r}" for prompt, row in zip(self.prompts[:5], self, strict=False)]
+        return "\n".join([f"Generations({len(self)} texts)", *lines, *(["  …"] if len(self) > 5 else [])])
+
+
 def generate(
     model: Any,
     prompts: Sequence[str],
@@ -100,7 +152,7 @@ def generate(
     batch_size: int = 16,
     prompt_format: PromptFormat = PromptFormat(),
     progress: bool = False,
-) -> list[Generation]:
+) -> Generations:
     """One continuation per prompt, in the prompts' order.
 
     Args:
@@ -114,7 +166,8 @@ def generate(
         SteerlensError: if a prompt does not fit the context, a setting is out of range, or a plan does not fit the model.
 
     Example:
-        >>> generate(model, ["Describe rain."], steering=vector.at(3))[0].text      # doctest: +SKIP
+        >>> generate(model, ["What colour is snow?"], steering=vector.at(4), max_new_tokens=8)[0].finish_reason
+        'length'
     """
     sampling = SamplingConfig(
         max_new_tokens,
@@ -134,7 +187,7 @@ def generate(
         prompt_format=prompt_format,
         progress=progress,
     )
-    return sorted(rows, key=lambda generation: generation.index)
+    return Generations(sorted(rows, key=lambda generation: generation.index), prompts)
 
 
 def stream(

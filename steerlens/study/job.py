@@ -10,6 +10,7 @@ never finds an old answer.
 """
 
 import contextlib
+import html
 import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
@@ -51,6 +52,17 @@ class RunResult:
     vectors: Mapping[str, SteeringVector]
     report: Path
     facts: Mapping[str, Any] = field(default_factory=dict)
+
+    def to_frame(self) -> pd.DataFrame:
+        """The scores of the test prompts, one row per response."""
+        return self.evaluation.to_frame()
+
+    def _repr_html_(self) -> str:
+        link = html.escape(str(self.report))
+        return f'{self.evaluation._repr_html_()}<p>report: <a href="{link}">{link}</a></p>'
+
+    def __repr__(self) -> str:
+        return f"RunResult({str(self.folder)!r}, {len(self.vectors)} vectors, {self.evaluation!r})"
 
 
 def run(
@@ -349,10 +361,8 @@ def _write_results(
     tables = {condition: one.table for condition, one in found.items()}
     searched = pd.concat([one.scores for one in found.values()])
     search_table = pd.concat([table.assign(condition=condition) for condition, table in tables.items()])
-    write_atomically(folder / "scores.jsonl", json_lines(evaluation.scores))
+    evaluation.save(folder)
     write_atomically(folder / "search_scores.jsonl", json_lines(searched))
-    write_atomically(folder / "table.csv", evaluation.table.to_csv(index=False))
-    write_atomically(folder / "comparisons.csv", evaluation.comparisons.to_csv(index=False))
     write_atomically(folder / "search.csv", search_table.to_csv(index=False))
     title = f"{facts['model']}: instruction vectors from {Path(config.pairs).name}"
     return write_report(folder / "report.html", scores=evaluation.scores, search=tables, facts=facts, title=title)

@@ -14,9 +14,14 @@ perplexity of the response under the unsteered model given the bare query (`qual
 repetition is a broken model, and a rate that the random direction shares is not the vector's.
 """
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+import html
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, overload
 
 import pandas as pd
 
@@ -24,9 +29,11 @@ from steerlens.checks.registry import check_all
 from steerlens.data.conditions import CONDITIONS
 from steerlens.data.pairs import PairSet
 from steerlens.errors import DataError
+from steerlens.files import Journal, content_key, json_lines, start_folder, writable_folder, write_atomically
+from steerlens.models.facts import library_versions, model_id
 from steerlens.models.prompts import PromptFormat
 from steerlens.stats.comparisons import compare_cells, mean_intervals
-from steerlens.stats.rates import quality_table, rate_table
+from steerlens.stats.rates import rates_and_quality
 from steerlens.stats.words import distinct_n, distinct_share, repetition, words
 from steerlens.steering.plan import Plan
 from steerlens.steering.sampling import SamplingConfig
@@ -37,14 +44,29 @@ DEGENERATE_REPETITION = 0.5
 """A response is degenerate when at least this share of its token trigrams repeats an earlier one, or when it is empty."""
 
 
+RESULTS = ("scores.jsonl", "table.csv", "comparisons.csv")
+"""What a finished evaluation leaves in its folder, besides its generations."""
+
+
+SHOWN = (
+    "instruction", "condition", "n", "followed", "rate", "low", "high", "strict", "mean_words", "mean_repetition",
+    "mean_distinct_2", "median_perplexity", "mean_kl", "mean_reward", "cut", "degenerate",
+)  # fmt: skip
+
+
 @dataclass(frozen=True, eq=False)
 class Evaluation:
-    """Scored responses."""
+    """Scored responses: a sequence of rows, from which the tables are computed once.
+
+    >>> found = evaluate(model, vector.at(4), test[:2], conditions=["none", "vector"], max_new_tokens=8)
+    >>> len(found), found[0].condition, len(found[:3])
+    (4, 'none', 3)
+    """
 
     scores: pd.DataFrame
     """One row per response."""
 
-    @property
+    @cached_property
     def table(self) -> pd.DataFrame:
         """Rates with Wilson intervals, and quality with bootstrap intervals, per instruction and condition, then over all.
 
@@ -53,29 +75,61 @@ class Evaluation:
         overall = self.scores.assign(instruction="all")
         frame = pd.concat([self.scores, overall]) if self.scores["instruction"].nunique() > 1 else self.scores
         keys = ["instruction", "condition"]
-        strict = rate_table(frame, by=keys, value="followed_strict").rename(columns={"rate": "strict"})
-        broken = rate_table(frame, by=keys, value="degenerate").rename(columns={"rate": "degenerate"})
-        table = rate_table(frame, by=keys, clusters="query")
-        quality = quality_table(frame, by=keys), mean_intervals(frame, by=keys)
-        for part in (strict[[*keys, "strict"]], *quality, broken[[*keys, "degenerate"]]):
-            table = table.merge(part, on=keys)
-        return table
+        return rates_and_quality(frame, keys).merge(mean_intervals(frame, by=keys), on=keys)
 
-    @property
+    @cached_property
     def comparisons(self) -> pd.DataFrame:
         """Paired differences between cells, per instruction with Holm's correction, then over all of them."""
         return compare_cells(self.scores)
 
+    @property
+    def summary(self) -> pd.DataFrame:
+        """The columns of `table` that fit on a screen: without the intervals of quality, and the spread of trials."""
+        return self.table[[name for name in SHOWN if name in self.table]]
+
+    def to_frame(self) -> pd.DataFrame:
+        """The scores, one row per response, as a frame of the caller's own."""
+        return self.scores.copy()
+
+    def __len__(self) -> int:
+        return len(self.scores)
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(self.scores.itertuples(index=False, name="ScoredResponse"))
+
+    @overload
+    def __getitem__(self, index: int) -> Any: ...
+    @overload
+    def __getitem__(self, index: slice) -> "Evaluation": ...
+    def __getitem__(self, index: int | slice) -> Any:
+        """One response, with the columns of `scores` as attributes; or the evaluation of some of them."""
+        if isinstance(index, slice):
+            return Evaluation(self.scores.iloc[index].reset_index(drop=True))
+        return next(iter(Evaluation(self.scores.iloc[[index]])))
+
+    def save(self, folder: str | Path) -> None:
+        """Write scores.jsonl (one row per response), table.csv and comparisons.csv into a folder."""
+        write_atomically(Path(folder) / "scores.jsonl", json_lines(self.scores))
+        write_atomically(Path(folder) / "table.csv", self.table.to_csv(index=False))
+        write_atomically(Path(folder) / "comparisons.csv", self.comparisons.to_csv(index=False))
+
+    @classmethod
+    def load(cls, folder: str | Path) -> "Evaluation":
+        """Read what `save`, `evaluate(out=...)` or a run left in a folder.
+
+        Raises:
+            DataError: if the folder holds no scores.
+        """
+        return cls(read_scores(folder))
+
     def _repr_html_(self) -> str:
-        return str(self._shown.to_html(index=False, float_format="{:.3f}".format))
+        return f"<p>{html.escape(repr(self))}</p>{self.summary.to_html(index=False, float_format='{:.3f}'.format)}"
 
     def __repr__(self) -> str:
-        return str(self._shown.to_string(index=False, float_format="{:.3f}".format))
-
-    @property
-    def _shown(self) -> pd.DataFrame:
-        """The table without the intervals of quality, which would make it too wide to read."""
-        return self.table.filter(regex="^(?!mean_.*_(low|high)$)")
+        rates = self.scores.groupby("condition", sort=False)["followed"].mean()
+        followed = ", ".join(f"{condition} {rate:.0%}" for condition, rate in rates.items())
+        n = self.scores["instruction"].nunique()
+        return f"Evaluation({len(self)} responses, {n} instruction{'s' * (n != 1)}; followed: {followed})"
 
 
 def evaluate(
@@ -93,37 +147,82 @@ def evaluate(
     batch_size: int = 16,
     prompt_format: PromptFormat = PromptFormat(),
     quality: Quality = Quality(),
+    out: str | Path | None = None,
     progress: bool = False,
 ) -> Evaluation:
     """Responses of every pair under every condition, with verdicts and quality.
 
     Args:
         steering: One plan for all pairs, or one per instruction id.
-        pairs: Prompts that neither the vector nor its layer was chosen on.
+        pairs: Prompts that neither the vector nor its layer was chosen on; their instructions need ids, which say how
+            they are checked.
+        conditions: Cells to fill; default: all, with their control.
+        trials: Responses per prompt and condition; more than one needs a temperature.
+        seed: Decides the samples and the random direction.
         quality: What is measured on the responses besides words.
+        out: A folder that keeps every response as it is made (generations.jsonl), so that the same evaluation goes on where it
+            was cut short; its tables are written at the end, and `Evaluation.load` reads them.
+
+    Returns:
+        One row per pair, condition and trial.
 
     Raises:
-        DataError: if there are no pairs, or an instruction has no plan.
+        DataError: if there are no pairs, or an instruction has no plan or no check.
 
     Example:
-        >>> evaluate(model, vector.at(12), test).table                    # doctest: +SKIP
+        >>> found = evaluate(model, vector.at(4), test[:3], conditions=["none", "vector"], max_new_tokens=16)
+        >>> found.table[["condition", "n"]].values.tolist()
+        [['none', 3], ['vector', 3]]
     """
-    sampling = SamplingConfig(max_new_tokens, temperature, top_k, top_p)
-    sampler = Sampler(model, sampling=sampling, prompt_format=prompt_format, batch_size=batch_size, progress=progress)
     requests = requests_for(pairs, steering, conditions=conditions, trials=trials, seed=seed)
-    return Evaluation(score(sampler, requests, quality=quality))
+    check_requests(requests)
+    with nullcontext() if out is None else Journal(writable_folder(out) / "generations.jsonl") as journal:
+        sampler = Sampler(
+            model,
+            sampling=SamplingConfig(max_new_tokens, temperature, top_k, top_p),
+            prompt_format=prompt_format,
+            batch_size=batch_size,
+            journal=journal,
+            progress=progress,
+        )
+        if out is not None:
+            settings: dict[str, Any] = {
+                "conditions": list(conditions),
+                "trials": trials,
+                "seed": seed,
+                "quality": asdict(quality),
+                "versions": library_versions(),
+                "model": model_id(model),
+                "sampling": asdict(sampler.sampling),
+                "pairs": repr(pairs),
+            }
+            keys = [sampler.key(request) for request in requests]
+            start_folder(Path(out), content_key([keys, settings, pairs.content_hash]), settings, RESULTS)
+        found = Evaluation(score(sampler, requests, quality=quality))
+    if out is not None:
+        found.save(out)
+    return found
+
+
+def check_requests(requests: Sequence[Request]) -> None:
+    """Refuse what cannot be scored, before anything is generated.
+
+    Raises:
+        DataError: if there is nothing to score, or an instruction has no check.
+    """
+    if not requests:
+        raise DataError("an evaluation needs at least one prompt, got none; check the instructions and the filter")
+    for pair in {request.pair for request in requests}:
+        pair.check()
 
 
 def score(sampler: Sampler, requests: Sequence[Request], *, quality: Quality = Quality()) -> pd.DataFrame:
     """The scores of requests, one row each; missing generations are made first.
 
     Raises:
-        DataError: if there is nothing to score.
+        DataError: if there is nothing to score, or an instruction has no check.
     """
-    if not requests:
-        raise DataError("an evaluation needs at least one prompt, got none; check the instructions and the filter")
-    for pair in {request.pair for request in requests}:
-        pair.check()
+    check_requests(requests)
     records = sampler.generate(requests)
     frame = pd.DataFrame(_score(request, record) for request, record in zip(requests, records, strict=True))
     frame["layer"] = frame["layer"].astype("Int64")
@@ -171,6 +270,40 @@ def _score(request: Request, record: Mapping[str, Any]) -> dict[str, Any]:
         "response": text,
         "key": record["key"],
     }
+
+
+def read_scores(folder: str | Path) -> pd.DataFrame:
+    """The scores in a folder of an evaluation, a sweep or a run, as they were before they were written, to ten decimals.
+
+    Raises:
+        DataError: if there are none, or a line is not JSON.
+    """
+    path = Path(folder) / "scores.jsonl"
+    if not path.is_file():
+        raise DataError(
+            f"a folder of results must hold scores.jsonl, got {str(folder)!r} without it; let the run finish"
+        )
+    with path.open(encoding="utf-8") as lines:
+        try:
+            frame = pd.DataFrame([json.loads(line) for line in lines])
+        except ValueError as error:
+            raise DataError(f"{path} must hold one JSON object a line: {error}; write it again with save()") from error
+    # A number is a number also where every value of a column is missing.
+    texts = {
+        "prompt_id",
+        "instruction",
+        "condition",
+        "operator",
+        "positions",
+        "unit",
+        "finish_reason",
+        "query",
+        "prompt",
+    }
+    numbers = [
+        name for name in frame if name not in {*texts, "response", "key", "layer"} and frame[name].dtype == object
+    ]
+    return frame.astype({"layer": "Int64", **dict.fromkeys(numbers, float)})
 
 
 def is_degenerate(text: str, tokens: Sequence[int]) -> bool:

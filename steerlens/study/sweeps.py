@@ -19,11 +19,13 @@ What is searched must not be reported on the same prompts: `Sweep.nested` report
 prompts made, and generates nothing for that.
 """
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import html
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, fields
+from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal, get_args, overload
 
 import numpy as np
 import pandas as pd
@@ -43,14 +45,14 @@ from steerlens.files import (
 from steerlens.models.facts import check_layer, library_versions, model_id
 from steerlens.models.prompts import PromptFormat
 from steerlens.stats.pareto import pareto_front
-from steerlens.stats.rates import quality_table, rate_table, trial_spread
+from steerlens.stats.rates import rates_and_quality
 from steerlens.steering.candidates import UNSTEERED, Candidate, Unit, grid
 from steerlens.steering.plan import Plan
 from steerlens.steering.positions import Window
 from steerlens.steering.sampling import SamplingConfig
 from steerlens.study.quality import Quality
 from steerlens.study.responses import Engine, Request, Sampler, requests_for
-from steerlens.study.scores import score
+from steerlens.study.scores import read_scores, score
 from steerlens.vectors.vector import SteeringVector
 
 Spec = Sequence[Candidate] | Callable[[SteeringVector], Iterable[Candidate]]
@@ -72,10 +74,21 @@ class Best(Candidate):
     rate: float = float("nan")
     """The chosen candidate's rate on the validation prompts; not an estimate of its rate elsewhere."""
 
+    @classmethod
+    def of(cls, row: Mapping[Any, Any]) -> "Best":
+        """The candidate of a row of `Sweep.table`."""
+        layer = None if pd.isna(row["layer"]) else int(row["layer"])
+        return cls(layer, float(row["coeff"]), row["operator"], row["positions"], row["unit"], rate=float(row["rate"]))
+
 
 @dataclass(frozen=True, eq=False)
 class Sweep:
-    """A finished sweep."""
+    """A finished sweep: a sequence of candidates with their rates, one per row of `table`.
+
+    >>> found = sweep(model, vector, valid[:2], layers=[3, 4], max_new_tokens=8)
+    >>> len(found), found[1].layer
+    (3, 3)
+    """
 
     scores: pd.DataFrame
     """One row per response."""
@@ -83,11 +96,13 @@ class Sweep:
     """One row per instruction and candidate: rate with its interval, quality, whether it passed the gate, which was chosen."""
     gate: Gate = "degenerate"
 
-    @property
+    @cached_property
     def configurations(self) -> pd.DataFrame:
         """One row per candidate over all instructions that tried it (n_instructions): rate, spread of trials, quality."""
         counts = self.scores.groupby(CANDIDATE, sort=False, dropna=False)["instruction"].nunique()
-        return summary(self.scores, CANDIDATE).merge(counts.rename("n_instructions").reset_index(), on=CANDIDATE)
+        return rates_and_quality(self.scores, CANDIDATE).merge(
+            counts.rename("n_instructions").reset_index(), on=CANDIDATE
+        )
 
     def best(
         self,
@@ -155,13 +170,51 @@ class Sweep:
     def save(self, folder: str | Path) -> None:
         """Write scores.jsonl (one row per response) and table.csv (one per instruction and candidate) into a folder."""
         write_atomically(Path(folder) / "scores.jsonl", json_lines(self.scores))
-        write_atomically(Path(folder) / "table.csv", self.table.to_csv(index=False))
+        write_atomically(Path(folder) / "table.csv", self.table.assign(gate=self.gate).to_csv(index=False))
+
+    @classmethod
+    def load(cls, folder: str | Path) -> "Sweep":
+        """Read what `save` or `sweep(out=...)` left in a folder.
+
+        Raises:
+            DataError: if the folder holds no finished sweep.
+        """
+        scores, path = read_scores(folder), Path(folder) / "table.csv"
+        gates = set(pd.read_csv(path).get("gate", [])) if path.is_file() else set()
+        if len(gates) != 1:
+            raise DataError(
+                f"the folder of a sweep must hold table.csv with its gate, got {str(folder)!r}; save it again"
+            )
+        (gate,) = gates
+        return cls(scores, choose(scores, gate), gate)
+
+    def to_frame(self) -> pd.DataFrame:
+        """The table, one row per instruction and candidate, as a frame of the caller's own."""
+        return self.table.copy()
+
+    def __len__(self) -> int:
+        return len(self.table)
+
+    def __iter__(self) -> Iterator[Best]:
+        return map(Best.of, self.table.to_dict("records"))
+
+    @overload
+    def __getitem__(self, index: int) -> Best: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[Best]: ...
+    def __getitem__(self, index: int | slice) -> Best | list[Best]:
+        return list(self)[index]
 
     def _repr_html_(self) -> str:
-        return str(self.table.to_html(index=False, float_format="{:.3f}".format))
+        return f"<p>{html.escape(repr(self))}</p>{self.table.to_html(index=False, float_format='{:.3f}'.format)}"
 
     def __repr__(self) -> str:
-        return str(self.table.to_string(index=False, float_format="{:.3f}".format))
+        n = self.table["instruction"].nunique()
+        which = "; ".join(
+            f"{row['instruction']}: {'no steering' if pd.isna(row['layer']) else 'layer ' + str(row['layer'])} {row['rate']:.0%}"
+            for row in self.table[self.table["chosen"]].head(3).to_dict("records")
+        )
+        return f"Sweep({len(self.configurations)} candidates, {len(self.scores)} responses; {which}{'; …' * (n > 3)})"
 
 
 def candidate_layers(n_layers: int, *, step: int = 2) -> list[int]:
@@ -363,7 +416,7 @@ def choose(scores: pd.DataFrame, gate: Gate = "degenerate") -> pd.DataFrame:
         raise DataError(
             f"the gate {gate!r} needs the column {failed!r} without missing values; score the responses with it"
         )
-    table = summary(scores, ["instruction", *CANDIDATE])
+    table = rates_and_quality(scores, ["instruction", *CANDIDATE])
     table["eligible"] = False
     table["chosen"] = False
     for _, group in table.groupby("instruction", sort=False):
@@ -373,14 +426,6 @@ def choose(scores: pd.DataFrame, gate: Gate = "degenerate") -> pd.DataFrame:
         table.loc[group.index, "eligible"] = eligible
         table.loc[group.loc[eligible, "rate"].idxmax(), "chosen"] = True
     return table
-
-
-def summary(scores: pd.DataFrame, keys: Sequence[str]) -> pd.DataFrame:
-    """One row per group: rate with its interval over base queries, spread between trials, quality, share of broken responses."""
-    keys = list(keys)
-    table = rate_table(scores, by=keys, clusters="query").merge(quality_table(scores, by=keys), on=keys)
-    failed = scores.groupby(keys, sort=False, dropna=False)["degenerate"].mean().reset_index()
-    return table.merge(failed, on=keys).merge(trial_spread(scores, by=keys), on=keys)
 
 
 def _best(table: pd.DataFrame, objective: str, subject_to: str) -> Best:
@@ -399,9 +444,7 @@ def _best(table: pd.DataFrame, objective: str, subject_to: str) -> Best:
     values = sign * kept[column].astype(float)
     if values.isna().all():
         raise SteerlensError(f"no candidate meets {subject_to!r} with a value of {column!r}; loosen the condition")
-    row = kept.iloc[int(np.nanargmax(values.to_numpy()))]
-    layer = None if pd.isna(row["layer"]) else int(row["layer"])
-    return Best(layer, float(row["coeff"]), row["operator"], row["positions"], row["unit"], rate=float(row["rate"]))
+    return Best.of(kept.iloc[int(np.nanargmax(values.to_numpy()))].to_dict())
 
 
 def _rows_of(scores: pd.DataFrame, candidate: Mapping[Any, Any]) -> pd.DataFrame:

@@ -12,8 +12,9 @@ import copy
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import Any, overload
 
+import pandas as pd
 import torch
 from einops import rearrange
 from jaxtyping import Float
@@ -44,6 +45,43 @@ class Activations:
     """The instruction id of each pair."""
     metadata: dict[str, str] = field(default_factory=dict)
 
+    def __len__(self) -> int:
+        return len(self.prompt_ids)
+
+    def __iter__(self) -> Iterator[Float[Tensor, "side layer d_model"]]:
+        return iter(self.resid)
+
+    @overload
+    def __getitem__(self, index: int) -> Float[Tensor, "side layer d_model"]: ...
+    @overload
+    def __getitem__(self, index: slice) -> "Activations": ...
+    def __getitem__(self, index: int | slice) -> Any:
+        """One pair's residuals, or the activations of some pairs."""
+        return self._of(range(len(self))[index]) if isinstance(index, slice) else self.resid[index]
+
+    def to_frame(self) -> pd.DataFrame:
+        """One row per pair and layer: prompt_id, instruction, layer, and the norms of both residuals and of their difference."""
+        norms = {name: resid.norm(dim=-1).flatten().numpy() for name, resid in self._shown().items()}
+        frame = pd.DataFrame({"prompt_id": self.prompt_ids, "instruction": self.instructions})
+        frame = frame.loc[frame.index.repeat(len(self.layers))].reset_index(drop=True)
+        return frame.assign(layer=self.layers * len(self), **norms)
+
+    def _shown(self) -> dict[str, Float[Tensor, "pair layer d_model"]]:
+        return {
+            "norm_without": self.resid[:, 0],
+            "norm_with": self.resid[:, 1],
+            "norm_difference": self.differences,
+        }
+
+    def _of(self, keep: Sequence[int], **metadata: str) -> "Activations":
+        return Activations(
+            resid=self.resid[list(keep)],
+            layers=self.layers,
+            prompt_ids=tuple(self.prompt_ids[index] for index in keep),
+            instructions=tuple(self.instructions[index] for index in keep),
+            metadata={**self.metadata, **metadata, "n_pairs": str(len(keep))},
+        )
+
     @property
     def differences(self) -> Float[Tensor, "pair layer d_model"]:
         """With minus without, per pair."""
@@ -54,14 +92,12 @@ class Activations:
         parts = {}
         for instruction in dict.fromkeys(self.instructions):
             keep = [index for index, other in enumerate(self.instructions) if other == instruction]
-            parts[instruction] = Activations(
-                resid=self.resid[keep],
-                layers=self.layers,
-                prompt_ids=tuple(self.prompt_ids[index] for index in keep),
-                instructions=(instruction,) * len(keep),
-                metadata={**self.metadata, "instruction": instruction, "n_pairs": str(len(keep))},
-            )
+            parts[instruction] = self._of(keep, instruction=instruction)
         return parts
+
+    def _repr_html_(self) -> str:
+        means = self.to_frame().groupby("layer", sort=False)[[*self._shown()]].mean().reset_index()
+        return f"<p>{self!r}; means over pairs:</p>{means.to_html(index=False, float_format='{:.2f}'.format)}"
 
     def __repr__(self) -> str:
         pairs, _, layers, d_model = self.resid.shape

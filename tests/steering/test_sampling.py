@@ -694,3 +694,15 @@ def test_one_bare_text_is_not_taken_for_a_list_of_letters(llama: Subject) -> Non
 def test_seeds_out_of_range_are_refused(llama: Subject) -> None:
     with pytest.raises(SteerlensError, match=r"seed must be in \[0, 2\*\*63\), got -1"):
         generate(llama.model, ["a"], seed=-1)
+
+
+def test_generations_show_each_prompt_with_its_text(llama: Subject) -> None:
+    rows = generate(llama.model, ["a < b", "c", "d"], max_new_tokens=4)
+    frame = rows.to_frame()
+    assert frame["prompt"].tolist() == list(rows.prompts) == ["a < b", "c", "d"]
+    assert frame["text"].tolist() == rows.texts == [row.text for row in rows]
+    assert rows[1:].to_frame()["prompt"].tolist() == ["c", "d"]
+    assert rows[-1] == rows[2]
+    assert "a &lt; b" in rows._repr_html_()
+    assert repr(rows).splitlines()[0] == "Generations(3 texts)"
+    assert len(repr(generate(llama.model, ["a" * 90] * 9, max_new_tokens=2)).splitlines()) == 7

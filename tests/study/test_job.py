@@ -20,6 +20,7 @@ from steerlens.errors import DataError, SteerlensError
 from steerlens.files import file_name
 from steerlens.study.config import RunConfig
 from steerlens.study.job import run, select_pairs
+from steerlens.study.scores import Evaluation
 from steerlens.vectors.vector import SteeringVector
 
 NO_COMMA, LOWERCASE = "punctuation:no_comma", "change_case:english_lowercase"
@@ -64,6 +65,10 @@ def results(folder: Path) -> dict[str, bytes]:
 
 def test_a_run_leaves_everything_it_promises(config, tmp_path):
     done = run(config, tmp_path / "run", progress=False, command="the command")
+    assert repr(done).startswith(f"RunResult({str(tmp_path / 'run')!r}, ")
+    assert len(repr(done)) < 200 + len(str(tmp_path))
+    assert done.report.name in done._repr_html_()
+    pd.testing.assert_frame_equal(Evaluation.load(tmp_path / "run").scores, done.to_frame(), atol=1e-8)
     names = {str(path.relative_to(done.folder)) for path in done.folder.rglob("*") if path.is_file()}
     vectors = {f"vectors/{file_name(name, '.safetensors')}" for name in (NO_COMMA, LOWERCASE)}
     assert names == {*RESULTS, *vectors, "config.json", "generations.jsonl", "report.html"}

@@ -249,3 +249,55 @@ def test_a_steered_model_does_not_change_the_perplexity_of_the_same_text(llama, 
 def test_an_evaluation_asks_for_a_check_before_it_generates(llama):
     with pytest.raises(DataError, match=r"'Be brief\.' has no id; .*register_check"):
         evaluate(llama.model, Plan(), pair_set(["Describe rain."], "Be brief."))
+
+
+def test_an_evaluation_in_a_folder_goes_on_and_generates_nothing_twice(llama, pairs, plan, tmp_path, monkeypatch):
+    options = {"conditions": ["none", "vector"], "max_new_tokens": 6, "batch_size": 2}
+    whole = evaluate(llama.model, plan, pairs, **options)
+    evaluate(llama.model, plan, pairs[:3], out=tmp_path, **options)
+    found = evaluate(llama.model, plan, pairs, out=tmp_path, **options)
+    pd.testing.assert_frame_equal(found.scores, whole.scores, rtol=1e-5)
+    monkeypatch.setattr("steerlens.study.responses.stream", None)
+    again = evaluate(llama.model, plan, pairs, out=tmp_path, **options)
+    pd.testing.assert_frame_equal(again.scores, found.scores)
+    assert {"scores.jsonl", "table.csv", "comparisons.csv", "config.json"} < {path.name for path in tmp_path.iterdir()}
+
+
+def test_a_changed_setting_leaves_no_tables_of_the_old_one(llama, pairs, plan, tmp_path, monkeypatch):
+    options = {"conditions": ["none"], "max_new_tokens": 4, "out": tmp_path}
+    evaluate(llama.model, plan, pairs, **options)
+    monkeypatch.setattr("steerlens.study.scores.score", lambda *args, **kwargs: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        evaluate(llama.model, plan, pairs, **options | {"max_new_tokens": 5})
+    with pytest.raises(DataError, match="must hold scores"):
+        Evaluation.load(tmp_path)
+
+
+def test_a_saved_evaluation_loads_equal(llama, pairs, plan, tmp_path):
+    odd = PairSet([InstructionPair("Line\u2028or 2024-01-01?", "Do.", NO_COMMA, prompt_id="007")])
+    found = evaluate(llama.model, plan, pairs[:2] + odd, conditions=["none", "vector"], max_new_tokens=4)
+    scores = found.scores.assign(response="12", perplexity=float("nan"))
+    Evaluation(scores).save(tmp_path)
+    pd.testing.assert_frame_equal(Evaluation.load(tmp_path).scores, scores, atol=1e-9)
+    pd.testing.assert_frame_equal(Evaluation.load(tmp_path).table, Evaluation(scores).table, atol=1e-9)
+
+
+def test_an_evaluation_is_a_sequence_of_responses_with_a_short_name(llama, pairs, plan):
+    found = evaluate(llama.model, plan, pairs, conditions=["none", "vector"], max_new_tokens=4)
+    assert len(found) == len(list(found)) == 12
+    assert found[-1].response == list(found)[-1].response == found.scores["response"].iloc[-1]
+    assert found[2:5].scores["prompt_id"].tolist() == [row.prompt_id for row in found][2:5]
+    with pytest.raises(IndexError):
+        found[12]
+    assert repr(found).startswith("Evaluation(12 responses, 2 instructions; followed: none ")
+    assert len(repr(found)) < 120
+    assert "<table" in found._repr_html_()
+    copy = found.to_frame()
+    copy.loc[0, "followed"] = not copy.loc[0, "followed"]
+    assert found.scores.loc[0, "followed"] != copy.loc[0, "followed"]
+
+
+def test_tables_are_computed_once(llama, pairs, plan):
+    found = evaluate(llama.model, plan, pairs[:2], conditions=["none", "vector"], max_new_tokens=4)
+    assert found.table is found.table
+    assert found.comparisons is found.comparisons

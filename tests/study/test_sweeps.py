@@ -333,3 +333,27 @@ def test_a_sweep_with_a_folder_goes_on_where_it_was_cut_short(llama, vector, pai
     more = sweep(llama.model, vector, pairs, out=tmp_path / "cut", **{**options, "layers": [1, 2, 3]})
     assert len(more.table) == len(whole.table) + 2
     assert (tmp_path / "cut" / "generations.jsonl").read_text().count("\n") == lines + 2 * len(pairs)
+
+
+def test_a_sweep_is_a_sequence_of_candidates_that_a_vector_takes(llama, vector, pairs):
+    found = sweep(llama.model, vector, pairs, layers=[1, 3], max_new_tokens=2)
+    assert len(found) == len(list(found)) == 3
+    assert [one.layer for one in found] == [None, 1, 3]
+    assert vector.at(found[-1]).layers == (3,)
+    assert [one.rate for one in found[:2]] == found.table["rate"].tolist()[:2]
+    assert repr(found).startswith(f"Sweep(3 candidates, 9 responses; {NO_COMMA}: ")
+    assert "\n" not in repr(found)
+    pd.testing.assert_frame_equal(found.to_frame(), found.table)
+
+
+def test_a_sweep_loads_from_its_folder_with_its_gate(llama, vector, pairs, tmp_path):
+    options = {"layers": [1, 3], "max_new_tokens": 4, "gate": "no_low_perplexity", "out": tmp_path}
+    found = sweep(llama.model, vector, pairs, **options)
+    read = Sweep.load(tmp_path)
+    assert read.gate == "no_low_perplexity"
+    pd.testing.assert_frame_equal(read.scores, found.scores, atol=1e-9)
+    pd.testing.assert_frame_equal(read.table, found.table, atol=1e-9)
+    assert read.best() == found.best()
+    (tmp_path / "table.csv").unlink()
+    with pytest.raises(DataError, match=r"must hold table\.csv with its gate"):
+        Sweep.load(tmp_path)

@@ -420,3 +420,19 @@ def test_no_layers_are_refused(llama: Subject) -> None:
     pairs = PairSet([InstructionPair("a", "b", "punctuation:no_comma")])
     with pytest.raises(SteerlensError, match="activations need at least one layer"):
         record_activations(llama.model, pairs, layers=[])
+
+
+def test_activations_are_a_sequence_of_pairs_and_show_norms_by_layer(llama: Subject) -> None:
+    acts = record_activations(llama.model, PAIRS)
+    assert len(acts) == len(list(acts)) == len(PAIRS)
+    assert torch.equal(acts[-1], acts.resid[-1])
+    part = acts[1:3]
+    assert (part.prompt_ids, part.metadata["n_pairs"]) == (acts.prompt_ids[1:3], "2")
+    assert torch.equal(part.resid, acts.resid[1:3])
+    frame = acts.to_frame().set_index(["prompt_id", "layer"])
+    assert len(frame) == len(PAIRS) * 4
+    row = frame.loc[(acts.prompt_ids[2], 3)]
+    assert row["instruction"] == acts.instructions[2]
+    assert row["norm_with"] == pytest.approx(float(acts.resid[2, 1, 3].norm()))
+    assert row["norm_difference"] == pytest.approx(float(acts.differences[2, 3].norm()))
+    assert "means over pairs" in acts._repr_html_()
