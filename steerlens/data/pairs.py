@@ -183,7 +183,7 @@ class InstructionPair:
 class PairSet(Sequence[InstructionPair]):
     """An immutable sequence of pairs whose `prompt_id`s differ.
 
-    >>> pairs = load_pairs("format", instructions=["punctuation:no_comma"])
+    >>> pairs = sl.load_pairs("format", instructions=["punctuation:no_comma"])
     >>> train, valid, test = pairs.split(seed=0)
     """
 
