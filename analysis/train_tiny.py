@@ -35,7 +35,7 @@ from draw import save
 from jaxtyping import Bool, Float, Int
 from plotly.subplots import make_subplots
 from tiny_corpus import INSTRUCTIONS, Example, examples, plain_documents
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 from tqdm import tqdm
@@ -138,6 +138,9 @@ def train_tokenizer(seed: int) -> PreTrainedTokenizerFast:
         show_progress=False,
     )
     core.train_from_iterator([*plain_documents(seed, 30_000), *chats], trainer)
+    core.post_processor = processors.TemplateProcessing(  # every row begins so, and so a plain text does
+        single=f"{START} $A", pair=f"{START} $A $B:1", special_tokens=[(START, core.token_to_id(START))]
+    )
     return PreTrainedTokenizerFast(
         tokenizer_object=core,
         bos_token=START,

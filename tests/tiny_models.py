@@ -9,7 +9,7 @@ is bytes, so any prompt is a few dozen tokens; the models only ever say ASCII or
 from pathlib import Path
 
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 BOS, EOS, PAD, TURN = "<bos>", "<eos>", "<pad>", "<turn>"
@@ -21,16 +21,26 @@ CHAT_TEMPLATE = (
 )
 
 
-def byte_tokenizer(*, chat_template: str | None = None) -> PreTrainedTokenizerFast:
-    """A tokenizer with one token per byte and four specials."""
+def byte_tokenizer(
+    *, chat_template: str | dict[str, str] | None = None, around: str = f"{BOS} $A", bos: str | None = BOS
+) -> PreTrainedTokenizerFast:
+    """A tokenizer with one token per byte and four specials.
+
+    Args:
+        around: What its files put around a text: "$A" for nothing.
+        bos: Its beginning-of-sequence token; None for a tokenizer without.
+    """
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     vocabulary = {symbol: index for index, symbol in enumerate([*SPECIALS, *alphabet])}
     core = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
     core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     core.decoder = decoders.ByteLevel()
+    core.post_processor = processors.TemplateProcessing(
+        single=around, pair=f"{around} $B", special_tokens=[(token, vocabulary[token]) for token in SPECIALS]
+    )
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=core,
-        bos_token=BOS,
+        bos_token=bos,
         eos_token=EOS,
         pad_token=PAD,
         additional_special_tokens=[TURN],
