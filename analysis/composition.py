@@ -77,9 +77,10 @@ def compared(here: Lab, test: PairSet, plans: dict[str, Plan], others: dict[str,
 def with_length(here: Lab, settings: Settings, test: PairSet, plans: dict[str, Plan], short: Plan) -> pd.DataFrame:
     """Format and length asked for together: rates of each under no vector, one, and both, without and with the text."""
     lengths = {
-        pair.query: pair for pair in sentence_pairs([str(pair.query) for pair in test], "at_most", settings.n_sentences)
+        pair.query_key: pair
+        for pair in sentence_pairs([str(pair.query) for pair in test], "at_most", settings.n_sentences)
     }
-    both = PairSet(joined(pair, lengths[pair.query]) for pair in test)
+    both = PairSet(joined(pair, lengths[pair.query_key]) for pair in test)
     rows = []
     for steered in ("none", "format", "length", "format+length"):
         chosen = {

@@ -24,7 +24,8 @@ from study import Frames, Lab, Study, conduct, lab
 from steerlens.data.conditions import CONDITIONS
 from steerlens.data.families import Mode, keyword_pairs
 from steerlens.data.load import load_pairs
-from steerlens.data.pairs import PairSet, query_key
+from steerlens.data.pairs import PairSet
+from steerlens.data.splits import query_ids
 from steerlens.errors import DataError
 from steerlens.figures.cells import four_cells
 from steerlens.stats.comparisons import compare_cells
@@ -93,7 +94,7 @@ def validation_groups(here: Lab, settings: Settings, mode: Mode, tested: Mapping
     """Validation pairs by word, without the words and the queries that are tested."""
     file = settings.valid_data if mode == "include" else settings.exclude_valid_data
     if file is not None:
-        queries = {query_key(pair) for pairs in tested.values() for pair in pairs}
+        queries = set().union(*map(query_ids, tested.values()))
         return file_groups(file, mode, settings.n_valid, settings.seed, words=set(tested), queries=queries)[0]
     if mode == "include":
         return {word: keyword_pairs(here.valid, word) for word in VALIDATION_WORDS if word not in tested}
@@ -141,7 +142,7 @@ def file_groups(
     }[mode]
     pairs = [pair for pair in load_pairs(file) if pair.query is not None and pair.instruction_ids == (wanted,)]
     single = [pair for pair in pairs if len(pair.kwargs[0][argument]) == 1]
-    left = [pair for pair in single if pair.kwargs[0][argument][0] not in words and query_key(pair) not in queries]
+    left = [pair for pair in single if pair.kwargs[0][argument][0] not in words and pair.query_id not in queries]
     if not left:
         raise DataError(f"{file} must hold prompts of {wanted} about one word each, with their base queries, got none")
     groups: dict[str, list[Any]] = {}

@@ -20,6 +20,7 @@ from draw import save
 from steerlens.data.families import keyword_pairs
 from steerlens.data.load import load_pairs
 from steerlens.data.pairs import PairSet
+from steerlens.data.splits import at_most, three_parts
 from steerlens.errors import DataError, SteerlensError
 from steerlens.files import Journal, content_key, start_folder, writable_folder, write_atomically
 from steerlens.models.facts import library_versions
@@ -28,7 +29,7 @@ from steerlens.steering.candidates import Candidate, grid
 from steerlens.steering.plan import Plan
 from steerlens.steering.sampling import SamplingConfig
 from steerlens.study.config import RunConfig, pairs_for
-from steerlens.study.job import at_most, run, without_queries
+from steerlens.study.job import run
 from steerlens.study.responses import Sampler, requests_for
 from steerlens.study.scores import Evaluation
 from steerlens.study.sweeps import Best, choose, search
@@ -87,12 +88,11 @@ def parts_for(settings: Study) -> Sequence[PairSet]:
     """
     pairs = load_pairs(settings.pairs, seed=settings.seed)
     if settings.data is None:
-        return pairs.split(seed=settings.seed)
+        return three_parts(pairs, seed=settings.seed)
     test = PairSet(pair for pair in load_pairs(settings.data, seed=settings.seed) if pair.query is not None)
     if len(test) == 0:
         raise DataError(f"test prompts need their base queries, and {settings.data} has none")
-    rest = without_queries(pairs, test)
-    return *rest.split(seed=settings.seed, fractions=(0.75, 0.25)), test
+    return three_parts(pairs, test, seed=settings.seed)
 
 
 class Lab:
@@ -111,7 +111,8 @@ class Lab:
         self.parts = parts_for(settings)
         sizes = (settings.n_train, settings.n_valid, settings.n_test)
         self.train, self.valid, self.test = (
-            list(dict.fromkeys(str(pair.query) for pair in part))[:n] for part, n in zip(self.parts, sizes, strict=True)
+            list({pair.query_key: str(pair.query) for pair in part}.values())[:n]
+            for part, n in zip(self.parts, sizes, strict=True)
         )
 
     @property

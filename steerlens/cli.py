@@ -182,16 +182,18 @@ def fit(
         batch_size: Pairs per batch.
     """
     from steerlens.data.load import load_pairs
+    from steerlens.data.splits import query_ids, three_parts
     from steerlens.models.load import load_model
     from steerlens.vectors.activations import record_activations
     from steerlens.vectors.estimators import fit_steering_vector
 
     writable_folder(out.parent)
     pairs = pairs_for(pairs, model)
-    chosen = load_pairs(pairs, instructions=[instruction], seed=seed).split(seed=seed)[0]
-    chosen = chosen if n_pairs is None else chosen.sample(n_pairs, seed=seed)
+    train, valid, _ = three_parts(load_pairs(pairs, instructions=[instruction], seed=seed), seed=seed)
+    chosen = train if n_pairs is None else train.sample(n_pairs, seed=seed)
     activations = record_activations(load_model(model), chosen, batch_size=batch_size, progress=True)
-    vector = fit_steering_vector(activations).with_metadata(pairs=pairs, seed=str(seed))
+    not_tested = " ".join(sorted(query_ids(train + valid)))
+    vector = fit_steering_vector(activations).with_metadata(pairs=pairs, seed=str(seed), queries=not_tested)
     print(f"{vector.save(out)}: {vector!r}")
 
 
@@ -270,7 +272,7 @@ def evaluate(
         layer: Where to steer.
         model: The model that the vector was fitted in.
         data: Test prompts of the vector's instruction: "tiny" or "format" (bundled), or a JSONL file; auto is the set that the
-            vector was fitted on, of which only the test part is used.
+            vector was fitted on. Queries that it was fitted on are left out, whatever the file.
         coeff: Share of the full change, or for add the length of the step.
         operator: set_projection, add, or ablate.
         positions: Which tokens to steer.
@@ -279,6 +281,7 @@ def evaluate(
         batch_size: Rows per batch.
     """
     from steerlens.data.load import load_pairs
+    from steerlens.data.splits import at_most, without_queries
     from steerlens.models.load import load_model
     from steerlens.study.scores import evaluate as run_evaluation
     from steerlens.vectors.vector import SteeringVector
@@ -286,9 +289,15 @@ def evaluate(
     metadata = SteeringVector.load(vector).metadata
     seed = int(metadata.get("seed", 0))
     data = metadata.get("pairs", pairs_for(data, model)) if data == "auto" else data
-    pairs = load_pairs(data, instructions=[metadata.get("instruction", "")], seed=seed)
-    pairs = pairs.split(seed=seed)[2] if data == metadata.get("pairs") else pairs
-    pairs = pairs if n_test is None else pairs.sample(n_test, seed=seed)
+    loaded_pairs = load_pairs(data, instructions=[metadata.get("instruction", "")], seed=seed)
+    pairs = without_queries(loaded_pairs, metadata.get("queries", "").split())
+    if len(pairs) == 0:
+        raise SteerlensError(
+            f"a vector is tested on queries that it was not fitted on, and {data!r} has no other; use other prompts"
+        )
+    if len(pairs) < len(loaded_pairs):
+        print(f"{len(loaded_pairs) - len(pairs)} of {len(loaded_pairs)} prompts left out: fitted on", file=sys.stderr)
+    pairs = pairs if n_test is None else at_most(pairs, n_test, seed)
     loaded = load_model(model)
     plan = _plan(loaded, vector, layer, coeff, operator, positions)
     found = run_evaluation(
@@ -321,7 +330,7 @@ def info(path: Annotated[Path, tyro.conf.Positional]) -> None:
     vector = SteeringVector.load(path)
     print(vector)
     for key, value in sorted(vector.metadata.items()):
-        print(f"  {key}: {value}")
+        print(f"  {key}: {value if len(value) <= 100 else f'{value[:90]}... ({len(value.split())} words)'}")
     print("  layer   norm   with  without  mean residual norm")
     for layer, direction in vector.directions.items():
         values = (vector.proj_with, vector.proj_without, vector.resid_norm)

@@ -8,6 +8,7 @@ import pytest
 
 from steerlens.cli import main
 from steerlens.data.pairs import InstructionPair, PairSet
+from steerlens.vectors.vector import SteeringVector
 
 NO_COMMA = "punctuation:no_comma"
 
@@ -95,6 +96,29 @@ def test_fit_info_generate_and_evaluate_work_together(steerlens, tiny_folders, p
     table = steerlens("evaluate", *common, "--data", pairs_file, "--n-test", 2, *steering)
     assert table.returncode == 0, table.stderr
     assert all(condition in table.stdout for condition in ("none", "vector", "text+vector", "random"))
+
+
+def test_queries_that_a_vector_was_fitted_on_do_not_test_it_whatever_the_file(
+    steerlens, tiny_folders, pairs_file, tmp_path, monkeypatch
+):
+    monkeypatch.chdir(pairs_file.parent)
+    vector, common = tmp_path / "v.safetensors", ["--model", tiny_folders["llama"]]
+    steerlens("fit", *common, "--instruction", NO_COMMA, "--pairs", pairs_file, "--out", vector)
+    respelled = PairSet(InstructionPair(f"SAY  {i}.", "No comma.", NO_COMMA) for i in range(8))
+    respelled.save(tmp_path / "respelled.jsonl")
+    fitted_on = SteeringVector.load(vector).metadata["queries"].split()
+    PairSet(pair for pair in respelled if pair.query_id in fitted_on).save(tmp_path / "seen.jsonl")
+    steering = [*common, "--vector", vector, "--layer", 2, "--max-new-tokens", 2]
+    by_default = steerlens("evaluate", *steering)
+    for data in (pairs_file, f"./{pairs_file.name}", tmp_path / "respelled.jsonl"):
+        done = steerlens("evaluate", *steering, "--data", data)
+        assert "6 of 8 prompts left out" in done.stderr
+        assert [line.split()[2] for line in done.stdout.splitlines()[1:]] == ["2"] * 5
+        if data != tmp_path / "respelled.jsonl":
+            assert done.stdout == by_default.stdout
+    refused = steerlens("evaluate", *steering, "--data", tmp_path / "seen.jsonl")
+    assert refused.returncode == 2
+    assert "a vector is tested on queries that it was not fitted on" in refused.stderr
 
 
 def test_a_vector_without_a_layer_is_refused(steerlens, tiny_folders, pairs_file, tmp_path):

@@ -15,7 +15,7 @@ ROOMS = {
     "stats": "words rates comparisons slopes pareto",
     "figures": "theme multiples cells layers matrices report",
     "checks": "arguments catalogue text ifeval registry",
-    "data": "conditions readers pairs load families",
+    "data": "cells conditions readers pairs splits load families",
     "models": "facts load prompts stops rows passes",
     "steering": "operators positions plan residual candidates sampling",
     "vectors": "vector activations estimators transfer",

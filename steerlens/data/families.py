@@ -19,12 +19,13 @@ import importlib.resources
 import json
 import random
 from collections.abc import Iterable
-from typing import Any, Literal, get_args
+from typing import Any, Literal, SupportsIndex, get_args
 
 from steerlens.checks.text import split_sentences
+from steerlens.data.cells import whole
 from steerlens.data.pairs import InstructionPair, PairSet
 from steerlens.errors import DataError, nearest
-from steerlens.files import derived_seed
+from steerlens.files import derived_seed, query_key
 
 Level = Literal["extremely_short", "short", "medium", "verbose", "extremely_verbose"]
 
@@ -51,7 +52,7 @@ def _phrasings(family: str) -> dict[str, list[str]]:
     return found
 
 
-def length_pairs(queries: Iterable[str], level: Level, *, seed: int = 0) -> PairSet:
+def length_pairs(queries: Iterable[str], level: Level, *, seed: SupportsIndex = 0) -> PairSet:
     """Each query with a level of length, instruction id "length:{level}".
 
     >>> length_pairs(["Describe rain."], "short")[0].instruction_id
@@ -61,13 +62,13 @@ def length_pairs(queries: Iterable[str], level: Level, *, seed: int = 0) -> Pair
     return _pairs(queries, _phrasings("length")[level], [f"length:{level}"], [{}], seed)
 
 
-def sentence_pairs(queries: Iterable[str], relation: Relation, n: int, *, seed: int = 0) -> PairSet:
+def sentence_pairs(queries: Iterable[str], relation: Relation, n: SupportsIndex, *, seed: SupportsIndex = 0) -> PairSet:
     """Each query with exactly, at most or at least n sentences, checked by IFEval's sentence count.
 
     IFEval only knows "less than" and "at least", so "exactly" is both together.
     """
     _known(relation, RELATIONS, "relation")
-    if n < 1:
+    if (n := whole(n, "a number of sentences")) < 1:
         raise DataError(f"a number of sentences must be at least 1, got {n}")
     below = {"num_sentences": n + 1, "relation": "less than"}
     least = {"num_sentences": n, "relation": "at least"}
@@ -76,7 +77,7 @@ def sentence_pairs(queries: Iterable[str], relation: Relation, n: int, *, seed: 
     return _pairs(queries, _phrasings("sentences")[relation], [SENTENCES] * len(checks), checks, seed, **words)
 
 
-def keyword_pairs(queries: Iterable[str], word: str, mode: Mode = "include", *, seed: int = 0) -> PairSet:
+def keyword_pairs(queries: Iterable[str], word: str, mode: Mode = "include", *, seed: SupportsIndex = 0) -> PairSet:
     """Each query with a word to include or to exclude; queries that hold the word themselves are left out.
 
     Raises:
@@ -106,13 +107,19 @@ def sentence_count(text: str) -> int:
 
 
 def _pairs(
-    queries: Iterable[str], phrasings: list[str], ids: list[str], kwargs: list[dict[str, Any]], seed: int, **words: Any
+    queries: Iterable[str],
+    phrasings: list[str],
+    ids: list[str],
+    kwargs: list[dict[str, Any]],
+    seed: SupportsIndex,
+    **words: Any,
 ) -> PairSet:
     def one(query: str) -> InstructionPair:
         rng = random.Random(derived_seed(seed, query, phrasings[0], *words.values()))
         return InstructionPair(query, rng.choice(phrasings).format(**words), ids, kwargs, source="families")
 
-    return PairSet(one(query) for query in dict.fromkeys(queries))
+    first_spellings = {query_key(query): query for query in reversed(list(queries))}
+    return PairSet(one(query) for query in reversed(first_spellings.values()))
 
 
 def _known(value: str, known: Iterable[str], what: str) -> None:

@@ -7,10 +7,12 @@ from collections.abc import Iterable
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
+from typing import SupportsIndex
 
 from steerlens.checks.catalogue import Instruction, format_instructions, language_instructions
 from steerlens.checks.registry import check_arguments, instruction_types
-from steerlens.data.pairs import InstructionPair, PairSet, digest, known_ids, query_key, ranked
+from steerlens.data.cells import whole
+from steerlens.data.pairs import InstructionPair, PairSet, digest, known_ids, ranked
 from steerlens.data.readers import Line, at_line, existing, read_lines
 from steerlens.errors import DataError
 
@@ -19,16 +21,16 @@ def load_pairs(
     source: str | os.PathLike[str],
     *,
     instructions: str | Iterable[str] | None = None,
-    n_queries: int | None = None,
-    seed: int = 0,
+    n_queries: SupportsIndex | None = None,
+    seed: SupportsIndex = 0,
     queries: str | os.PathLike[str] | None = None,
 ) -> PairSet:
     """Pairs from the bundled set or from a file.
 
     Args:
         source: "format" (everyday queries) or "tiny" (queries that the tiny models can answer), each with the bundled
-            instructions; or a JSONL file. Each line is recognised by its keys: `PairSet.save`'s own; llm-steer-instruct
-            (`prompt_without_instruction`); Split-IFEval (`separated_prompt`); official IFEval (`prompt`,
+            instructions; or a JSONL or Parquet file. Each line is recognised by its keys: `PairSet.save`'s own; llm-steer-
+            instruct (`prompt_without_instruction`); Split-IFEval (`separated_prompt`); official IFEval (`prompt`,
             `instruction_id_list`, `kwargs`), whose base query is unknown. The module `readers` says what is read of each.
         instructions: Keep these instruction ids only. Default: all; of the bundled ones the twelve format instructions, to which
             any `language:response_language_{code}` can be added.
@@ -69,7 +71,7 @@ def bundled_queries(source: str) -> tuple[str, ...]:
     return tuple(file.read_text(encoding="utf-8").splitlines())
 
 
-def _bundled_pairs(source: str, instructions: str | Iterable[str] | None, seed: int) -> PairSet:
+def _bundled_pairs(source: str, instructions: str | Iterable[str] | None, seed: SupportsIndex) -> PairSet:
     catalogue = {**format_instructions(), **language_instructions()}
     ids = known_ids(format_instructions() if instructions is None else instructions, catalogue)
     queries = bundled_queries(source)
@@ -81,17 +83,17 @@ def _bundled_pairs(source: str, instructions: str | Iterable[str] | None, seed: 
     )
 
 
-def _bundled_pair(source: str, query: str, name: str, instruction: Instruction, seed: int) -> InstructionPair:
+def _bundled_pair(source: str, query: str, name: str, instruction: Instruction, seed: SupportsIndex) -> InstructionPair:
     text, kwargs = instruction.render(random.Random(int(digest(seed, query, name), 16)))
     return InstructionPair(query, text, (instruction.id,), (kwargs,), source=source)
 
 
-def _keep_queries(pairs: PairSet, n_queries: int, seed: int) -> PairSet:
-    keys = {query_key(pair) for pair in pairs}
-    if not 1 <= n_queries <= len(keys):
+def _keep_queries(pairs: PairSet, n_queries: SupportsIndex, seed: SupportsIndex) -> PairSet:
+    keys = {pair.query_key for pair in pairs}
+    if not 1 <= (n_queries := whole(n_queries, "n_queries")) <= len(keys):
         raise DataError(f"n_queries must be in [1, {len(keys)}], the number of base queries; got {n_queries}")
     kept = set(ranked(keys, seed)[:n_queries])
-    return PairSet(pair for pair in pairs if query_key(pair) in kept)
+    return PairSet(pair for pair in pairs if pair.query_key in kept)
 
 
 # Files.

@@ -10,8 +10,12 @@ id. In names, an `instruction` is a text and an `instruction_id` what tables, ve
 `load_pairs("format")` gives the bundled set: base queries written for this project x the paper's twelve format
 instructions. Files of IFEval, of the paper's authors and of Split-IFEval load by their path.
 
-Splits are made by base query: a query (up to case and white space) is in one split only, whatever its instruction, so
-that a vector, its layer and its score never share a prompt. A split does not make two *similar* queries independent.
+Splits are made by base query: a query (up to its spelling, `files.query_key`) is in one split only, whatever its
+instruction, so that a vector, its layer and its score never share a prompt. A split does not make two *similar* queries
+independent.
+
+Rows of data frames, and of Arrow files, may be handed over as they are: an absent value may be None or nan, a list an
+array, and a number NumPy's.
 
 Everything drawn here depends on a seed and on the text alone, through sha256: it is the same in every process, and for
 a pair it stays the same when other pairs come or go.
@@ -24,14 +28,15 @@ import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import pairwise
-from typing import TYPE_CHECKING, Any, overload
+from typing import TYPE_CHECKING, Any, SupportsIndex, overload
 
 from steerlens.checks.arguments import LANGUAGE
 from steerlens.checks.registry import check_arguments
+from steerlens.data.cells import Text, arguments_of, listed, text_of, whole
 from steerlens.data.conditions import CONDITIONS, WITH_TEXT
 from steerlens.data.readers import instruction_in
 from steerlens.errors import DataError, nearest
-from steerlens.files import write_atomically
+from steerlens.files import content_key, query_key, write_atomically
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -69,17 +74,19 @@ class InstructionPair:
 
     def __init__(
         self,
-        query: str | None,
-        instruction: str,
+        query: Text,
+        instruction: Text,
         instruction_ids: str | Iterable[str] = (),
-        kwargs: Mapping[str, Any] | Iterable[Mapping[str, Any]] = (),
-        prompt: str = "",
-        prompt_id: str = "",
-        source: str = "",
+        kwargs: Mapping[str, Any] | Iterable[Mapping[str, Any] | float | None] | float | None = (),
+        prompt: Text = "",
+        prompt_id: Text = "",
+        source: Text = "",
     ) -> None:
-        ids = (instruction_ids,) if isinstance(instruction_ids, str) else tuple(instruction_ids)
-        given = (kwargs,) if isinstance(kwargs, Mapping) else kwargs
-        arguments = tuple(_without_none(values) for values in given) or ({},) * len(ids)
+        query = text_of(query, "query")
+        instruction, prompt = text_of(instruction, "instruction") or "", text_of(prompt, "prompt") or ""
+        prompt_id, source = text_of(prompt_id, "prompt_id") or "", text_of(source, "source") or ""
+        ids = tuple(text_of(name, "instruction id") or "" for name in listed(instruction_ids))
+        arguments = tuple(arguments_of(values) for values in listed(kwargs)) or ({},) * len(ids)
         prompt = prompt or (f"{query} {instruction}" if query and instruction else "")
         if not all(ids) or len(arguments) != len(ids):
             raise DataError(
@@ -124,6 +131,16 @@ class InstructionPair:
             f"{name}_{arguments['language']}" if name == LANGUAGE and arguments.get("language") else name
             for name, arguments in zip(self.instruction_ids, self.kwargs, strict=True)
         )
+
+    @property
+    def query_key(self) -> str:
+        """What spellings of the base query have in common (`files.query_key`); without one, of the prompt."""
+        return query_key(self.prompt if self.query is None else self.query)
+
+    @property
+    def query_id(self) -> str:
+        """12 hex digits of `query_key`: names the query in metadata, which do not hold its text."""
+        return content_key(self.query_key)[:12]
 
     @property
     def instruction_span(self) -> tuple[int, int]:
@@ -238,7 +255,7 @@ class PairSet(Sequence[InstructionPair]):
         return f"<p>{self!r}</p>{shown.to_frame().to_html(index=False)}{rest}"
 
     def __repr__(self) -> str:
-        queries = len({query_key(pair) for pair in self})
+        queries = len({pair.query_key for pair in self})
         counts = ((len(self), "pair"), (queries, "query"), (len(self.instructions), "instruction"))
         return f"PairSet({', '.join(_count(n, noun) for n, noun in counts)})"
 
@@ -268,7 +285,7 @@ class PairSet(Sequence[InstructionPair]):
         """What the model is asked under `condition`, pair by pair."""
         return [pair.text(condition) for pair in self]
 
-    def split(self, *, seed: int = 0, fractions: Sequence[float] = (0.6, 0.2, 0.2)) -> tuple["PairSet", ...]:
+    def split(self, *, seed: SupportsIndex = 0, fractions: Iterable[float] = (0.6, 0.2, 0.2)) -> tuple["PairSet", ...]:
         """Sets that share no base query, one per fraction of the queries; by default train, validation and test.
 
         The order of the pairs, and which instructions they carry, do not change where a query goes. A pair without a
@@ -277,28 +294,29 @@ class PairSet(Sequence[InstructionPair]):
         Raises:
             DataError: for an empty set, fractions that are not positive or do not sum to 1, or too few queries.
         """
+        fractions = tuple(float(part) for part in fractions)
         if not fractions or min(fractions) <= 0 or not math.isclose(sum(fractions), 1):
-            raise DataError(f"fractions must be positive and sum to 1, got {tuple(fractions)}")
-        queries = ranked({query_key(pair) for pair in self}, seed)
+            raise DataError(f"fractions must be positive and sum to 1, got {fractions}")
+        queries = ranked({pair.query_key for pair in self}, seed)
         ends = [round(sum(fractions[:i]) * len(queries)) for i in range(len(fractions) + 1)]
         parts = [set(queries[start:end]) for start, end in pairwise(ends)]
         if not all(parts):
             raise DataError(
-                f"each split needs a base query, and {_count(len(queries), 'query')} split by {tuple(fractions)} gives "
+                f"each split needs a base query, and {_count(len(queries), 'query')} split by {fractions} gives "
                 f"{[len(part) for part in parts]}; use more queries or fewer splits"
             )
-        return tuple(PairSet(pair for pair in self if query_key(pair) in part) for part in parts)
+        return tuple(PairSet(pair for pair in self if pair.query_key in part) for part in parts)
 
-    def sample(self, n: int, *, seed: int = 0) -> "PairSet":
+    def sample(self, n: SupportsIndex, *, seed: SupportsIndex = 0) -> "PairSet":
         """`n` pairs in their order; a smaller sample with the same seed is part of a larger one."""
-        if not 1 <= n <= len(self):
+        if not 1 <= (n := whole(n, "n")) <= len(self):
             raise DataError(f"n must be in [1, {len(self)}], the number of pairs; got {n}")
         chosen = set(ranked({pair.prompt_id for pair in self}, seed)[:n])
         return PairSet(pair for pair in self if pair.prompt_id in chosen)
 
-    def sample_per_instruction(self, n: int, *, seed: int = 0) -> "PairSet":
+    def sample_per_instruction(self, n: SupportsIndex, *, seed: SupportsIndex = 0) -> "PairSet":
         """`n` pairs of every instruction, all in their order."""
-        groups = self.by_instruction()
+        n, groups = whole(n, "n"), self.by_instruction()
         if short := [name for name, group in groups.items() if len(group) < n]:
             raise DataError(f"n is {n}, and {short[0]} has {_count(len(groups[short[0]]), 'pair')}; lower n")
         chosen = {pair.prompt_id for group in groups.values() for pair in group.sample(n, seed=seed)}
@@ -390,12 +408,7 @@ def _short(instruction: str) -> str:
     return line if len(line) <= LONGEST_NAME else f"{line[: LONGEST_NAME - 8].rstrip()}… {digest(line)[:6]}"
 
 
-def query_key(pair: InstructionPair) -> str:
-    """The base query up to case and white space; without one, the prompt."""
-    return " ".join((pair.prompt if pair.query is None else pair.query).casefold().split())
-
-
-def ranked(names: Iterable[str], seed: int) -> list[str]:
+def ranked(names: Iterable[str], seed: SupportsIndex) -> list[str]:
     """The names in an order that depends on the seed alone: two sets rank the names they share alike."""
     return sorted(names, key=lambda name: digest(seed, name))
 
@@ -424,10 +437,6 @@ def _plain(value: Any) -> Any:
     return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
-def _without_none(arguments: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in arguments.items() if value is not None}
-
-
-def _count(n: int, noun: str) -> str:
+def _count(n: SupportsIndex, noun: str) -> str:
     plural = noun[:-1] + "ies" if noun.endswith("y") else noun + "s"
     return f"{n} {noun if n == 1 else plural}"

@@ -1,5 +1,7 @@
 """The schemas that files of instruction pairs come in, read line by line into the fields of a pair.
 
+A file is JSONL, one JSON object a line, or Parquet, one row of the same keys; an empty cell of a table is an absent key.
+
 | schema | known by | base query | instruction |
 |---|---|---|---|
 | own (`PairSet.save`) | `instruction_ids`, or `query` and `instruction` | `query` | `instruction` |
@@ -28,7 +30,9 @@ from pathlib import Path
 from typing import Any
 
 from steerlens.checks.registry import instruction_types
+from steerlens.data.cells import absent, own_types
 from steerlens.errors import DataError, SteerlensError, nearest
+from steerlens.files import user_path
 
 _Row = dict[str, Any]
 
@@ -46,7 +50,7 @@ class Line:
 
 
 def read_lines(path: Path, queries: str | os.PathLike[str] | None = None) -> Iterator[Line]:
-    """The lines of a JSONL file of pairs, each in the schema that its keys say.
+    """The lines of a JSONL or Parquet file of pairs, each in the schema that its keys say.
 
     Args:
         queries: For official IFEval, a JSONL file with `key` and `model_output`, the prompt without its instructions.
@@ -57,7 +61,7 @@ def read_lines(path: Path, queries: str | os.PathLike[str] | None = None) -> Ite
     joined = None if queries is None else _queries_by_key(existing(queries))
     for number, row in _rows(path):
         with at_line(path, number):
-            line = _line(number, row, path.name, joined)
+            line = _line(number, row, path.name.encode(errors="replace").decode(), joined)
         yield line
 
 
@@ -77,7 +81,7 @@ def _line(number: int, row: _Row, source: str, joined: Mapping[Any, str] | None)
 
 def _own_fields(row: _Row, source: str) -> _Row:
     return {
-        "query": None if row.get("query") is None else _field(row, "query", str),
+        "query": None if absent(row.get("query")) else _field(row, "query", str),
         "instruction": _field(row, "instruction", str, default=""),
         "instruction_ids": _strings(row, "instruction_ids") if row.get("instruction_ids") else (),
         "kwargs": _dicts(row, "kwargs") if row.get("instruction_ids") else (),
@@ -168,11 +172,15 @@ def at_line(path: Path, number: int) -> Iterator[None]:
     try:
         yield
     except SteerlensError as error:
-        raise DataError(f"{path}, line {number}: {error}") from error
+        unit = "row" if path.suffix == PARQUET else "line"
+        raise DataError(f"{path}, {unit} {number}: {error}") from error
 
 
 def _rows(path: Path) -> Iterator[tuple[int, _Row]]:
     """Line numbers, from one, and the objects on them; blank lines are skipped."""
+    if path.suffix == PARQUET:
+        yield from _parquet_rows(path)
+        return
     try:
         with path.open(encoding="utf-8-sig") as file:
             lines = [(number, line) for number, line in enumerate(file, start=1) if line.strip()]
@@ -190,19 +198,40 @@ def _rows(path: Path) -> Iterator[tuple[int, _Row]]:
         yield number, row
 
 
+PARQUET = ".parquet"
+
+
+def _parquet_rows(path: Path) -> Iterator[tuple[int, _Row]]:
+    try:
+        import pandas as pd
+
+        table = pd.read_parquet(path)
+    except ImportError as error:
+        raise DataError(
+            f"reading {path} needs pyarrow, which is not installed; pip install pyarrow, or convert the file with "
+            "to_json(path, orient='records', lines=True)"
+        ) from error
+    except (OSError, ValueError) as error:
+        raise DataError(f"{path} must be a Parquet file, and it cannot be read: {error}") from error
+    if table.empty:
+        raise DataError(f"{path} is empty; a file of pairs has one row a pair")
+    for number, row in enumerate(table.to_dict("records"), start=1):
+        yield number, {str(name): own for name, cell in row.items() if not absent(own := own_types(cell))}
+
+
 def existing(source: str | os.PathLike[str]) -> Path:
     """The file's path, or an error that says what is there instead."""
-    path = Path(source)
+    path = user_path(source)
     if path.is_file():
         return path
     if path.is_dir():
-        raise DataError(f"{path} is a folder; name a .jsonl file in it")
+        raise DataError(f"{path} is a folder; name a .jsonl or .parquet file in it")
     if path.suffix or len(path.parts) > 1 or not isinstance(source, str):
-        beside = [item.name for item in path.parent.glob("*.jsonl")]
+        beside = [item.name for item in path.parent.glob("*") if item.suffix in (".jsonl", PARQUET)]
         close = difflib.get_close_matches(path.name, beside, n=1)
         raise DataError(f"no file {path}; " + (f"did you mean {close[0]!r} beside it?" if close else "check the path"))
     raise DataError(
-        f"unknown set of pairs {source!r}; {nearest(source, ['format', 'tiny'])}, or the path of a .jsonl file"
+        f"unknown set of pairs {source!r}; {nearest(source, ['format', 'tiny'])}, or the path of a .jsonl or .parquet file"
     )
 
 

@@ -33,7 +33,7 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from steerlens.errors import DataError, SteerlensError, nearest
-from steerlens.stats.rates import require_columns
+from steerlens.stats.rates import require_columns, unit_labels
 
 EXACT_BELOW = 25
 """With fewer discordant pairs than this McNemar's test is exact, as is usual for the chi-square approximation."""
@@ -252,7 +252,7 @@ def mean_intervals(scores: pd.DataFrame, by: Sequence[str]) -> pd.DataFrame:
     for keys, group in scores.groupby(list(by), sort=False, dropna=False, observed=True):
         row = dict(zip(by, keys, strict=True))
         for column in measured:
-            found = bootstrap_mean(group[column], clusters=group["query"], n_resamples=2000)
+            found = bootstrap_mean(group[column], clusters=unit_labels(group, "query"), n_resamples=2000)
             name = f"mean_{column.removeprefix('n_')}"
             row |= {f"{name}_low": found.low, f"{name}_high": found.high}
         rows.append(row)
@@ -285,7 +285,8 @@ def compare_conditions(
         against: the other conditions; None takes all, in the order in which they are first seen.
         by: the columns to group by; none of them compares over the whole frame.
         value: the yes/no column.
-        pair_on: the columns that identify a pair within its group; the first of them is the independent unit.
+        pair_on: the columns that identify a pair within its group; the first of them is the independent unit. Spellings of
+            one "query" are one unit.
         unpaired: "drop" leaves out what only one of the two conditions has; by default that is an error.
 
     Returns:
@@ -308,6 +309,7 @@ def compare_conditions(
     scores = frame[frame["condition"].isin([baseline, *others])]
     group = scores.groupby(list(by), sort=False, dropna=False, observed=True).ngroup() if by else 0
     scores = scores.assign(_group=group, _verdict=_verdicts(scores[value], what=f"column {value!r}"))
+    scores = scores.assign(**{name: unit_labels(scores, name) for name in pair_on})
     keys = ["_group", *pair_on]
     _check_distinct(scores, [*keys, "condition"], shown=[*by, *pair_on, "condition"])
     heads = scores.drop_duplicates("_group")

@@ -26,6 +26,7 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from steerlens.errors import DataError, SteerlensError
+from steerlens.files import query_key
 
 RATE_COLUMNS = ("n", "followed", "rate", "low", "high")
 
@@ -88,7 +89,7 @@ def rate_table(
         by: the columns to group by; none of them gives one row for the whole frame.
         value: the yes/no column, "followed" or "followed_strict".
         clusters: the column that says which responses belong together, such as "prompt_id" where a prompt has several
-            trials; the interval then counts `effective_n` responses.
+            trials; the interval then counts `effective_n` responses. Spellings of one "query" belong together.
 
     Raises:
         DataError: a missing column, or a response without a verdict, which is neither yes nor no.
@@ -104,11 +105,18 @@ def rate_table(
     table = table.reset_index(drop=not by).astype({"n": int, "followed": int})
     effective = table["n"].astype(float)
     if clusters is not None:
-        groups = _grouped(frame.assign(_verdict=verdict), by)
-        effective = groups[["_verdict", clusters]].apply(lambda g: effective_n(g["_verdict"], g[clusters]))
+        groups = _grouped(frame.assign(_verdict=verdict, _cluster=unit_labels(frame, clusters)), by)
+        effective = groups[["_verdict", "_cluster"]].apply(lambda g: effective_n(g["_verdict"], g["_cluster"]))
         effective = effective.reset_index(drop=True)
     low, high = wilson_interval(table["followed"] * effective / table["n"], effective)
     return table.assign(rate=table["followed"] / table["n"], low=low, high=high)
+
+
+def unit_labels(frame: pd.DataFrame, column: str) -> "pd.Series[Any]":
+    """Which unit each row belongs to: the values of a column, and of the column query what its spellings have in common."""
+    if column != "query":
+        return frame[column]
+    return frame[column].map(lambda query: query_key(query) if isinstance(query, str) else query)
 
 
 def effective_n(verdicts: "pd.Series[Any]", clusters: "pd.Series[Any]") -> float:

@@ -23,7 +23,8 @@ from steerlens.checks.catalogue import format_instructions, language_instruction
 from steerlens.checks.text import sentence_splitter
 from steerlens.data.conditions import CONDITIONS
 from steerlens.data.load import BUNDLED_QUERIES, load_pairs
-from steerlens.data.pairs import PairSet, query_key
+from steerlens.data.pairs import PairSet
+from steerlens.data.splits import at_most, three_parts
 from steerlens.errors import DataError, SteerlensError
 from steerlens.figures.report import write_report
 from steerlens.files import Journal, content_key, file_name, json_lines, start_folder, writable_folder, write_atomically
@@ -185,12 +186,11 @@ def select_pairs(config: RunConfig) -> tuple[PairSet, PairSet, PairSet, list[str
         wanted = (*format_instructions(), *(name for name in language_instructions() if name in data.instructions))
     pairs = load_pairs(config.pairs, instructions=wanted, seed=config.seed)
     notes: list[str] = []
-    if data is None:
-        train, valid, test = pairs.split(seed=config.seed)
-    else:
-        train, valid = pairs.split(seed=config.seed, fractions=(0.75, 0.25))
-        test = _test_pairs(config, data, pairs, notes)
-        train, valid = (_fitting(part, test, notes) for part in (train, valid))
+    train, valid, test = three_parts(
+        pairs, None if data is None else _test_pairs(config, data, pairs, notes), seed=config.seed
+    )
+    if data is not None and (left_out := len(pairs) - len(train) - len(valid)):
+        notes.append(f"{left_out} fitting pairs left out, because their queries are test prompts")
     kept = set(test.instructions)
     if untested := sorted({*train.instructions, *valid.instructions} - kept):
         notes.append(f"not tested, for want of test prompts: {', '.join(untested)}")
@@ -224,27 +224,6 @@ def _test_pairs(config: RunConfig, data: PairSet, pairs: PairSet, notes: list[st
             f"{len(data) - len(test)} of {len(data)} test prompts left out ({', '.join(others) or 'no base query'})"
         )
     return test
-
-
-def without_queries(pairs: PairSet, test: PairSet) -> PairSet:
-    """The pairs whose queries are not tested."""
-    tested = {query_key(pair) for pair in test}
-    return PairSet(pair for pair in pairs if query_key(pair) not in tested)
-
-
-def _fitting(pairs: PairSet, test: PairSet, notes: list[str]) -> PairSet:
-    kept = without_queries(pairs, test)
-    if len(kept) < len(pairs):
-        notes.append(f"{len(pairs) - len(kept)} fitting pairs left out, because their queries are test prompts")
-    return kept
-
-
-def at_most(pairs: PairSet, n: int, seed: int) -> PairSet:
-    """Of each instruction n pairs, or all where there are fewer."""
-    if n < 1:
-        raise SteerlensError(f"numbers of prompts must be at least 1, got {n}")
-    groups = pairs.by_instruction().values()
-    return PairSet(pair for group in groups for pair in group.sample(min(n, len(group)), seed=seed))
 
 
 def run_identity(config: RunConfig, model: Any, *parts: PairSet) -> str:

@@ -45,7 +45,7 @@ from steerlens.files import (
 from steerlens.models.facts import check_layer, library_versions, model_id
 from steerlens.models.prompts import PromptFormat
 from steerlens.stats.pareto import pareto_front
-from steerlens.stats.rates import rates_and_quality
+from steerlens.stats.rates import rates_and_quality, unit_labels
 from steerlens.steering.candidates import UNSTEERED, Candidate, Unit, grid
 from steerlens.steering.plan import Plan
 from steerlens.steering.positions import Window
@@ -154,7 +154,7 @@ class Sweep:
         """
         parts = []
         for name, group in self.scores.groupby("instruction", sort=False):
-            asked = group["query"].str.casefold()
+            asked = unit_labels(group, "query")
             queries = sorted(asked.unique(), key=lambda query: derived_seed(seed, query))
             if not 2 <= folds <= len(queries):
                 raise SteerlensError(

@@ -22,6 +22,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from steerlens.data.pairs import InstructionPair, PairSet
+from steerlens.data.splits import query_ids
 from steerlens.errors import DataError, SteerlensError
 from steerlens.models.facts import check_layer, coordinate_frame, model_id, resid_post, versions_json
 from steerlens.models.passes import forward
@@ -44,6 +45,8 @@ class Activations:
     instructions: tuple[str, ...]
     """The instruction id of each pair."""
     metadata: dict[str, str] = field(default_factory=dict)
+    pairs: PairSet | None = None
+    """What was recorded; None where only the numbers are known."""
 
     def __len__(self) -> int:
         return len(self.prompt_ids)
@@ -73,13 +76,16 @@ class Activations:
             "norm_difference": self.differences,
         }
 
-    def _of(self, keep: Sequence[int], **metadata: str) -> "Activations":
+    def _of(self, keep: Sequence[int]) -> "Activations":
+        instructions = tuple(self.instructions[index] for index in keep)
+        pairs = None if self.pairs is None else PairSet(self.pairs[index] for index in keep)
         return Activations(
             resid=self.resid[list(keep)],
             layers=self.layers,
             prompt_ids=tuple(self.prompt_ids[index] for index in keep),
-            instructions=tuple(self.instructions[index] for index in keep),
-            metadata={**self.metadata, **metadata, "n_pairs": str(len(keep))},
+            instructions=instructions,
+            metadata={**self.metadata, **_data_metadata(pairs, instructions)},
+            pairs=pairs,
         )
 
     @property
@@ -92,7 +98,7 @@ class Activations:
         parts = {}
         for instruction in dict.fromkeys(self.instructions):
             keep = [index for index, other in enumerate(self.instructions) if other == instruction]
-            parts[instruction] = self._of(keep, instruction=instruction)
+            parts[instruction] = self._of(keep)
         return parts
 
     def _repr_html_(self) -> str:
@@ -157,6 +163,7 @@ def record_activations(
         prompt_ids=tuple(pair.prompt_id for pair in pairs),
         instructions=tuple(pair.instruction_id for pair in pairs),
         metadata=capture_metadata(model, pairs, prompt_format),
+        pairs=pairs,
     )
 
 
@@ -200,11 +207,17 @@ def capture_metadata(model: Any, pairs: PairSet, prompt_format: PromptFormat) ->
         "frame": coordinate_frame(model),
         "template": template_digest(model, prompt_format),
         "read_position": "last prompt token",
-        "instruction": " | ".join(pairs.instructions),
-        "n_pairs": str(len(pairs)),
-        "data": pairs.content_hash,
+        **_data_metadata(pairs, [pair.instruction_id for pair in pairs]),
         "versions": versions_json(),
     }
+
+
+def _data_metadata(pairs: PairSet | None, instructions: Sequence[str]) -> dict[str, str]:
+    """What says which pairs something comes from, and which queries (`splits.without_queries`) are not to test it."""
+    counts = {"instruction": " | ".join(dict.fromkeys(instructions)), "n_pairs": str(len(instructions))}
+    if pairs is None:
+        return {**counts, "data": "unknown", "queries": ""}
+    return {**counts, "data": pairs.content_hash, "queries": " ".join(sorted(query_ids(pairs)))}
 
 
 @dataclass(frozen=True, eq=False)

@@ -90,12 +90,13 @@ def test_keyword_prompts_of_a_file_are_grouped_by_word_and_others_left_out(tmp_p
     import keywords
 
     from steerlens.data.families import keyword_pairs
+    from steerlens.data.splits import query_ids
 
     queries = ["Describe rain.", "Describe snow.", "Name a city."]
     two = InstructionPair("Name a fox.", "Say red and tail.", "keywords:existence", {"keywords": ["red", "tail"]})
     pairs = keyword_pairs(queries, "wet") + keyword_pairs(queries[:2], "cold") + PairSet([two])
     pairs.save(tmp_path / "pairs.jsonl")
-    groups, left_out = keywords.file_groups(tmp_path / "pairs.jsonl", "include", 10, 0, queries={"describe rain."})
+    groups, left_out = keywords.file_groups(tmp_path / "pairs.jsonl", "include", 10, 0, queries=query_ids(pairs[:1]))
     assert {word: [pair.query for pair in group] for word, group in groups.items()} == {
         "wet": ["Describe snow.", "Name a city."],
         "cold": ["Describe snow."],
@@ -111,13 +112,12 @@ def test_queries_of_a_data_file_are_tested_and_nothing_else_is_done_with_them(tm
 
     from steerlens.data.families import sentence_pairs
     from steerlens.data.load import bundled_queries
-    from steerlens.data.pairs import query_key
 
     taken = [bundled_queries("tiny")[0], "How many legs has an ant?"]
     sentence_pairs(taken, "exactly", 2).save(tmp_path / "data.jsonl")
     train, valid, test = study.parts_for(length.Settings(data=tmp_path / "data.jsonl"))
     assert [pair.query for pair in test] == taken
-    keys = [{query_key(pair) for pair in part} for part in (train, valid, test)]
+    keys = [{pair.query_key for pair in part} for part in (train, valid, test)]
     assert not (keys[0] | keys[1]) & keys[2]
     assert not keys[0] & keys[1]
 

@@ -609,12 +609,17 @@ def test_a_saved_set_loads_equal(tmp_path):
     assert [file.name for file in path.parent.iterdir()] == ["pairs.jsonl"]
 
 
-def test_a_failing_save_leaves_the_old_file_alone(tmp_path):
+def test_a_failing_save_leaves_the_old_file_alone(tmp_path, monkeypatch):
     path = tmp_path / "pairs.jsonl"
     pairs_of("One?").save(path)
     before = path.read_bytes()
-    with pytest.raises(UnicodeEncodeError):
-        pairs_of("Lone surrogate \ud800?").save(path)
+
+    def full(*_: object) -> None:
+        raise OSError("the disk is full")
+
+    monkeypatch.setattr("steerlens.files.os.replace", full)
+    with pytest.raises(OSError, match="full"):
+        pairs_of("Two?").save(path)
     assert path.read_bytes() == before
     assert [file.name for file in tmp_path.iterdir()] == ["pairs.jsonl"]
 

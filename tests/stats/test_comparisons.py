@@ -14,6 +14,7 @@ from steerlens.errors import DataError, SteerlensError
 from steerlens.stats.comparisons import (
     COMPARISON_COLUMNS,
     bootstrap_mean,
+    compare_cells,
     compare_conditions,
     holm,
     mcnemar,
@@ -468,3 +469,18 @@ def test_missing_conditions_columns_and_verdicts_are_refused() -> None:
     unscored.iloc[0, unscored.columns.get_loc("followed")] = None
     with pytest.raises(DataError, match="column 'followed' must be yes or no for every row, got None"):
         compare_conditions(unscored, baseline="none")
+
+
+def test_spellings_of_one_query_are_one_unit_of_every_comparison() -> None:
+    spellings = ("Caf\u00e9?", "CAF\u00c9?", "cafe\u0301?", " caf\u00e9?\n")
+    texts = [f"{i} {text}" for i in range(6) for text in spellings]
+    rows = [
+        {"query": text, "prompt_id": text, "condition": condition, "followed": condition == "vector" and i % 3 > 0}
+        for condition in ("none", "vector")
+        for i, text in enumerate(texts)
+    ]
+    frame = pd.DataFrame(rows).assign(instruction="a", trial=0, n_words=range(48))
+    plain = frame.assign(query=frame["query"].str[0])
+    pd.testing.assert_frame_equal(compare_cells(frame), compare_cells(plain))
+    assert compare_cells(frame)[["n", "n_prompts", "test"]].values.tolist() == [[24, 6, "sign flip"]]
+    pd.testing.assert_frame_equal(mean_intervals(frame, ["condition"]), mean_intervals(plain, ["condition"]))

@@ -262,3 +262,17 @@ def test_rates_and_quality_stand_side_by_side_for_the_same_groups():
     assert (whole["n"], whole["strict"]) == (n, pytest.approx(frame["followed_strict"].mean()))
     plain = rates_and_quality(frame.drop(columns=["followed_strict", "degenerate", "trial"]), ["condition"])
     assert not {"strict", "degenerate", "trial_sd"} & set(plain)
+
+
+def test_spellings_of_one_query_are_one_cluster() -> None:
+    spellings = ("Caf\u00e9?", "CAF\u00c9?", "cafe\u0301?", " caf\u00e9?\n")
+    frame = pd.DataFrame({"query": [f"{i} {text}" for i in range(6) for text in spellings], "followed": False})
+    plain = frame.assign(query=[str(i) for i in range(6) for _ in spellings])
+    found = rate_table(frame, [], clusters="query")
+    pd.testing.assert_frame_equal(found, rate_table(plain, [], clusters="query"))
+    assert (found["low"][0], found["high"][0]) == wilson_interval(0, 6)
+
+
+def test_other_columns_are_taken_as_they_are() -> None:
+    frame = pd.DataFrame({"prompt_id": ["a", "A", "b", "B"], "followed": False})
+    assert rate_table(frame, [], clusters="prompt_id")["high"][0] == wilson_interval(0, 4)[1]

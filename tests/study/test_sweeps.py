@@ -231,6 +231,17 @@ def test_nested_scores_are_chosen_on_other_prompts():
         sweep_.nested(folds=5)
 
 
+def test_nested_scores_deal_spellings_of_one_query_into_one_fold():
+    frame = scores((None, 0.0, [0] * 6, [0] * 6), (2, 1.0, [1] * 6, [0] * 6))
+    frame["query"] = frame["query"].map(
+        dict(zip("012345", ["Caf\u00e9", "cafe\u0301", "B", "b ", "c", "C"], strict=True))
+    )
+    nested = Sweep(frame, choose(frame)).nested(folds=3)
+    assert nested.groupby(nested["prompt"].astype(int) // 2)["fold"].nunique().tolist() == [1, 1, 1]
+    with pytest.raises(SteerlensError, match=r"folds must be in \[2, 3\]"):
+        Sweep(frame, choose(frame)).nested(folds=4)
+
+
 def test_the_papers_gate_refuses_low_perplexity_and_needs_it_measured(llama, vector, pairs):
     frame = scores((None, 0.0, [0, 0], [0, 0]), (2, 1.0, [1, 1], [0, 0]), (4, 1.0, [0, 1], [0, 0]))
     for gate in ("low_perplexity", "no_low_perplexity"):

@@ -10,6 +10,7 @@ from transformers import AutoModelForCausalLM, MistralConfig, MistralForCausalLM
 
 from steerlens.data.load import load_pairs
 from steerlens.data.pairs import InstructionPair, PairSet
+from steerlens.data.splits import query_ids
 from steerlens.errors import DataError, SteerlensError
 from steerlens.models.facts import stop_ids
 from steerlens.models.load import load_model
@@ -436,3 +437,16 @@ def test_activations_are_a_sequence_of_pairs_and_show_norms_by_layer(llama: Subj
     assert row["norm_with"] == pytest.approx(float(acts.resid[2, 1, 3].norm()))
     assert row["norm_difference"] == pytest.approx(float(acts.differences[2, 3].norm()))
     assert "means over pairs" in acts._repr_html_()
+
+
+def test_a_part_says_which_pairs_are_in_it(tiny):
+    pairs = load_pairs("tiny", instructions=["punctuation:no_comma", "detectable_format:title"], n_queries=2)
+    parts = record_activations(tiny.model, pairs, layers=[1]).by_instruction()
+    for name, group in pairs.by_instruction().items():
+        alone = record_activations(tiny.model, group, layers=[1])
+        assert parts[name].metadata == alone.metadata
+        assert parts[name].metadata["data"] == group.content_hash
+        assert set(parts[name].metadata["queries"].split()) == query_ids(group)
+        assert parts[name].pairs == group
+    acts = record_activations(tiny.model, pairs, layers=[1])
+    assert acts[1:3].metadata == record_activations(tiny.model, pairs[1:3], layers=[1]).metadata
