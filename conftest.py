@@ -5,6 +5,7 @@ pairs, train, valid, test   its pairs for that instruction, and their split
 acts                        activations of some training pairs
 scores                      an evaluation's scores: six prompts, without steering and with the vector
 queries                     three base queries
+folder                      an empty folder
 """
 
 import re
@@ -46,9 +47,13 @@ NAMES = ("sl", "model", "pairs", "train", "valid", "test", "acts", "vector", "sc
 
 
 @pytest.fixture(autouse=True)
-def names_of_examples(request: pytest.FixtureRequest, doctest_namespace: dict[str, Any]) -> None:
+def names_of_examples(
+    request: pytest.FixtureRequest, doctest_namespace: dict[str, Any], tmp_path_factory: pytest.TempPathFactory
+) -> None:
     if not isinstance(request.node, pytest.DoctestItem):
         return
     source = " ".join(example.source for example in request.node.dtest.examples)
     doctest_namespace.clear()
     doctest_namespace.update({name: built(name) for name in NAMES if re.search(rf"\b{name}\b", source)})
+    if "folder" in source:
+        doctest_namespace["folder"] = tmp_path_factory.mktemp("example")

@@ -137,9 +137,10 @@ class Journal:
     """A JSONL file of records by key, open for appending by one process at a time.
 
     Example:
-        >>> with Journal(folder / "generations.jsonl") as journal:          # doctest: +SKIP
-        ...     journal.append([{"key": "a", "text": "..."}])
-        ...     journal.records["a"]
+        >>> with Journal(folder / "generations.jsonl") as journal:
+        ...     journal.append([{"key": "a", "text": "It rains."}])
+        ...     journal.records["a"]["text"]
+        'It rains.'
     """
 
     def __init__(self, path: str | Path) -> None:

@@ -81,3 +81,21 @@ def test_the_readers_lines_run_on_the_model_they_name():
     assert len(names["out"]) == len(names["test"]) == 6
     assert set(names["table"].scores["condition"]) == {"none", "vector", "text", "text+vector", "random"}
     assert names["best"].rate > 0.5
+
+
+def test_every_public_function_and_class_has_an_example():
+    found = {value for package in (sl, *map(sl.__getattr__, ROOMS)) for value in public(package).values()}
+    errors = {value for value in found if inspect.isclass(value) and issubclass(value, Exception)}
+    plans = {
+        "Candidate",
+        "Intervention",
+        "Plan",
+        "SteeringVector",
+        "Window",
+        "ablate",
+        "add",
+        "draws",
+        "set_projection",
+    }
+    callables = {value for value in found - errors if callable(value) and value.__name__ not in plans}
+    assert not [value.__qualname__ for value in callables if ">>>" not in (value.__doc__ or "")]

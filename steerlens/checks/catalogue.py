@@ -15,7 +15,11 @@ from steerlens.checks.arguments import LANGUAGE, LANGUAGES
 
 @dataclass(frozen=True)
 class Instruction:
-    """A format instruction in several wordings, for example `format_instructions()["punctuation:no_comma"]`."""
+    """A format instruction in several wordings, for example `format_instructions()["punctuation:no_comma"]`.
+
+    >>> format_instructions()["punctuation:no_comma"].title
+    'No commas'
+    """
 
     id: str
     """IFEval's name of the instruction type."""
@@ -41,6 +45,9 @@ def format_instructions() -> Mapping[str, Instruction]:
 
     `capital_word_frequency` only asks for "at least" so many words: "less than" asks for the opposite behaviour, and
     the mean over both would point nowhere.
+
+    >>> len(format_instructions())
+    12
     """
     file = importlib.resources.files("steerlens") / "bundled" / "instructions.json"
     catalogue = {
@@ -60,6 +67,9 @@ def language_instructions() -> Mapping[str, Instruction]:
     """To answer in each language that IFEval detects, read-only: `language:response_language_de` and so on.
 
     They share one check, and each needs a vector of its own, so tables and vectors go by these names, as in Stolfo et al.
+
+    >>> language_instructions()["language:response_language_de"].title
+    'German'
     """
     file = importlib.resources.files("steerlens") / "bundled" / "languages.json"
     wordings: list[str] = json.loads(file.read_text(encoding="utf-8"))

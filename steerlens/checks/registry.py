@@ -40,7 +40,11 @@ from steerlens.errors import SteerlensError, nearest
 
 @dataclass(frozen=True)
 class CheckResult:
-    """Whether one response follows one instruction."""
+    """Whether one response follows one instruction.
+
+    >>> check("No comma here.", "punctuation:no_comma").loose
+    True
+    """
 
     strict: bool
     """The response as it stands follows."""
@@ -49,7 +53,11 @@ class CheckResult:
 
 
 def instruction_types() -> tuple[str, ...]:
-    """The ids that `check` knows, sorted: IFEval's 25, and those that `register_check` added in this process."""
+    """The ids that `check` knows, sorted: IFEval's 25, and those that `register_check` added in this process.
+
+    >>> "punctuation:no_comma" in instruction_types()
+    True
+    """
     return tuple(sorted([*ARGUMENTS, *_REGISTERED]))
 
 
@@ -62,6 +70,9 @@ def check(
         kwargs: The checker's arguments under lm-eval's names. All that it reads are required; None counts as absent.
         prompt: The request. No checker reads it: what `combination:repeat_prompt` compares with is its argument
             `prompt_to_repeat`, the request without the instruction to repeat it.
+
+    Returns:
+        The strict and the loose verdict.
 
     Raises:
         SteerlensError: for an unknown id, an argument that is missing, unknown or of the wrong type, or a registered
@@ -83,6 +94,20 @@ def check_all(
     """The verdict for each of a prompt's instructions, in their order.
 
     The prompt's own verdict is their conjunction, strict with strict and loose with loose.
+
+    Args:
+        instruction_ids, kwargs: As in `check`, one dict of arguments per id.
+        prompt: The request; see `check`.
+
+    Returns:
+        One verdict per id, in their order.
+
+    Raises:
+        SteerlensError: as for `check`, or if ids and dicts differ in number.
+
+    >>> ids = ["punctuation:no_comma", "startend:quotation"]
+    >>> [one.strict for one in check_all('"Rain, or snow."', ids, [{}, {}])]
+    [False, True]
     """
     if isinstance(instruction_ids, str) or len(instruction_ids) != len(kwargs):
         raise SteerlensError(
@@ -138,6 +163,9 @@ def register_check(instruction_id: str, /, **argument_types: Any) -> Callable[[_
     Args:
         instruction_id: "group:name", not one of IFEval's.
         argument_types: For each argument of the check, passed by name and required: str, int, float, bool or list[str].
+
+    Returns:
+        The decorator; it gives the function back as it was.
 
     Raises:
         SteerlensError: for an id that is taken or not of this form, a type that is not one of these, or a function that

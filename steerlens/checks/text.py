@@ -7,7 +7,11 @@ from itertools import pairwise
 
 
 def sentence_splitter() -> str:
-    """What splits sentences in this process: "nltk punkt_tab" as in IFEval, or "pysbd VERSION" where it is absent."""
+    """What splits sentences in this process: "nltk punkt_tab" as in IFEval, or "pysbd VERSION" where it is absent.
+
+    >>> sentence_splitter().split()[0] in ("nltk", "pysbd")
+    True
+    """
     return "nltk punkt_tab" if has_punkt() else f"pysbd {importlib.metadata.version('pysbd')}"
 
 

@@ -55,6 +55,17 @@ def _phrasings(family: str) -> dict[str, list[str]]:
 def length_pairs(queries: Iterable[str], level: Level, *, seed: SupportsIndex = 0) -> PairSet:
     """Each query with a level of length, instruction id "length:{level}".
 
+    Args:
+        queries: Base queries; one that comes twice is taken once.
+        level: One of `LENGTH_LEVELS`.
+        seed: Decides each query's phrasing.
+
+    Returns:
+        One pair per query, in their order.
+
+    Raises:
+        DataError: for an unknown level.
+
     >>> length_pairs(["Describe rain."], "short")[0].instruction_id
     'length:short'
     """
@@ -66,6 +77,21 @@ def sentence_pairs(queries: Iterable[str], relation: Relation, n: SupportsIndex,
     """Each query with exactly, at most or at least n sentences, checked by IFEval's sentence count.
 
     IFEval only knows "less than" and "at least", so "exactly" is both together.
+
+    Args:
+        queries: Base queries; one that comes twice is taken once.
+        relation: "exactly", "at_most" or "at_least".
+        n: Sentences, at least one.
+        seed: Decides each query's phrasing.
+
+    Returns:
+        One pair per query, in their order.
+
+    Raises:
+        DataError: for an unknown relation, or n below 1.
+
+    >>> sentence_pairs(["Describe rain."], "at_most", 2)[0].kwargs
+    ({'num_sentences': 3, 'relation': 'less than'},)
     """
     _known(relation, RELATIONS, "relation")
     if (n := whole(n, "a number of sentences")) < 1:
@@ -80,8 +106,20 @@ def sentence_pairs(queries: Iterable[str], relation: Relation, n: SupportsIndex,
 def keyword_pairs(queries: Iterable[str], word: str, mode: Mode = "include", *, seed: SupportsIndex = 0) -> PairSet:
     """Each query with a word to include or to exclude; queries that hold the word themselves are left out.
 
+    Args:
+        queries: Base queries; one that comes twice is taken once.
+        word: The word to say, or not to say.
+        mode: "include" or "exclude".
+        seed: Decides each query's phrasing.
+
+    Returns:
+        One pair per query that does not hold the word, in their order.
+
     Raises:
         DataError: if no query is left.
+
+    >>> keyword_pairs(["Describe rain.", "Describe a harbor."], "harbor")
+    PairSet(1 pair, 1 query, 1 instruction)
     """
     _known(mode, get_args(Mode), "mode")
     if not word.strip():

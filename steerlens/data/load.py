@@ -44,6 +44,9 @@ def load_pairs(
     Where `instruction_id_list` and `instruction_id_list_for_eval` differ, the id that `check` knows is taken, the
     former first. Checks of one's own are registered before their file is loaded (`register_check`).
 
+    Returns:
+        The pairs in the file's order; bundled ones query by query.
+
     Raises:
         DataError: for an unknown name or instruction id, a missing or empty file, more queries than there are, and for
             a broken line, with its number: not JSON, of no known schema, or an instruction that cannot be checked.
@@ -66,7 +69,14 @@ BUNDLED_QUERIES = {"format": "queries.txt", "tiny": "tiny_queries.txt"}
 
 @cache
 def bundled_queries(source: str) -> tuple[str, ...]:
-    """The base queries of a bundled set."""
+    """The base queries of a bundled set.
+
+    Args:
+        source: "format" or "tiny".
+
+    >>> len(bundled_queries("format"))
+    120
+    """
     file = importlib.resources.files("steerlens") / "bundled" / BUNDLED_QUERIES[source]
     return tuple(file.read_text(encoding="utf-8").splitlines())
 

@@ -375,6 +375,9 @@ def contrast(
         instruction_id: What tables and vectors call the difference. Give each contrast its own where several are used
             together; that of a check (`register_check`) allows evaluations.
 
+    Returns:
+        A pair for two texts, a set for two lists.
+
     Raises:
         DataError: if the prompts are equal, or the lists differ in length.
 

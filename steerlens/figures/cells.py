@@ -21,8 +21,16 @@ def four_cells(table: pd.DataFrame, *, title: str | None = None, columns: int = 
         title: what the figure is about; a phrase by default.
         columns: panels side by side. Three still leave room for the names on a narrow page.
 
+    Returns:
+        A figure with a bar, its interval and its rate in words for every row.
+
     Raises:
         DataError: a missing column, an unknown condition, an empty table, or two rows for one bar.
+
+    Example:
+        >>> from steerlens.stats import rate_table
+        >>> [bar.y for bar in four_cells(rate_table(scores, by=["condition"])).select_traces("bar")]
+        [('none',), ('vector',)]
     """
     faceted = "instruction" in table.columns
     keys = ["instruction", "condition"] if faceted else ["condition"]

@@ -26,8 +26,16 @@ def layer_curve(search: pd.DataFrame, *, title: str | None = None, columns: int 
         title: what the figure is about; a phrase by default.
         columns: panels side by side.
 
+    Returns:
+        A figure with two panels per instruction, the rate above the share of degenerate texts.
+
     Raises:
         DataError: a missing column, or no row.
+
+    Example:
+        >>> found = sl.sweep(model, vector, valid[:2], layers=[3, 4], max_new_tokens=4)
+        >>> layer_curve(found.table).layout.title.text != ""
+        True
     """
     needed = ["instruction", "layer", "operator", "positions", "coeff", *RATE_COLUMNS, "degenerate", "chosen"]
     require_table(search, needed, what="the search frame")

@@ -18,8 +18,15 @@ def cosine_heatmap(matrix: np.ndarray | pd.DataFrame, labels: Sequence[str], *, 
         labels: instruction ids or any names.
         title: what the figure is about; a phrase by default.
 
+    Returns:
+        A figure with one cell per pair of labels.
+
     Raises:
         DataError: another shape than one row and column per label, or values outside [-1, 1].
+
+    Example:
+        >>> cosine_heatmap(np.eye(2), ["a", "b"]).data[0].zmin
+        -1
     """
     values = np.asarray(matrix, dtype=float)
     if values.shape != (len(labels), len(labels)):

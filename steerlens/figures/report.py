@@ -72,8 +72,16 @@ def write_report(
         title: the heading of the page.
         n_samples: how many prompts of each instruction are shown with their texts.
 
+    Returns:
+        The path of the page.
+
     Raises:
         DataError: scores without rows or columns that the page needs.
+
+    Example:
+        >>> page = write_report(folder / "report.html", scores=scores, facts={"model": "tiny"}, title="A trial")
+        >>> page.name
+        'report.html'
     """
     require_columns(scores, _NEEDED, what="the scores frame")
     if scores.empty:

@@ -105,7 +105,15 @@ _BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 def model_facts(model: Any) -> dict[str, str | int]:
-    """What reports and vector files say about a model."""
+    """What reports and vector files say about a model.
+
+    Returns:
+        model, n_layers, d_model, n_ctx, dtype, device, frame (see `coordinate_frame`), chat_template (whether there is one).
+
+    Example:
+        >>> model_facts(model)["d_model"]
+        160
+    """
     return {
         "model": model_id(model),
         "n_layers": int(model.cfg.n_layers),

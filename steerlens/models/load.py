@@ -89,8 +89,15 @@ def load_model(
         n_devices: Split over this many GPUs, passed to the bridge.
         progress: Show progress while weights are converted and read.
 
+    Returns:
+        The bridge; its hooks and its `generate` are TransformerLens' own.
+
     Raises:
         ModelError: if the model cannot be found or read; the message says what was tried and the usual fix.
+
+    Example:
+        >>> load_model("tiny", progress=False).cfg.n_layers
+        8
     """
     with _progress_bars(progress):
         return _load(name, dtype=dtype, device=device, device_map=device_map, n_devices=n_devices, progress=progress)

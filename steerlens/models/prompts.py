@@ -35,7 +35,12 @@ class TemplateVars(dict[str, Scalar]):
 
 @dataclass(frozen=True)
 class PromptFormat:
-    """How a prompt's text becomes what the model reads."""
+    """How a prompt's text becomes what the model reads.
+
+    Example:
+        >>> render(model, "Describe rain.", PromptFormat(style="plain", plain_template="Q: {prompt}"))
+        'Q: Describe rain.'
+    """
 
     style: Style = "auto"
     """ "chat" renders one user turn with the tokenizer's template; "plain" feeds the text; "auto" is chat where it can be."""

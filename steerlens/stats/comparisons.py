@@ -55,7 +55,12 @@ CELLS = (("none", "vector"), ("random", "vector"), ("none", "text"), ("text", "t
 
 @dataclass(frozen=True)
 class McNemar:
-    """McNemar's test of two conditions on the same prompts."""
+    """McNemar's test of two conditions on the same prompts.
+
+    Example:
+        >>> mcnemar([False, True], [True, True]).gained
+        1
+    """
 
     n: int
     """Pairs."""
@@ -73,7 +78,12 @@ class McNemar:
 
 @dataclass(frozen=True)
 class BootstrapMean:
-    """A mean with its percentile interval; the interval is nan for fewer than two clusters."""
+    """A mean with its percentile interval; the interval is nan for fewer than two clusters.
+
+    Example:
+        >>> bootstrap_mean([1.0, 3.0, 5.0]).mean
+        3.0
+    """
 
     mean: float
     low: float
@@ -119,6 +129,9 @@ def tango_interval(n: int, gained: int, lost: int, confidence: float = 0.95) -> 
         lost: pairs that only the first condition follows.
         confidence: 0.95 by default, as in every table and figure here.
 
+    Returns:
+        Differences of rates, in [-1, 1].
+
     Raises:
         SteerlensError: a negative count, more discordant pairs than pairs, or a confidence outside (0, 1).
 
@@ -147,6 +160,11 @@ def sign_flip(differences: Collection[Any], *, n_resamples: int = 10_000, seed: 
 
     Exact for up to 16 non-zero differences. Above, `n_resamples` sign choices are drawn, and the observed one counts
     as one more, so that p is never zero (Phipson & Smyth 2010). For differences of -1, 0 and 1 it is exact McNemar.
+
+    Args:
+        differences: one number per prompt: second condition minus first.
+        n_resamples: sign choices that are drawn where there are too many to count.
+        seed: decides these draws.
 
     Returns:
         The p-value: 1.0 if all differences are zero, nan if there are none.
@@ -181,6 +199,12 @@ def sign_flip(differences: Collection[Any], *, n_resamples: int = 10_000, seed: 
 def holm(p_values: Collection[Any]) -> NDArray[np.float64]:
     """Holm's adjusted p-values in the order given; nan stays nan and is not counted as a test.
 
+    Args:
+        p_values: one per test, in any order.
+
+    Returns:
+        One adjusted p-value per test, in [0, 1].
+
     Raises:
         SteerlensError: a p-value outside [0, 1].
 
@@ -214,6 +238,9 @@ def bootstrap_mean(
             because values of one cluster are not independent. None makes each value its own cluster.
         confidence: 0.95 by default, as in every table and figure here.
 
+    Returns:
+        The mean and its interval in the unit of the values.
+
     Raises:
         SteerlensError: an infinite value, labels that are missing or not one per value, or a confidence outside (0, 1).
 
@@ -246,6 +273,17 @@ def mean_intervals(scores: pd.DataFrame, by: Sequence[str]) -> pd.DataFrame:
     """Bootstrap intervals of the means in `metrics.quality_table`, over base queries: columns `by`, then low and high of each.
 
     For words, repetition and distinct bigrams, and for divergence and reward where they were measured.
+
+    Args:
+        scores: one row per response.
+        by: the columns to group by, at least one.
+
+    Returns:
+        One row per group: columns `by`, then mean_words_low, mean_words_high and so on.
+
+    Example:
+        >>> mean_intervals(scores, by=["condition"])["condition"].tolist()
+        ['none', 'vector']
     """
     measured = [name for name in ("n_words", "repetition", "distinct_2", "kl", "reward") if name in scores]
     rows = []
@@ -329,6 +367,19 @@ def compare_cells(scores: pd.DataFrame) -> pd.DataFrame:
     """The comparisons in `CELLS` that the scores allow, per instruction with Holm's correction, then over all of them.
 
     The independent unit is the base query: over all instructions, its prompts count together.
+
+    Args:
+        scores: one row per response.
+
+    Returns:
+        Columns instruction ("all" over all of them), then `COMPARISON_COLUMNS`; no row where no two cells can be compared.
+
+    Raises:
+        DataError: as for `compare_conditions`.
+
+    Example:
+        >>> compare_cells(scores)[["baseline", "condition", "n"]].values.tolist()
+        [['none', 'vector', 6]]
     """
     parts = []
     pair_on = ("query", "instruction", "prompt_id", "trial")

@@ -14,6 +14,12 @@ def pareto_front(frame: pd.DataFrame, *, maximize: Sequence[str] = (), minimize:
 
     Equal rows stay together; rows with a missing value are left out.
 
+    Args:
+        maximize, minimize: Columns, at least one in all.
+
+    Returns:
+        The rows as they stand in the frame, in its order.
+
     Raises:
         SteerlensError: if no column is named.
 

@@ -54,6 +54,9 @@ def wilson_interval(successes: Any, n: Any, confidence: float = 0.95) -> tuple[A
         n: how many were tried; where it is zero, both ends are nan.
         confidence: 0.95 by default, as in every table and figure here.
 
+    Returns:
+        Both ends in [0, 1]: two numbers, or two arrays of the shape that the counts share.
+
     Raises:
         SteerlensError: a count outside [0, n], or a confidence outside (0, 1).
 
@@ -91,8 +94,15 @@ def rate_table(
         clusters: the column that says which responses belong together, such as "prompt_id" where a prompt has several
             trials; the interval then counts `effective_n` responses. Spellings of one "query" belong together.
 
+    Returns:
+        One row per group; rate, low and high in [0, 1].
+
     Raises:
         DataError: a missing column, or a response without a verdict, which is neither yes nor no.
+
+    Example:
+        >>> rate_table(scores, by=["condition"])[["condition", "n"]].values.tolist()
+        [['none', 6], ['vector', 6]]
     """
     require_columns(frame, [*by, value, *([clusters] if clusters else [])], what="the scores frame")
     unscored = int(frame[value].isna().sum())
@@ -126,6 +136,13 @@ def effective_n(verdicts: "pd.Series[Any]", clusters: "pd.Series[Any]") -> float
     Graubard 1998), kept in [1, mean cluster size]. With equal verdicts throughout, nothing tells the trials of a prompt apart,
     and each prompt counts once.
 
+    Args:
+        verdicts: yes or no for each response.
+        clusters: what each response belongs to.
+
+    Returns:
+        A number of responses, between the number of clusters and that of responses.
+
     >>> effective_n(pd.Series([1, 1, 0, 0]), pd.Series(["a", "a", "b", "b"]))
     2.0
     """
@@ -140,7 +157,23 @@ def effective_n(verdicts: "pd.Series[Any]", clusters: "pd.Series[Any]") -> float
 
 
 def trial_spread(frame: pd.DataFrame, by: Sequence[str], value: str = "followed") -> pd.DataFrame:
-    """How the rate varies from trial to trial: columns `by`, then n_trials and trial_sd (n - 1; nan for one trial)."""
+    """How the rate varies from trial to trial: columns `by`, then n_trials and trial_sd (n - 1; nan for one trial).
+
+    Args:
+        frame: one row per response, with the column "trial".
+        by: the columns to group by.
+        value: the yes/no column.
+
+    Returns:
+        One row per group; trial_sd is a share.
+
+    Raises:
+        DataError: a missing column.
+
+    Example:
+        >>> trial_spread(scores, by=["condition"])["n_trials"].tolist()
+        [1, 1]
+    """
     require_columns(frame, [*by, "trial", value], what="the scores frame")
     rates = _grouped(frame, [*by, "trial"])[value].mean().rename("_rate").reset_index()
     table: pd.DataFrame = _grouped(rates, by).agg(n_trials=("_rate", "size"), trial_sd=("_rate", "std"))
@@ -153,6 +186,20 @@ def quality_table(frame: pd.DataFrame, by: Sequence[str]) -> pd.DataFrame:
     mean_reward and low_perplexity (a share), too.
 
     Missing values are left out of a mean; a group that has only missing values stays missing.
+
+    Args:
+        frame: one row per response.
+        by: the columns to group by; none of them gives one row.
+
+    Returns:
+        One row per group; words are counts, kl is in nats per token, repetition, distinct_2 and cut are shares.
+
+    Raises:
+        DataError: a missing column.
+
+    Example:
+        >>> list(quality_table(scores, by=["condition"]))[:3]
+        ['condition', 'mean_words', 'mean_repetition']
     """
     columns = ["n_words", "repetition", "distinct_2", "perplexity", "finish_reason"]
     require_columns(frame, [*by, *columns], what="the scores frame")

@@ -35,7 +35,13 @@ from steerlens.stats.rates import require_columns, wilson_interval
 
 @dataclass(frozen=True)
 class Steerability:
-    """How a set of samples answers to the coefficient."""
+    """How a set of samples answers to the coefficient.
+
+    Example:
+        >>> frame = pd.DataFrame({"prompt_id": "a", "coeff": [0.0, 1.0, 2.0], "propensity": [0.0, 1.0, 2.0]})
+        >>> steerability_summary(frame).spearman
+        1.0
+    """
 
     n: int
     """Samples."""
@@ -96,6 +102,9 @@ def steerability_summary(
 
     Args: as for `sample_slopes`.
 
+    Returns:
+        Slopes in units of the value per unit of coefficient.
+
     Raises:
         DataError: as for `sample_slopes`, and samples with different coefficients, whose mean curve would mix them.
 
@@ -130,6 +139,9 @@ def pair_cosines(
         leave_one_out: compare each pair with the mean of the others, so that it does not vote for itself. Off by
             default, as in Braun et al.
 
+    Returns:
+        One cosine per pair.
+
     Raises:
         SteerlensError: no pair (with `leave_one_out`, one), a number that is not finite, or a difference or mean that
             is zero and so has no direction.
@@ -162,6 +174,9 @@ def agreement(differences: Float[np.ndarray, "pair d_model"], *, leave_one_out: 
     """The mean of `pair_cosines`: 1 where all pairs differ in one direction, about 1 / sqrt(pairs) for noise.
 
     Args: as for `pair_cosines`; with `leave_one_out`, noise has about zero.
+
+    Returns:
+        A cosine, in [-1, 1].
 
     Raises:
         SteerlensError: as for `pair_cosines`.

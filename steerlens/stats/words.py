@@ -33,6 +33,12 @@ def distinct_share(items: Sequence[Hashable], n: int) -> float:
 def distinct_n(text: str, n: int = 2) -> float:
     """Distinct word n-grams / all word n-grams, in (0, 1]; nan for fewer than `n` words.
 
+    Args:
+        n: words per n-gram.
+
+    Raises:
+        SteerlensError: if n is below 1.
+
     Example:
         >>> distinct_n("rain and rain and rain")
         0.5
@@ -42,6 +48,12 @@ def distinct_n(text: str, n: int = 2) -> float:
 
 def repetition(text: str, n: int = 3) -> float:
     """The share of word n-grams that repeat an earlier one, in [0, 1); nan for fewer than `n` words.
+
+    Args:
+        n: words per n-gram.
+
+    Raises:
+        SteerlensError: if n is below 1.
 
     Example:
         >>> repetition("one two three four")

@@ -36,7 +36,12 @@ FinishReason = Literal["eos", "stop", "length"]
 
 @dataclass(frozen=True)
 class SamplingConfig:
-    """How tokens are chosen and when a row stops."""
+    """How tokens are chosen and when a row stops.
+
+    Example:
+        >>> SamplingConfig(stop="\\n").stop == ("\\n",)
+        True
+    """
 
     max_new_tokens: int = 128
     temperature: float = 0.0
@@ -70,7 +75,12 @@ class SamplingConfig:
 
 @dataclass(frozen=True)
 class Generation:
-    """One sampled continuation."""
+    """One sampled continuation.
+
+    Example:
+        >>> generate(model, ["What is iron?"], max_new_tokens=4)[0].index
+        0
+    """
 
     index: int
     """The row's place in the request."""
@@ -205,6 +215,20 @@ def stream(
 
     Hooks are on the model only while rows are decoded, never while a result is in the caller's hands: the model may be used
     between two results, and stopping early, an exception or Ctrl-C leave nothing behind.
+
+    Args:
+        steering, seed, prompt_format, progress: As in `generate`.
+        sampling: How tokens are chosen, and when a row stops.
+
+    Returns:
+        An iterator of rows; `index` is each row's place in the prompts.
+
+    Raises:
+        SteerlensError: as for `generate`.
+
+    Example:
+        >>> sorted(row.index for row in stream(model, queries, sampling=SamplingConfig(max_new_tokens=4)))
+        [0, 1, 2]
     """
     if isinstance(prompts, str):
         raise SteerlensError(f"prompts must be a list of texts, got one text, {prompts[:40]!r}; put it into a list")

@@ -12,7 +12,12 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class RunConfig:
-    """Everything that a run depends on, besides the model's weights and the prompts themselves."""
+    """Everything that a run depends on, besides the model's weights and the prompts themselves.
+
+    Example:
+        >>> RunConfig(model="tiny", n_test=4).seed
+        0
+    """
 
     model: str = "tiny"
     """A local folder, a named model (see `steerlens models`), or a hub id."""

@@ -47,8 +47,15 @@ def ray_engine(
         address: Of a running cluster; default: one is started on this machine.
         n_workers: Default: as many as the cluster's processors allow, each with this process's number of threads.
 
+    Returns:
+        The engine, inside a `with` block.
+
     Raises:
         SteerlensError: if Ray is not installed, or the cluster cannot be reached.
+
+    Example:
+        >>> with ray_engine("tiny") as engine:  # doctest: +SKIP
+        ...     sampler = Sampler(model, engine=engine)
     """
     try:
         import ray

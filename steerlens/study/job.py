@@ -44,7 +44,12 @@ from steerlens.vectors.vector import SteeringVector
 
 @dataclass(frozen=True, eq=False)
 class RunResult:
-    """What a run made."""
+    """What a run made.
+
+    Example:
+        >>> len(run(RunConfig(n_test=4), "runs/tiny").evaluation)  # doctest: +SKIP
+        240
+    """
 
     folder: Path
     evaluation: Evaluation
@@ -75,8 +80,15 @@ def run(
         model: A loaded model, in place of `config.model`.
         command: What to print in the report as the way to repeat the run.
 
+    Returns:
+        What is in the folder, loaded.
+
     Raises:
         SteerlensError: before anything is generated, if a setting, a file or the folder will not do.
+
+    Example:
+        >>> run(RunConfig(n_test=4), "runs/tiny").report  # doctest: +SKIP
+        PosixPath('runs/tiny/report.html')
     """
     if model is not None and config.engine == "ray":
         raise SteerlensError(

@@ -85,7 +85,12 @@ class JudgeError(SteerlensError):
 
 @dataclass(frozen=True)
 class Judgement:
-    """What the judge said of one response."""
+    """What the judge said of one response.
+
+    Example:
+        >>> Judgement(0.5, (True, False), ("Is it true?", "Is it short?"), None).score
+        0.5
+    """
 
     score: float | None
     """The share of yes; None where the response could not be judged."""
@@ -236,9 +241,18 @@ def judge_frame(
         workers: requests at a time.
         progress: whether to show the rate and the time left.
 
+    Returns:
+        A new frame; quality is the share of yes, in [0, 1].
+
     Raises:
         DataError: a missing column, or a cache file that is not a journal or that another run holds.
         SteerlensError: fewer than one worker, or HTTP 401, 403 or 404, with which every request would fail.
+
+    Example:
+        >>> judge = Judge("http://localhost:8000/v1", "my-judge")
+        >>> frame = pd.DataFrame({"query": [None], "response": ["Rain."]})
+        >>> judge_frame(frame, judge, progress=False)["quality_reason"].tolist()  # with a query, the server would be asked
+        ['the query is missing']
     """
     require_columns(frame, [query, response], what="the frame to judge")
     if workers < 1:

@@ -42,7 +42,12 @@ LOGITS_MEMORY = 2**30
 
 @dataclass(frozen=True)
 class Quality:
-    """What is measured on each response."""
+    """What is measured on each response.
+
+    Example:
+        >>> Quality(kl=True).perplexity
+        True
+    """
 
     perplexity: bool = True
     quality_model: str | None = None

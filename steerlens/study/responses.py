@@ -64,8 +64,15 @@ def requests_for(
         plans: One plan for all pairs, or one per instruction id.
         text_plans: The same for `text+vector`, where the instruction's words may want another layer; default: `plans`.
 
+    Returns:
+        Requests pair by pair, condition by condition, trial by trial.
+
     Raises:
         DataError: for an unknown condition, or an instruction without a plan.
+
+    Example:
+        >>> [one.condition for one in requests_for(test[:1], vector.at(4), conditions=["none", "vector"])]
+        ['none', 'vector']
     """
     for condition in conditions:
         if condition not in CONDITIONS:
@@ -103,6 +110,11 @@ class Sampler:
         journal: Where generations are kept; None keeps them in memory.
         batch_size: Rows per batch. A batch is written once all of its rows have stopped.
         engine: What answers batches, in any order; default: this process, one after another (see `engines` for Ray).
+
+    Example:
+        >>> sampler = Sampler(model, sampling=SamplingConfig(max_new_tokens=4))
+        >>> [record["seed"] >= 0 for record in sampler.generate(requests_for(test[:1], Plan(), conditions=["none"]))]
+        [True]
     """
 
     def __init__(

@@ -219,8 +219,21 @@ def check_requests(requests: Sequence[Request]) -> None:
 def score(sampler: Sampler, requests: Sequence[Request], *, quality: Quality = Quality()) -> pd.DataFrame:
     """The scores of requests, one row each; missing generations are made first.
 
+    Args:
+        requests: What to answer; see `requests_for`.
+        quality: What is measured on the responses besides words.
+
+    Returns:
+        One row per request, in their order.
+
     Raises:
         DataError: if there is nothing to score, or an instruction has no check.
+
+    Example:
+        >>> from steerlens.study import Sampler, requests_for
+        >>> sampler = Sampler(model, sampling=SamplingConfig(max_new_tokens=8))
+        >>> len(score(sampler, requests_for(test[:2], vector.at(4), conditions=["none", "vector"])))
+        4
     """
     check_requests(requests)
     records = sampler.generate(requests)

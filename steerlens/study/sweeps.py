@@ -69,7 +69,12 @@ RESULTS = ("scores.jsonl", "table.csv", "sweep.html")
 
 @dataclass(frozen=True)
 class Best(Candidate):
-    """What a search chose; `vector.at(best)` applies it. Layer None: no steering did at least as well as any candidate."""
+    """What a search chose; `vector.at(best)` applies it. Layer None: no steering did at least as well as any candidate.
+
+    Example:
+        >>> Best(4, coeff=0.5, rate=0.75).positions
+        'all'
+    """
 
     rate: float = float("nan")
     """The chosen candidate's rate on the validation prompts; not an estimate of its rate elsewhere."""
@@ -218,7 +223,19 @@ class Sweep:
 
 
 def candidate_layers(n_layers: int, *, step: int = 2) -> list[int]:
-    """The paper's candidates: every second layer from a fifth of the depth on."""
+    """The paper's candidates: every second layer from a fifth of the depth on.
+
+    Args:
+        n_layers: Of the model.
+        step: Every how many layers.
+
+    Returns:
+        Block indices, counted from zero.
+
+    Example:
+        >>> candidate_layers(8)
+        [1, 3, 5, 7]
+    """
     return list(range(n_layers // 5, n_layers, step))
 
 
@@ -262,9 +279,17 @@ def sweep(
             cut short and a larger one generates only what is new; scores.jsonl and table.csv are written at the end.
         engine: Where responses are generated; default: in this process (see `engines.ray_engine`).
 
+    Returns:
+        The scores of all responses, and a table with one row per instruction and candidate.
+
     Raises:
         DataError: if there are no pairs, or an instruction has no vector.
         SteerlensError: if a layer is out of range or not in a vector, or there is no candidate.
+
+    Example:
+        >>> found = sweep(model, vector, valid[:2], layers=[3, 4], positions="last", max_new_tokens=8)
+        >>> found.best().layer in (None, 3, 4)
+        True
     """
     if candidates is None:
         candidates = grid_spec(model, layers=layers, coeffs=coeffs, operator=operator, positions=positions, unit=unit)
@@ -339,6 +364,18 @@ def search(
 
     Args:
         out: A folder whose config.json will say what is searched; results of another search there are removed.
+
+    Returns:
+        As `sweep`.
+
+    Raises:
+        DataError, SteerlensError: as for `sweep`.
+
+    Example:
+        >>> from steerlens.steering import Candidate, SamplingConfig
+        >>> sampler = Sampler(model, sampling=SamplingConfig(max_new_tokens=8))
+        >>> len(search(sampler, vector, valid[:2], [Candidate(4)]))
+        2
     """
     measured = quality or Quality(perplexity=gate != "degenerate")
     rules = {

@@ -35,7 +35,12 @@ SIDES = ("without", "with")
 
 @dataclass(frozen=True, eq=False)
 class Activations:
-    """Residuals of the last prompt token for each pair, side and layer."""
+    """Residuals of the last prompt token for each pair, side and layer.
+
+    Example:
+        >>> len(acts), acts[:2].resid.shape[1:]
+        (8, torch.Size([2, 8, 160]))
+    """
 
     resid: Float[Tensor, "pair side layer d_model"]
     """float32 on the CPU; side 0 is without the instruction, side 1 with it."""
@@ -112,7 +117,12 @@ class Activations:
 
 @dataclass(frozen=True, eq=False)
 class ActivationMeans:
-    """Means over any number of pairs, kept as running sums in float64."""
+    """Means over any number of pairs, kept as running sums in float64.
+
+    Example:
+        >>> record_means(model, train[:2]).count
+        2
+    """
 
     mean: Float[Tensor, "side layer d_model"]
     mean_norm: Float[Tensor, "side layer"]
@@ -140,9 +150,16 @@ def record_activations(
         share_prefixes: Run what prompts have in common once. False runs every prompt whole.
         progress: Show a progress bar with pairs per second and time left.
 
+    Returns:
+        Residuals `[pair, side, layer, d_model]`, in the model's own units.
+
     Raises:
         DataError: if there are no pairs, or a pair has no bare query.
         SteerlensError: if a layer is out of range or a prompt exceeds the context.
+
+    Example:
+        >>> record_activations(model, train[:2], layers=[3]).resid.shape
+        torch.Size([2, 2, 1, 160])
     """
     kept = _check_layers(model, layers)
     _check_pairs(pairs)
@@ -179,6 +196,13 @@ def record_means(
     """The mean residual of each side and layer; memory does not grow with the number of pairs.
 
     Arguments and errors are those of `record_activations`.
+
+    Returns:
+        Means `[side, layer, d_model]`, in the model's own units.
+
+    Example:
+        >>> record_means(model, train[:2], layers=[3]).mean.shape
+        torch.Size([2, 1, 160])
     """
     kept = _check_layers(model, layers)
     _check_pairs(pairs)

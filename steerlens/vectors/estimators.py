@@ -103,6 +103,10 @@ def fit_steering_vector(activations: Activations | ActivationMeans, *, estimator
 
     Raises:
         SteerlensError: if the activations are of several instructions, or an estimator is asked of running means.
+
+    Example:
+        >>> fit_steering_vector(acts).directions[4].shape
+        torch.Size([160])
     """
     if isinstance(activations, ActivationMeans):
         if estimator is not None:
@@ -143,11 +147,20 @@ def fit_vectors(
     A file is named by a hash of the model's weights, the prompt format and the pairs, so a vector is found again exactly when it
     would come out the same, under whatever name. Each set is recorded on its own: a vector does not depend on the others.
 
+    Args:
+        sets: Name -> pairs, as `PairSet.by_instruction` gives them.
+        folder: Where vectors are kept; None fits all anew.
+        batch_size: Pairs per batch.
+
+    Returns:
+        Name -> vector, in the order of the sets.
+
     Raises:
         DataError: for an empty set, or a pair without a base query.
 
     Example:
-        >>> fit_vectors(model, {word: keyword_pairs(queries, word) for word in words})   # doctest: +SKIP
+        >>> list(fit_vectors(model, {word: sl.keyword_pairs(queries, word) for word in ("harbor", "tree")}))
+        ['harbor', 'tree']
     """
     found: dict[str, SteeringVector] = {}
     settings = [model_digest(model), str(model.cfg.dtype), template_digest(model, prompt_format)]

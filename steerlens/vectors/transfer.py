@@ -34,7 +34,12 @@ ALPHAS = tuple(10.0**power for power in range(-3, 5))
 
 @dataclass(frozen=True, eq=False)
 class RidgeMap:
-    """From the residuals of one model to those of another, for each target layer."""
+    """From the residuals of one model to those of another, for each target layer.
+
+    Example:
+        >>> fit_ridge_map(acts, acts, layers=[4]).source_layers
+        {4: 4}
+    """
 
     source_layers: Mapping[int, int]
     """Target layer -> the source layer it is read from."""
@@ -95,9 +100,17 @@ def fit_ridge_map(
         layers: Target layers; default all that were recorded.
         source_layers: The source layer for each target layer; default: the one at the same relative depth.
 
+    Returns:
+        The map; weights are `[d_source, d_target]` per target layer.
+
     Raises:
         DataError: if the texts differ.
         SteerlensError: if a layer was not recorded.
+
+    Example:
+        >>> mapped = fit_ridge_map(acts, acts, layers=[4]).transform(acts)
+        >>> mapped.resid.shape
+        torch.Size([8, 2, 1, 160])
     """
     _same_texts(source, target)
     chosen = tuple(target.layers if layers is None else layers)
