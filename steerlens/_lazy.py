@@ -33,7 +33,7 @@ def lazy_exports(package: str, file: str) -> tuple[Callable[[str], Any], Callabl
         return value
 
     def listed() -> list[str]:
-        return sorted({*vars(sys.modules[package]), *homes})
+        return sorted({*(name for name in vars(sys.modules[package]) if name.startswith("__")), *homes})
 
     return get, listed, sorted(homes)
 
