@@ -10,7 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM, AutoModelForSeq2SeqLM
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoModelForMaskedLM,
+    AutoModelForSeq2SeqLM,
+)
 
 from tests.tiny_models import byte_tokenizer, save, special_ids
 
@@ -31,6 +37,7 @@ EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 
 STATE = {"mamba_n_heads": 8, "mamba_d_head": 8, "mamba_d_state": 8, "mamba_n_groups": 1, "mamba_chunk_size": 16}
 WINDOW = 8
 """Shorter than most prompts."""
+GEMMA3 = SIZES | {"sliding_window": WINDOW, "sliding_window_pattern": 2, "query_pre_attn_scalar": 8}
 
 
 @dataclass(frozen=True)
@@ -77,8 +84,25 @@ ZOO: dict[str, Animal] = {
             "attn_logit_softcapping": 3.0,
         },
     ),
-    "gemma3": Animal(
-        "gemma3_text", SIZES | {"sliding_window": WINDOW, "sliding_window_pattern": 2, "query_pre_attn_scalar": 8}
+    "gemma3": Animal("gemma3_text", GEMMA3),
+    "gemma3-images": Animal(
+        "gemma3",
+        {
+            "text_config": GEMMA3 | {"vocab_size": 260},
+            "vision_config": {
+                "hidden_size": 16,
+                "intermediate_size": 16,
+                "num_hidden_layers": 1,
+                "num_attention_heads": 2,
+                "image_size": 28,
+                "patch_size": 14,
+            },
+            "mm_tokens_per_image": 4,
+            "boi_token_index": 257,
+            "eoi_token_index": 258,
+            "image_token_index": 259,
+        },
+        AutoModelForImageTextToText,
     ),
     "qwen2": Animal("qwen2", SIZES),
     "qwen3": Animal("qwen3", SIZES),

@@ -5,7 +5,7 @@ import importlib.metadata
 import importlib.util
 import json
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -78,6 +78,27 @@ def stop_ids(model: Any) -> tuple[int, ...]:
     named = getattr(settings, "eos_token_id", None)
     ids = {model.tokenizer.eos_token_id, *(named if isinstance(named, list) else [named])}
     return tuple(sorted(token for token in ids if token is not None))
+
+
+def forbidden_ids(model: Any) -> tuple[int, ...]:
+    """Ids in the model's vocabulary that are no token of its tokenizer, as where a vocabulary is padded; never to be said."""
+    tokens = set(model.tokenizer.get_vocab().values())
+    return tuple(token for token in range(int(model.cfg.d_vocab)) if token not in tokens)
+
+
+def check_ids(model: Any, ids: Sequence[int]) -> None:
+    """Refuse token ids that the model has no embedding for.
+
+    Raises:
+        ModelError: if the tokenizer has more tokens than the model, and one of those is used.
+    """
+    d_vocab = int(model.cfg.d_vocab)
+    beyond = next((token for token in ids if not 0 <= token < d_vocab), None)
+    if beyond is not None:
+        raise ModelError(
+            f"a token must be one of the {d_vocab} that the model has embeddings for, got {beyond} "
+            f"({model.tokenizer.decode([beyond])!r}) of a larger tokenizer; load the tokenizer that the model was trained with"
+        )
 
 
 def model_digest(model: Any) -> str:

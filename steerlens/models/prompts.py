@@ -22,6 +22,7 @@ from weakref import WeakKeyDictionary
 
 from steerlens._typing import Style
 from steerlens.errors import ModelError, SteerlensError, nearest
+from steerlens.models.facts import check_ids
 
 Scalar = bool | int | float | str
 
@@ -209,6 +210,7 @@ def encode_all(
     encoded = [encode(model, prompt, prompt_format) for prompt in texts]
     n_ctx = int(model.cfg.n_ctx)
     for index, ids in enumerate(encoded):
+        check_ids(model, ids)
         if len(ids) + room > n_ctx:
             raise SteerlensError(
                 f"a prompt and its new tokens must fit the context of {n_ctx} tokens, got {len(ids)} + {room} "

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from steerlens.errors import ModelError
 from steerlens.models.facts import model_device
-from steerlens.models.load import LOADING_ERRORS, in_one_line, load_model
+from steerlens.models.load import in_one_line, load_model
 from steerlens.models.prompts import PromptFormat, encode
 from steerlens.models.rows import left_pad, length_sorted_batches, pad_id, token_positions
 from steerlens.steering.plan import Plan
@@ -206,9 +206,11 @@ def _classifier(name: str) -> tuple[Any, Any]:
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
     try:
-        classifier, info = AutoModelForSequenceClassification.from_pretrained(name, output_loading_info=True)
-        tokenizer = AutoTokenizer.from_pretrained(name)
-    except LOADING_ERRORS as error:
+        classifier, info = AutoModelForSequenceClassification.from_pretrained(
+            name, output_loading_info=True, trust_remote_code=False
+        )
+        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+    except Exception as error:  # whatever third parties raise for files that will not do
         raise ModelError(
             f"a reward model must be a folder or a reachable hub id, got {name!r}: {in_one_line(error)}"
         ) from error

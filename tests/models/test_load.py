@@ -1,7 +1,10 @@
 """Loading models: local folders without a network, whole conversions or none, errors that explain; and facts about models."""
 
+import contextlib
 import json
+import logging
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -12,13 +15,14 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from steerlens.errors import ModelError, SteerlensError
 from steerlens.models import load as model_module
 from steerlens.models.facts import (
     check_layer,
     coordinate_frame,
+    forbidden_ids,
     library_versions,
     model_digest,
     model_facts,
@@ -34,6 +38,8 @@ from steerlens.models.rows import left_pad
 from steerlens.steering.sampling import generate
 from steerlens.vectors.vector import SteeringVector
 from tests.conftest import BUILDERS, Subject
+from tests.tiny_models import D_MODEL, byte_tokenizer, special_ids
+from tests.zoo import save_animal
 
 NAME = "smollm2-135m"
 
@@ -118,6 +124,11 @@ def _truncate(path: Path) -> None:
     path.write_bytes(path.read_bytes()[:1000])
 
 
+def _configure(folder: Path, **settings: Any) -> None:
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | settings))
+
+
 BREAKS = {
     "configuration": lambda folder: (folder / "config.json").write_text("{"),
     "architecture": lambda folder: (folder / "config.json").write_text('{"model_type": "no-such-model"}'),
@@ -125,6 +136,9 @@ BREAKS = {
     "half the weights": lambda folder: _truncate(folder / "model.safetensors"),
     "no tokenizer": lambda folder: [path.unlink() for path in folder.glob("tokenizer*")],
     "half a tokenizer": lambda folder: _truncate(folder / "tokenizer.json"),
+    "a number in words": lambda folder: _configure(folder, hidden_size="many"),
+    "heads that do not divide": lambda folder: _configure(folder, num_key_value_heads=3),
+    "a list for a configuration": lambda folder: (folder / "config.json").write_text("[]"),
 }
 
 
@@ -136,6 +150,77 @@ def test_a_folder_that_cannot_be_read_is_refused_by_name(tmp_path: Path, damage:
         load_model(folder, progress=False)
 
 
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"quant_method": "gptq", "bits": 4},
+        {"quant_method": "awq", "bits": 4},
+        {"quant_method": "bitsandbytes", "load_in_4bit": True},
+    ],
+    ids=lambda settings: settings["quant_method"],
+)
+def test_a_quantised_checkpoint_without_its_library_is_refused_with_the_fix(
+    tmp_path: Path, settings: dict[str, Any]
+) -> None:
+    folder = BUILDERS["llama"](tmp_path / "quantised")
+    _configure(folder, quantization_config=settings)
+    with pytest.raises(ModelError, match=r"quantised' cannot be read: .*install the package that it names, or pass"):
+        load_model(folder, progress=False)
+
+
+# --- nothing is installed, asked or run ----------------------------------------------------------------------------
+
+
+@pytest.fixture
+def attempts(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """Every start of a process and every question on standard input; none succeeds."""
+    made: list[Any] = []
+
+    def attempt(*args: Any, **options: Any) -> Any:
+        made.append(args)
+        raise OSError("not in this test")
+
+    for name in ("Popen", "run", "call", "check_call", "check_output"):
+        monkeypatch.setattr(subprocess, name, attempt)
+    monkeypatch.setattr("builtins.input", attempt)
+    return made
+
+
+def test_a_checkpoint_that_reads_images_installs_nothing(tmp_path: Path, attempts: list[Any]) -> None:
+    model = load_model(save_animal("gemma3-images", tmp_path / "images"), progress=False)
+    assert attempts == []
+    assert model.cfg.d_model == 32
+
+
+OWN_CODE = {
+    "config.json": {
+        "model_type": "own",
+        "auto_map": {"AutoConfig": "own.OwnConfig", "AutoModelForCausalLM": "own.OwnForCausalLM"},
+    },
+    "tokenizer_config.json": {"tokenizer_class": "Own", "auto_map": {"AutoTokenizer": ["own.Own", None]}},
+}
+
+
+@pytest.mark.parametrize("file", OWN_CODE)
+def test_a_checkpoints_own_code_is_neither_run_nor_asked_for(tmp_path: Path, file: str, attempts: list[Any]) -> None:
+    folder = BUILDERS["llama"](tmp_path / "model")
+    (folder / "tokenizer.json").unlink()
+    path = folder / file
+    path.write_text(json.dumps(json.loads(path.read_text()) | OWN_CODE[file]))
+    (folder / "own.py").write_text(f"open({str(tmp_path / 'run')!r}, 'w')")
+    with pytest.raises(ModelError, match="own code is never run here: pass a checkpoint of an architecture that"):
+        load_model(folder, progress=False)
+    assert attempts == []
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_known_architecture_that_also_carries_code_is_read_without_it(tmp_path: Path, attempts: list[Any]) -> None:
+    folder = BUILDERS["llama"](tmp_path / "model")
+    _configure(folder, auto_map=OWN_CODE["config.json"]["auto_map"])
+    assert load_model(folder, progress=False).cfg.architecture == "LlamaForCausalLM"
+    assert attempts == []
+
+
 # --- names ---------------------------------------------------------------------------------------------------------
 
 
@@ -144,6 +229,19 @@ def test_an_unknown_name_is_refused_with_the_nearest_and_every_known_one() -> No
         ModelError, match=r"got 'smollm-135m'.*did you mean 'smollm2-135m'\?.*known: tiny, .*smollm2-135m"
     ):
         load_model("smollm-135m")
+
+
+@pytest.mark.parametrize("has_config", [False, True])
+def test_a_named_model_is_meant_unless_the_folder_of_that_name_holds_a_model(
+    has_config: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "tiny").mkdir()
+    if has_config:
+        BUILDERS["llama"](tmp_path / "tiny")
+    assert load_model("tiny", progress=False).cfg.n_layers == (4 if has_config else 8)
+    with contextlib.nullcontext() if has_config else pytest.raises(ModelError, match=r"must hold config\.json"):
+        load_model("./tiny", progress=False)
 
 
 def test_an_unreachable_hub_id_is_refused_with_the_fix() -> None:
@@ -182,6 +280,18 @@ def test_a_missing_gguf_reader_is_named_with_the_command_that_installs_it(
     monkeypatch.setattr(model_module.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ModelError, match="needs the package gguf, which is not installed; `pip install gguf`"):
         load_model(NAME, progress=False)
+
+
+def test_half_a_gguf_reader_is_refused_with_the_command_that_mends_it(
+    conversions: list[Any], empty_cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*args: Any, **options: Any) -> Any:
+        raise ImportError("cannot import name 'GGUFReader' from 'gguf'")
+
+    monkeypatch.setattr(model_module.AutoTokenizer, "from_pretrained", broken)
+    with pytest.raises(ModelError, match=r"whole installation of gguf, got .*GGUFReader.*`pip install --force-rein"):
+        load_model(NAME, progress=False)
+    assert list(empty_cache.iterdir()) == []
 
 
 def test_a_wheel_that_is_not_installed_has_no_path() -> None:
@@ -404,15 +514,73 @@ def test_known_names_and_versions_are_plain_text() -> None:
     assert {"steerlens", "torch", "transformer-lens"} <= set(library_versions())
 
 
+@pytest.mark.parametrize("lost", ["layers.2.", "lm_head", "embed_tokens", "model.norm"])
+@pytest.mark.parametrize("logged", [True, False])
 def test_a_checkpoint_without_some_of_its_weights_is_refused_and_not_filled_with_random_ones(
-    llama: Subject, tmp_path: Path
+    llama: Subject, lost: str, logged: bool, tmp_path: Path
 ) -> None:
     shutil.copytree(llama.folder, tmp_path / "model")
     path = tmp_path / "model" / "model.safetensors"
-    weights = {name: tensor for name, tensor in load_file(path).items() if "layers.2." not in name}
+    weights = {name: tensor for name, tensor in load_file(path).items() if lost not in name}
     save_file(weights, path, metadata={"format": "pt"})
-    with pytest.raises(ModelError, match="its files lack weights that the architecture needs"):
-        load_model(tmp_path / "model", progress=False)
+    logging.disable(logging.NOTSET if logged else logging.CRITICAL)
+    try:
+        with pytest.raises(ModelError, match=rf"must hold all weights of its architecture, got .*{re.escape(lost)}"):
+            load_model(tmp_path / "model", progress=False)
+    finally:
+        logging.disable(logging.NOTSET)
+
+
+# --- vocabularies --------------------------------------------------------------------------------------------------
+
+
+def _llama_with(folder: Path, tokenizer: Any, *, d_vocab: int) -> Any:
+    """A tiny Llama with a vocabulary of its own size."""
+    config = LlamaConfig(
+        vocab_size=d_vocab,
+        hidden_size=D_MODEL,
+        intermediate_size=64,
+        num_hidden_layers=1,
+        num_attention_heads=4,
+        tie_word_embeddings=False,
+        **special_ids(tokenizer),
+    )
+    LlamaForCausalLM(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return load_model(folder, progress=False)
+
+
+def test_ids_that_are_no_token_are_forbidden(tiny: Subject, tmp_path: Path) -> None:
+    assert forbidden_ids(tiny.model) == ()
+    padded = _llama_with(tmp_path / "padded", byte_tokenizer(), d_vocab=300)
+    assert forbidden_ids(padded) == tuple(range(260, 300))
+
+
+def test_a_token_without_an_embedding_is_refused_by_its_text(tmp_path: Path) -> None:
+    tokenizer = byte_tokenizer()
+    tokenizer.add_tokens(["<new>"])
+    model = _llama_with(tmp_path / "small", tokenizer, d_vocab=260)
+    assert len(generate(model, ["Hm", "Describe rain."], max_new_tokens=2)) == 2
+    with pytest.raises(ModelError, match=r"one of the 260 that the model has embeddings for, got 260 \('<new>'\)"):
+        generate(model, ["Hm", "Hm <new>"], max_new_tokens=2)
+
+
+def test_special_tokens_that_a_tokenizer_lacks_are_not_made_up(tmp_path: Path) -> None:
+    tokenizer = byte_tokenizer()
+    tokenizer.bos_token = tokenizer.eos_token = tokenizer.pad_token = None
+    model = _llama_with(tmp_path / "bare", tokenizer, d_vocab=260)
+    assert len(model.tokenizer) == 260
+    assert (model.tokenizer.bos_token, model.tokenizer.eos_token, stop_ids(model)) == (None, None, ())
+    assert encode(model, "Hm") == model.tokenizer("Hm", add_special_tokens=False)["input_ids"]
+    assert [len(row.tokens) for row in generate(model, ["Hm", "Describe rain."], max_new_tokens=2)] == [2, 2]
+
+
+def test_a_tokenizer_without_a_padding_token_pads_with_its_end_token(tmp_path: Path) -> None:
+    tokenizer = byte_tokenizer()
+    tokenizer.pad_token = None
+    model = _llama_with(tmp_path / "endless", tokenizer, d_vocab=260)
+    assert model.tokenizer.pad_token == model.tokenizer.eos_token
+    assert model.to_tokens(["Hm", "Describe rain."]).shape[0] == 2
 
 
 @pytest.mark.parametrize("device", ["nonsense", "cuda:99"])

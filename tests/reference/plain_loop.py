@@ -74,6 +74,7 @@ def changed(h: torch.Tensor, step: Step) -> torch.Tensor:
 
 LAYER_LISTS = (
     "model.layers",
+    "model.language_model.layers",
     "model.decoder.layers",
     "gpt_neox.layers",
     "backbone.layers",
