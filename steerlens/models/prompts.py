@@ -385,9 +385,11 @@ def _stored(tokenizer: Any) -> Any:
 
     name = getattr(tokenizer, "name_or_path", "")
     try:
-        return AutoTokenizer.from_pretrained(name, local_files_only=True) if name else tokenizer
+        if name:
+            return AutoTokenizer.from_pretrained(name, local_files_only=True, trust_remote_code=False)
     except (OSError, ValueError, KeyError, ImportError):  # its files are gone, or need code of their own
-        return tokenizer
+        pass
+    return tokenizer
 
 
 _LEADS: WeakKeyDictionary[Any, tuple[list[int], int | None]] = WeakKeyDictionary()
