@@ -52,7 +52,7 @@ def sweep(
     instructions: tuple[str, ...] = (),
     layers: tuple[int, ...] = (),
     coeffs: tuple[float, ...] = (1.0,),
-    operator: tuple[Operator, ...] = ("set_projection",),
+    operators: tuple[Operator, ...] = ("set_projection",),
     positions: tuple[RuleName, ...] = ("all",),
     unit: Literal["absolute", "resid_norm"] = "absolute",
     n_random: int | None = None,
@@ -74,7 +74,7 @@ def sweep(
 
     For example:
       steerlens sweep --layers 1 3 5 7 --coeffs 0.5 1 1.5 --out runs/sweep
-      steerlens sweep --operator add --unit resid_norm --coeffs 0.25 2 --n-random 40 --trials 3 --temperature 1
+      steerlens sweep --operators add --unit resid_norm --coeffs 0.25 2 --n-random 40 --trials 3 --temperature 1
 
     Args:
         model: A local folder, a named model, or a hub id.
@@ -82,7 +82,7 @@ def sweep(
         instructions: Instruction ids; default all of the pairs.
         layers: Layers to try; default all.
         coeffs: Coefficients to try; with --n-random, the lowest and the highest.
-        operator: set_projection, add, or ablate; several are tried.
+        operators: set_projection, add, or ablate; several are tried.
         positions: Which tokens to steer; several rules are tried.
         unit: Of the coefficients of add: absolute, or the layer's mean residual norm.
         n_random: Draw this many candidates at random, instead of every combination.
@@ -122,11 +122,11 @@ def sweep(
     )
     folder = writable_folder(out)
     quality = Quality(gate != "degenerate" or quality_model is not None, quality_model)
-    quality.check()
+    quality.load()
     train, valid, _, _ = select_pairs(config)
     loaded = load_model(model)
     chosen = layers or range(int(loaded.cfg.n_layers))
-    options: dict[str, Any] = {"layers": chosen, "operators": operator, "positions": positions, "unit": unit}
+    options: dict[str, Any] = {"layers": chosen, "operators": operators, "positions": positions, "unit": unit}
     if n_random is None:
         candidates = grid(coeffs=coeffs, **options)
     else:

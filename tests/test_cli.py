@@ -64,7 +64,7 @@ def test_every_command_explains_itself(steerlens, command):
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
-        (["run", "--operator", "sub"], "invalid choice 'sub'"),
+        (["run", "--operators", "sub"], "invalid choice 'sub'"),
         (["fit", "--instruction", "no:such", "--out", "v.safetensors"], "unknown instruction id"),
         (["info", "nothing.safetensors"], "a vector file must exist, got 'nothing.safetensors'"),
         (["generate", "--prompt", "Hi", "--model", "./nowhere"], "a model path must be a folder"),
@@ -157,7 +157,7 @@ def test_a_closed_pipe_is_no_error():
 def test_a_sweep_keeps_its_responses_and_prints_what_it_chose(steerlens, tiny_folders, pairs_file, tmp_path):
     command = ("sweep", "--model", tiny_folders["llama"], "--pairs", pairs_file, "--layers", 1, 3, "--out", tmp_path)
     common = (*command, "--max-new-tokens", 6, "--n-valid", 2)
-    done = steerlens(*common, "--coeffs", 0.5, 1, "--operator", "set_projection", "ablate")
+    done = steerlens(*common, "--coeffs", 0.5, 1, "--operators", "set_projection", "ablate")
     assert done.returncode == 0, done.stderr
     assert "9 candidates, 9 responses" in done.stdout
     assert {path.name for path in tmp_path.iterdir()} == {

@@ -61,15 +61,11 @@ def instruction_types() -> tuple[str, ...]:
     return tuple(sorted([*ARGUMENTS, *_REGISTERED]))
 
 
-def check(
-    response: str, instruction_id: str, kwargs: Mapping[str, Any] | None = None, *, prompt: str = ""
-) -> CheckResult:
+def check(response: str, instruction_id: str, kwargs: Mapping[str, Any] | None = None) -> CheckResult:
     """Whether `response` follows the instruction, strictly and loosely, as IFEval judges it.
 
     Args:
         kwargs: The checker's arguments under lm-eval's names. All that it reads are required; None counts as absent.
-        prompt: The request. No checker reads it: what `combination:repeat_prompt` compares with is its argument
-            `prompt_to_repeat`, the request without the instruction to repeat it.
 
     Returns:
         The strict and the loose verdict.
@@ -88,16 +84,13 @@ def check(
     return CheckResult(strict, strict or any(accepts(text) for text in variants(response)))
 
 
-def check_all(
-    response: str, instruction_ids: Sequence[str], kwargs: Sequence[Mapping[str, Any]], *, prompt: str = ""
-) -> list[CheckResult]:
+def check_all(response: str, instruction_ids: Sequence[str], kwargs: Sequence[Mapping[str, Any]]) -> list[CheckResult]:
     """The verdict for each of a prompt's instructions, in their order.
 
     The prompt's own verdict is their conjunction, strict with strict and loose with loose.
 
     Args:
         instruction_ids, kwargs: As in `check`, one dict of arguments per id.
-        prompt: The request; see `check`.
 
     Returns:
         One verdict per id, in their order.
@@ -114,9 +107,7 @@ def check_all(
             f"check_all needs one dict of arguments per instruction id, got ids {instruction_ids!r} and "
             f"{len(kwargs)} dicts; pass {{}} for an instruction without arguments"
         )
-    return [
-        check(response, name, arguments, prompt=prompt) for name, arguments in zip(instruction_ids, kwargs, strict=True)
-    ]
+    return [check(response, name, arguments) for name, arguments in zip(instruction_ids, kwargs, strict=True)]
 
 
 def check_arguments(instruction_id: str, kwargs: Mapping[str, Any] | None = None) -> dict[str, Any]:

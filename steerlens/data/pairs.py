@@ -167,13 +167,13 @@ class InstructionPair:
             )
         return start, start + len(text)
 
-    def check(self) -> None:
+    def require_check(self) -> None:
         """Refuse an instruction that nothing can check, or arguments that its check does not take.
 
         Raises:
             SteerlensError: naming the id, with the nearest known one, or that there is none.
 
-        >>> InstructionPair("Describe rain.", "Use capitals.", "change_case:english_capital").check()
+        >>> InstructionPair("Describe rain.", "Use capitals.", "change_case:english_capital").require_check()
         """
         if not self.instruction_ids:
             raise DataError(

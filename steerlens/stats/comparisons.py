@@ -91,7 +91,7 @@ class BootstrapMean:
     n: int
     """How many values were used: those that are not nan."""
     n_clusters: int
-    """How many units were resampled; `n` where no clusters were given."""
+    """How many clusters were resampled; `n` where no clusters were given."""
 
 
 def mcnemar(first: Collection[Any], second: Collection[Any]) -> McNemar:
@@ -356,7 +356,7 @@ def compare_conditions(
         pairs = _paired(scores, keys, baseline, condition, unpaired)
         for number, head in zip(heads["_group"], heads[list(by)].itertuples(index=False), strict=True):
             part = pairs[pairs["_group"] == number]
-            row = _compare(part, unit=pair_on[0], confidence=confidence, n_resamples=n_resamples, seed=seed)
+            row = _compare(part, cluster=pair_on[0], confidence=confidence, n_resamples=n_resamples, seed=seed)
             rows.append(dict(zip(by, head, strict=True)) | {"baseline": baseline, "condition": condition} | row)
     table = pd.DataFrame(rows)
     table["p_holm"] = table.groupby("condition")["p_value"].transform(holm)
@@ -392,9 +392,9 @@ def compare_cells(scores: pd.DataFrame) -> pd.DataFrame:
     return pd.concat(parts, ignore_index=True) if parts else pd.DataFrame(columns=["instruction", *COMPARISON_COLUMNS])
 
 
-def _compare(pairs: pd.DataFrame, *, unit: str, confidence: float, n_resamples: int, seed: int) -> dict[str, Any]:
+def _compare(pairs: pd.DataFrame, *, cluster: str, confidence: float, n_resamples: int, seed: int) -> dict[str, Any]:
     test = mcnemar(pairs["_first"], pairs["_second"])
-    prompts = pairs.groupby(unit, sort=False, dropna=False, observed=True)[["_first", "_second"]].mean()
+    prompts = pairs.groupby(cluster, sort=False, dropna=False, observed=True)[["_first", "_second"]].mean()
     change = prompts["_second"] - prompts["_first"]
     if len(prompts) == len(pairs):
         low, high = tango_interval(test.n, test.gained, test.lost, confidence)

@@ -41,7 +41,7 @@ class RunConfig:
     """Coefficients to search; for set_projection and ablate the share of the full change, for add the step's length."""
     unit: Literal["absolute", "resid_norm"] = "absolute"
     """Of the coefficients of add: absolute, or the layer's mean residual norm."""
-    operator: tuple[Operator, ...] = ("set_projection",)
+    operators: tuple[Operator, ...] = ("set_projection",)
     """What to do with a vector: set_projection (the paper's format steering), add, or ablate; several are searched together."""
     positions: tuple[RuleName, ...] = ("all",)
     """Which tokens to steer; the paper steers all. Several rules are searched together."""

@@ -106,7 +106,7 @@ def run(
     _say(progress, f"{model_facts(model)['model']}: {train!r} to fit, {valid!r} to search, {test!r} to test")
     check_settings(config, model, valid, test)
     quality = Quality(True, config.quality_model, config.kl, config.reward_model)
-    quality.check()
+    quality.load()
     identity = run_identity(config, model, train, valid, test)
     start_folder(folder, identity, {"config": asdict(config), "versions": library_versions()}, RESULTS)
     vectors = _vectors(folder, config, model, train, progress=progress)
@@ -127,7 +127,7 @@ def run(
             model,
             layers=config.layers or candidate_layers(int(model.cfg.n_layers)),
             coeffs=config.coeffs,
-            operator=config.operator,
+            operators=config.operators,
             positions=config.positions,
             unit=config.unit,
         )
@@ -257,7 +257,7 @@ def check_settings(config: RunConfig, model: Any, valid: PairSet, test: PairSet)
     for layer in config.layers:
         check_layer(model, layer)
     for pair in (*valid, *test):
-        pair.check()
+        pair.require_check()
     needed = ((valid, config.search_tokens, ["none", "text"]), (test, config.max_new_tokens, ["none", "text"]))
     for part, tokens, conditions in needed:
         SamplingConfig(tokens, config.temperature)
@@ -317,7 +317,7 @@ def _facts(
         "searched on": f"{config.pairs}: {valid!r}",
         "tested on": f"{config.data or config.pairs}: {test!r}",
         "left out": "; ".join(notes) or "nothing",
-        "operator": f"{' or '.join(config.operator)} at {' or '.join(config.positions)} positions",
+        "operator": f"{' or '.join(config.operators)} at {' or '.join(config.positions)} positions",
         "layers searched": ", ".join(str(x) for x in scores["layer"].dropna().unique()),
         "coefficients searched": ", ".join(f"{x:g}" for x in config.coeffs),
         "search answers cut at the limit": f"{(scores['finish_reason'] == 'length').mean():.0%}; "

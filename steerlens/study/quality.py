@@ -57,7 +57,7 @@ class Quality:
     reward_model: str | None = None
     """A folder or hub id of a sequence classifier with one label; None measures no reward."""
 
-    def check(self) -> None:
+    def load(self) -> None:
         """Load the models that are named, so that a wrong name shows before anything is generated.
 
         Raises:

@@ -175,7 +175,7 @@ def evaluate(
         [['none', 3], ['vector', 3]]
     """
     requests = requests_for(pairs, steering, conditions=conditions, trials=trials, seed=seed)
-    check_requests(requests)
+    require_checks(requests)
     with nullcontext() if out is None else Journal(writable_folder(out) / "generations.jsonl") as journal:
         sampler = Sampler(
             model,
@@ -204,7 +204,7 @@ def evaluate(
     return found
 
 
-def check_requests(requests: Sequence[Request]) -> None:
+def require_checks(requests: Sequence[Request]) -> None:
     """Refuse what cannot be scored, before anything is generated.
 
     Raises:
@@ -213,7 +213,7 @@ def check_requests(requests: Sequence[Request]) -> None:
     if not requests:
         raise DataError("an evaluation needs at least one prompt, got none; check the instructions and the filter")
     for pair in {request.pair for request in requests}:
-        pair.check()
+        pair.require_check()
 
 
 def score(sampler: Sampler, requests: Sequence[Request], *, quality: Quality = Quality()) -> pd.DataFrame:
@@ -235,7 +235,7 @@ def score(sampler: Sampler, requests: Sequence[Request], *, quality: Quality = Q
         >>> len(score(sampler, requests_for(test[:2], vector.at(4), conditions=["none", "vector"])))
         4
     """
-    check_requests(requests)
+    require_checks(requests)
     records = sampler.generate(requests)
     frame = pd.DataFrame(_score(request, record) for request, record in zip(requests, records, strict=True))
     frame["layer"] = frame["layer"].astype("Int64")
@@ -255,7 +255,7 @@ def score(sampler: Sampler, requests: Sequence[Request], *, quality: Quality = Q
 
 def _score(request: Request, record: Mapping[str, Any]) -> dict[str, Any]:
     pair, text = request.pair, record["text"]
-    verdicts = check_all(text, pair.instruction_ids, pair.kwargs, prompt=pair.prompt)
+    verdicts = check_all(text, pair.instruction_ids, pair.kwargs)
     steps = request.plan.interventions
     first = steps[0] if steps else None
     return {

@@ -111,12 +111,12 @@ class Sweep:
 
     def best(
         self,
-        instruction: str | None = None,
+        instruction_id: str | None = None,
         *,
         objective: str = "rate",
         subject_to: str = "eligible",
     ) -> Best:
-        """The choice for an instruction; it may be left out where there is one.
+        """The choice for an instruction, by its id; it may be left out where there is one.
 
         Args:
             objective: The column of `table` to make as large as possible; "-" before it: as small as possible.
@@ -128,13 +128,13 @@ class Sweep:
                 the condition.
         """
         names = list(dict.fromkeys(self.table["instruction"]))
-        if instruction is None and len(names) == 1:
-            (instruction,) = names
-        if instruction is None:
+        if instruction_id is None and len(names) == 1:
+            (instruction_id,) = names
+        if instruction_id is None:
             raise SteerlensError(f"best() needs the name of one of the searched instructions: {', '.join(names)}")
-        if instruction not in names:
-            raise SteerlensError(f"the search did not cover {instruction!r}; {nearest(instruction, names)}")
-        return _best(self.table[self.table["instruction"] == instruction], objective, subject_to)
+        if instruction_id not in names:
+            raise SteerlensError(f"the search did not cover {instruction_id!r}; {nearest(instruction_id, names)}")
+        return _best(self.table[self.table["instruction"] == instruction_id], objective, subject_to)
 
     def pareto(
         self, *, maximize: Sequence[str] = ("rate",), minimize: Sequence[str] = ("degenerate", "mean_repetition")
@@ -247,7 +247,7 @@ def sweep(
     candidates: Spec | None = None,
     layers: Sequence[int] | Literal["paper", "all"] = "paper",
     coeffs: Sequence[float] = (1.0,),
-    operator: Operator | Sequence[Operator] = "set_projection",
+    operators: Operator | Sequence[Operator] = "set_projection",
     positions: str | Window | Sequence[str | Window] = "all",
     unit: Unit = "absolute",
     condition: Literal["vector", "text+vector"] = "vector",
@@ -270,7 +270,7 @@ def sweep(
         pairs: Validation prompts: not those the vectors were fitted on, nor those to be reported.
         candidates: What to try. Default: the grid of the next five arguments.
         layers: "paper" takes `candidate_layers`, "all" every layer of the vector.
-        coeffs, operator, positions, unit: As in `SteeringVector.at`; one operator and rule, or several.
+        coeffs, operators, positions, unit: As in `SteeringVector.at`; one operator and rule, or several.
         condition: Search with the bare query, or with the instruction in the prompt.
         gate: The quality that a candidate must not lose.
         quality: What scores the responses; default: perplexity under the model itself where the gate asks for it.
@@ -292,7 +292,7 @@ def sweep(
         True
     """
     if candidates is None:
-        candidates = grid_spec(model, layers=layers, coeffs=coeffs, operator=operator, positions=positions, unit=unit)
+        candidates = grid_spec(model, layers=layers, coeffs=coeffs, operators=operators, positions=positions, unit=unit)
     with nullcontext() if out is None else Journal(writable_folder(out) / "generations.jsonl") as journal:
         sampler = Sampler(
             model,
@@ -325,7 +325,7 @@ def grid_spec(
     *,
     layers: Sequence[int] | Literal["paper", "all"] = "paper",
     coeffs: Sequence[float] = (1.0,),
-    operator: Operator | Sequence[Operator] = "set_projection",
+    operators: Operator | Sequence[Operator] = "set_projection",
     positions: str | Window | Sequence[str | Window] = "all",
     unit: Unit = "absolute",
 ) -> Spec:
@@ -342,7 +342,7 @@ def grid_spec(
             raise SteerlensError(
                 f"a search needs a layer to try, got {layers!r} for {vector!r} of {list(vector.layers)}"
             )
-        return grid(layers=chosen, coeffs=coeffs, operators=operator, positions=positions, unit=unit)
+        return grid(layers=chosen, coeffs=coeffs, operators=operators, positions=positions, unit=unit)
 
     return spec
 

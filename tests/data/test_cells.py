@@ -72,7 +72,7 @@ def test_a_row_of_a_data_frame_makes_the_pair_of_its_plain_values() -> None:
     assert row == plain
     assert row.prompt_id == plain.prompt_id
     assert [type(value) for values in row.kwargs for value in values.values()] == [int, list]
-    row.check()
+    row.require_check()
 
 
 @pytest.mark.parametrize("nothing", NOTHING)

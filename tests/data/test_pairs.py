@@ -171,7 +171,7 @@ def test_long_texts_are_cut_and_their_names_still_differ():
 @pytest.mark.parametrize("ids", [(), "length:short"])
 def test_a_pair_that_nothing_checks_says_how_to_give_it_a_check(ids):
     with pytest.raises(SteerlensError, match="register_check"):
-        InstructionPair("Describe rain.", "Be brief.", ids).check()
+        InstructionPair("Describe rain.", "Be brief.", ids).require_check()
 
 
 def test_a_set_of_pairs_is_made_from_queries_and_one_instruction():
@@ -179,7 +179,7 @@ def test_a_set_of_pairs_is_made_from_queries_and_one_instruction():
     assert pairs.prompts("text") == ["Describe rain. Use capitals.", "Describe snow. Use capitals."]
     assert pairs.instructions == ("Use capitals.",)
     checked = pair_set(["Describe rain."], "Use 3 bullets.", instruction_ids=BULLETS, kwargs={"num_bullets": 3})
-    checked[0].check()
+    checked[0].require_check()
     with pytest.raises(DataError, match="put it into a list"):
         pair_set("Describe rain.", "Use capitals.")
 

@@ -132,7 +132,7 @@ def test_all_layers_are_those_of_the_vector(llama, vector, pairs):
 
 def test_the_choice_keeps_the_positions_and_the_unit_that_were_searched(llama, vector, pairs):
     normed = replace(vector, resid_norm=dict.fromkeys(range(4), 5.0))
-    options = {"layers": [1], "coeffs": [0.5], "operator": "add", "positions": "last", "unit": "resid_norm"}
+    options = {"layers": [1], "coeffs": [0.5], "operators": "add", "positions": "last", "unit": "resid_norm"}
     found = sweep(llama.model, normed, pairs, max_new_tokens=3, **options)
     (step,) = normed.at(found.best(subject_to="layer == 1"))
     assert (str(step.positions), step.operator, step.coeff) == ("last", "add", 2.5)
