@@ -151,7 +151,8 @@ def sweep(
             progress=True,
         )
     write_atomically(folder / "sweep.html", layer_curve(found.table).to_html())
-    columns = ["instruction", "layer", "operator", "positions", "coeff", "n", "rate", "low", "high", "degenerate"]
+    place = ["layer", "operator", "positions", "coeff", "unit"]
+    columns = ["instruction", *place, "n", "rate", "low", "high", "degenerate"]
     _show(found.table.loc[found.table["chosen"], columns])
     print(
         f"\n{len(found.configurations)} candidates, {len(found.scores)} responses: {folder / 'table.csv'}, sweep.html"
@@ -287,6 +288,11 @@ def evaluate(
     from steerlens.vectors.vector import SteeringVector
 
     metadata = SteeringVector.load(vector).metadata
+    if "parts" in metadata:
+        raise SteerlensError(
+            f"a command evaluates the vector of one instruction, got {metadata['instruction']!r}; "
+            "evaluate a sum in Python, on pairs that you choose: sl.evaluate(model, vector.at(layer), pairs)"
+        )
     seed = int(metadata.get("seed", 0))
     data = metadata.get("pairs", pairs_for(data, model)) if data == "auto" else data
     loaded_pairs = load_pairs(data, instructions=[metadata.get("instruction", "")], seed=seed)

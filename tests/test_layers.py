@@ -18,7 +18,7 @@ ROOMS = {
     "data": "cells conditions readers pairs splits load families",
     "models": "facts load prompts stops rows passes",
     "steering": "operators positions plan residual candidates sampling",
-    "vectors": "vector activations estimators transfer",
+    "vectors": "formats vector activations estimators transfer",
     "study": "config quality responses scores judge calibration sweeps engines job",
 }
 ORDER = [f"{room}.{name}".lstrip(".") for room, names in ROOMS.items() for name in names.split()] + ["cli"]

@@ -22,7 +22,7 @@ def layer_curve(search: pd.DataFrame, *, title: str | None = None, columns: int 
 
     Args:
         search: one row per instruction and candidate: instruction, layer, operator, positions, coeff, n, followed, rate,
-            low, high, degenerate, chosen.
+            low, high, degenerate, chosen; with a column unit, coefficients in mean residual norms are named so.
         title: what the figure is about; a phrase by default.
         columns: panels side by side.
 
@@ -49,7 +49,7 @@ def layer_curve(search: pd.DataFrame, *, title: str | None = None, columns: int 
         steered = rows[rows["layer"].notna()].astype({"layer": int}).sort_values("layer")
         for series, color in colors.items():
             same = (steered["operator"] == series.operator) & (steered["positions"] == series.positions)
-            line = steered[same & (steered["coeff"] == series.coeff)]
+            line = steered[same & (steered["coeff"] == series.coeff) & (_units(steered) == series.unit)]
             _draw_rates(fig, top, line, series.name, color, label=label, band=len(colors) == 1)
             _draw_degenerate(fig, bottom, line, series.name, color, label=label, legend=len(colors) == 1)
         _draw_references(fig, top, unsteered, steered, span=span, label=label)
@@ -65,6 +65,7 @@ class _Series:
     operator: str
     positions: str
     coeff: float
+    unit: str
     name: str
 
 
@@ -197,18 +198,22 @@ def _show_each_name_once(fig: go.Figure) -> None:
 
 def _series_colors(search: pd.DataFrame) -> dict[_Series, str]:
     steered = search[search["layer"].notna()]
-    kinds = (
-        steered[["operator", "positions", "coeff"]].drop_duplicates().sort_values(["operator", "positions", "coeff"])
-    )
-    kinds = kinds.astype({"operator": str, "positions": str, "coeff": float})
+    keys = ["operator", "positions", "coeff", "unit"]
+    kinds = steered.assign(unit=_units(steered))[keys].drop_duplicates().sort_values(keys)
+    kinds = kinds.astype({"operator": str, "positions": str, "coeff": float, "unit": str})
     several = {name for name in kinds if kinds[name].nunique() > 1}
     if len(kinds) == 1:
-        operator, positions, coeff = kinds.iloc[0]
-        return {_Series(operator, positions, coeff, name="vector"): CONDITION_COLORS["vector"]}
+        operator, positions, coeff, unit = kinds.iloc[0]
+        return {_Series(operator, positions, coeff, unit, name="vector"): CONDITION_COLORS["vector"]}
     found = {}
-    for i, (operator, positions, coeff) in enumerate(kinds.itertuples(index=False)):
+    for i, (operator, positions, coeff, unit) in enumerate(kinds.itertuples(index=False)):
         where = f" at {positions}" if "positions" in several else ""
-        size = f", coeff {coeff:g}" if "coeff" in several else ""
+        norms = " norms" if unit == "resid_norm" else ""
+        size = f", coeff {coeff:g}{norms}" if several & {"coeff", "unit"} else ""
         color = _SERIES_COLORS[i % len(_SERIES_COLORS)]
-        found[_Series(operator, positions, coeff, name=f"{operator}{where}{size}")] = color
+        found[_Series(operator, positions, coeff, unit, name=f"{operator}{where}{size}")] = color
     return found
+
+
+def _units(search: pd.DataFrame) -> pd.Series:
+    return search["unit"] if "unit" in search else pd.Series("absolute", index=search.index)

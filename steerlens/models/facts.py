@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from steerlens._typing import WholeNumber, whole
 from steerlens.errors import ModelError, SteerlensError
 
 # --- facts ---------------------------------------------------------------------------------------------------------
@@ -21,16 +22,16 @@ def resid_post(layer: int) -> str:
     return f"blocks.{layer}.hook_resid_post"
 
 
-def check_layer(model: Any, layer: int) -> int:
+def check_layer(model: Any, layer: WholeNumber) -> int:
     """The layer, if the model has it.
 
     Raises:
-        SteerlensError: if it is out of range.
+        SteerlensError: if it is no whole number, or out of range.
     """
-    n_layers = int(model.cfg.n_layers)
-    if not 0 <= layer < n_layers:
-        raise SteerlensError(f"layer must be in [0, {n_layers}), got {layer}; layers count from zero")
-    return layer
+    n_layers, number = int(model.cfg.n_layers), whole(layer, "layer")
+    if not 0 <= number < n_layers:
+        raise SteerlensError(f"layer must be in [0, {n_layers}), got {number}; layers count from zero")
+    return number
 
 
 def model_id(model: Any) -> str:

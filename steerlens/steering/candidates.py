@@ -14,30 +14,49 @@ import random
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import product
-from typing import Any, Literal
+from typing import Any
 
-from steerlens._typing import Operator
-from steerlens.errors import SteerlensError
+from steerlens._typing import (
+    OPERATORS,
+    UNITS,
+    Operator,
+    RealNumber,
+    Unit,
+    WholeNumber,
+    real,
+    real_numbers,
+    whole,
+    whole_numbers,
+)
+from steerlens.errors import SteerlensError, nearest
 from steerlens.steering.positions import Window, as_window
-
-Unit = Literal["absolute", "resid_norm"]
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """One way to apply a vector: `vector.at(candidate)` is its plan."""
+    """One way to apply a vector: `vector.at(candidate)` is its plan.
 
-    layer: int | None
+    >>> Candidate(3, coeff=0.5, operator="add", unit="resid_norm").layer
+    3
+    """
+
+    layer: WholeNumber | None
     """None: no steering."""
-    coeff: float = 1.0
+    coeff: RealNumber = 1.0
     operator: Operator = "set_projection"
     positions: str | Window = "all"
     unit: Unit = "absolute"
     """Of the coefficient of `add`; see `SteeringVector.at`."""
 
     def __post_init__(self) -> None:
-        # One spelling per rule, so that a candidate written two ways is one.
+        # One spelling of each part, so that a candidate written two ways is one.
         object.__setattr__(self, "positions", str(as_window(self.positions)))
+        object.__setattr__(self, "coeff", real(self.coeff, "coeff"))
+        if self.layer is not None:
+            object.__setattr__(self, "layer", whole(self.layer, "layer"))
+        for name, value, known in (("operator", self.operator, OPERATORS), ("unit", self.unit, UNITS)):
+            if value not in known:
+                raise SteerlensError(f"{name} must be one of steerlens', got {value!r}; {nearest(str(value), known)}")
 
 
 UNSTEERED = Candidate(None, coeff=0.0)
@@ -45,8 +64,8 @@ UNSTEERED = Candidate(None, coeff=0.0)
 
 def grid(
     *,
-    layers: Iterable[int],
-    coeffs: Iterable[float] = (1.0,),
+    layers: Iterable[WholeNumber],
+    coeffs: Iterable[RealNumber] = (1.0,),
     operators: Operator | Sequence[Operator] = "set_projection",
     positions: str | Window | Sequence[str | Window] = "all",
     unit: Unit = "absolute",
@@ -54,51 +73,65 @@ def grid(
     """Every combination: lower layers first, then operators and positions as given, then smaller coefficients.
 
     Args:
+        layers: Block indices, counted from zero; any list, range or array.
+        coeffs: For `add` the length of the step in `unit`, for the others the share of the full change.
+        operators, positions: One, or several.
         unit: Of the coefficients of `add`; the other operators take a share, which has no unit.
 
     Raises:
-        SteerlensError: if there is nothing to combine.
+        SteerlensError: if there is nothing to combine, or a layer or coefficient is no number.
 
     >>> [candidate.layer for candidate in grid(layers=[4, 2])]
     [2, 4]
     """
-    layers, coeffs = sorted(set(layers)), sorted(set(coeffs), key=abs)
-    combinations = product(layers, _several(operators), _several(positions), coeffs)
+    chosen, sizes = sorted(set(whole_numbers(layers, "layer"))), sorted(set(real_numbers(coeffs, "coeff")), key=abs)
+    combinations = product(chosen, _several(operators), _several(positions), sizes)
     found = [
         Candidate(layer, coeff, operator, where, unit if operator == "add" else "absolute")
         for layer, operator, where, coeff in combinations
     ]
     if not found:
         raise SteerlensError(
-            f"a search needs a layer and a coefficient to try, got layers {layers}, coeffs {coeffs}, operators "
+            f"a search needs a layer and a coefficient to try, got layers {chosen}, coeffs {sizes}, operators "
             f"{_several(operators)} and positions {_several(positions)}"
         )
     return found
 
 
 def draws(
-    n: int,
+    n: WholeNumber,
     *,
-    layers: Iterable[int],
-    coeff_range: tuple[float, float] = (1.0, 1.0),
+    layers: Iterable[WholeNumber],
+    coeff_range: Iterable[RealNumber] = (1.0, 1.0),
     operators: Operator | Sequence[Operator] = "set_projection",
     positions: str | Window | Sequence[str | Window] = "all",
     unit: Unit = "absolute",
-    seed: int = 0,
+    seed: WholeNumber = 0,
 ) -> list[Candidate]:
     """n candidates at random, each part on its own; coefficients evenly on a log scale from low to high.
 
     The draws of two numbers with one seed are nested: the first n of a larger sweep are the smaller sweep.
 
+    Args:
+        n: How many.
+        layers, operators, positions, unit: As in `grid`; each draw takes one of them.
+        coeff_range: The smallest and the largest coefficient.
+        seed: Decides every draw; the vector and the model have no part in it.
+
     Raises:
         SteerlensError: for no layer, n below 1, or a range that is not positive and ordered.
+
+    >>> draws(2, layers=[3], operators="ablate") == 2 * [Candidate(3, 1.0, "ablate")]
+    True
     """
-    low, high = coeff_range
-    choices = sorted(set(layers))
+    n, seed = whole(n, "n"), whole(seed, "seed")
+    sizes = real_numbers(coeff_range, "coeff_range")
+    low, high = sizes if len(sizes) == 2 else (0.0, 0.0)
+    choices = sorted(set(whole_numbers(layers, "layer")))
     if n < 1 or not (choices and _several(operators) and _several(positions)) or not 0 < low <= high:
         raise SteerlensError(
             f"draws need n of at least 1, a layer, an operator, positions, and a range 0 < low <= high, got n {n}, "
-            f"layers {choices}, coeff_range {coeff_range}; for negative coefficients use grid() or a list"
+            f"layers {choices}, coeff_range {sizes}; for negative coefficients use grid() or a list"
         )
     rng = random.Random(seed)
     found = []

@@ -23,7 +23,12 @@ from steerlens._typing import Operator
 def add(
     resid: Float[Tensor, "*batch d_model"], direction: Float[Tensor, " d_model"], *, coeff: float
 ) -> Float[Tensor, "*batch d_model"]:
-    """The residual moved by `coeff` along the unit `direction`."""
+    """The residual moved by `coeff`, in absolute units, along the unit `direction`.
+
+    >>> import torch
+    >>> add(torch.zeros(2), torch.tensor([0.0, 1.0]), coeff=3.0)
+    tensor([0., 3.])
+    """
     return rank_one(resid, direction, direction, *affine("add", coeff=coeff))
 
 

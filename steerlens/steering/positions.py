@@ -15,6 +15,7 @@ import re
 from dataclasses import dataclass
 from typing import Literal
 
+from steerlens._typing import WholeNumber, whole
 from steerlens.errors import SteerlensError, nearest
 
 FOREVER = 2**31 - 1
@@ -25,21 +26,32 @@ FOREVER = 2**31 - 1
 class Window:
     """The half-open window `[start, stop)` of positions; None leaves that end open."""
 
-    start: int | None = None
-    stop: int | None = None
+    start: WholeNumber | None = None
+    stop: WholeNumber | None = None
     anchor: Literal["start", "generation"] = "start"
     """Count from the row's first token, or from its first generated token (negative numbers reach into the prompt)."""
 
     def __post_init__(self) -> None:
         if self.anchor not in ("start", "generation"):
             raise SteerlensError(f'anchor must be "start" or "generation", got {self.anchor!r}')
+        for name in ("start", "stop"):
+            if getattr(self, name) is not None:
+                object.__setattr__(self, name, whole(getattr(self, name), name))
+        # One spelling per rule: a window from the first token on is open at its start, and one open at both ends has no anchor.
+        if self.anchor == "start" and self.start == 0 and self.stop != 0:
+            object.__setattr__(self, "start", None)
+        if self.start is None and self.stop is None:
+            object.__setattr__(self, "anchor", "start")
         if self.anchor == "start" and min(self.start or 0, self.stop or 0) < 0:
             raise SteerlensError(
                 f"a window from the start counts from 0, got [{self.start}, {self.stop}); "
                 'use anchor="generation" to count back from the end of the prompt'
             )
-        if self.start is not None and self.stop is not None and self.start >= self.stop:
-            raise SteerlensError(f"a window needs start < stop, got [{self.start}, {self.stop})")
+        first = 0 if self.start is None and self.anchor == "start" else self.start
+        if first is not None and self.stop is not None and first >= self.stop:
+            raise SteerlensError(
+                f"a window needs start < stop, got [{first}, {self.stop}); stop is the first one left out"
+            )
 
     def bounds(self, prompt_length: int) -> tuple[int, int]:
         """The absolute `[low, high)` for a row whose prompt has `prompt_length` tokens."""

@@ -20,7 +20,7 @@ from steerlens.errors import ModelError, SteerlensError
 from steerlens.models.facts import check_layer, check_origin, resid_post
 from steerlens.models.rows import token_positions
 from steerlens.steering.operators import rank_one
-from steerlens.steering.plan import Intervention, Plan
+from steerlens.steering.plan import Intervention, Plan, as_plan
 
 
 @dataclass(frozen=True, eq=False)
@@ -152,7 +152,7 @@ def steer(
         >>> with steer(model, vector.at(3)):                                 # doctest: +SKIP
         ...     logits = model(tokens)
     """
-    plans = [plan] if isinstance(plan, Plan) else list(plan)
+    plans = [as_plan(one) for one in (plan if isinstance(plan, Sequence) else [plan])]
     for one in plans:
         check_plan(model, one)
     single = _SinglePass(model, plans, one_for_all=isinstance(plan, Plan), attention_mask=attention_mask)

@@ -12,7 +12,7 @@ token by inverting the row's cumulative distribution. In floating point another 
 tokens are nearly tied (about 1e-4 in logits) the texts can part.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, overload
 
@@ -22,13 +22,14 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from tqdm import tqdm
 
+from steerlens._typing import RealNumber, WholeNumber, plain, real, whole, whole_numbers
 from steerlens.errors import SteerlensError
 from steerlens.models.facts import model_device, stop_ids
 from steerlens.models.passes import forward
 from steerlens.models.prompts import PromptFormat, encode_all
 from steerlens.models.rows import left_pad, length_sorted_batches, pad_id, token_positions
 from steerlens.models.stops import before_stop, check_stop_ids, decode
-from steerlens.steering.plan import Plan
+from steerlens.steering.plan import Plan, as_plan
 from steerlens.steering.residual import Steering, build_tables, check_plan
 
 FinishReason = Literal["eos", "stop", "length"]
@@ -43,12 +44,12 @@ class SamplingConfig:
         True
     """
 
-    max_new_tokens: int = 128
-    temperature: float = 0.0
+    max_new_tokens: WholeNumber = 128
+    temperature: RealNumber = 0.0
     """0 is greedy: the most likely token, the first of equals."""
-    top_k: int | None = None
+    top_k: WholeNumber | None = None
     """Sample among the k most likely tokens."""
-    top_p: float = 1.0
+    top_p: RealNumber = 1.0
     """Sample among the fewest tokens whose probabilities reach p (Holtzman et al. 2020); at least one."""
     stop: str | tuple[str, ...] = ()
     """Texts that end a row, special tokens among them; a row's text ends before them, its tokens hold them."""
@@ -57,7 +58,10 @@ class SamplingConfig:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "stop", (self.stop,) if isinstance(self.stop, str) else tuple(self.stop))
-        object.__setattr__(self, "stop_ids", tuple(self.stop_ids))
+        object.__setattr__(self, "stop_ids", tuple(whole_numbers(self.stop_ids, "stop_ids")))
+        for name, number in (("max_new_tokens", whole), ("top_k", whole), ("temperature", real), ("top_p", real)):
+            if getattr(self, name) is not None:
+                object.__setattr__(self, name, number(getattr(self, name), name))
         rules = {
             "max_new_tokens must be at least 1": self.max_new_tokens >= 1,
             "temperature must be 0 (greedy) or above": self.temperature >= 0,
@@ -152,13 +156,13 @@ def generate(
     prompts: Sequence[str],
     *,
     steering: Plan | Sequence[Plan] | None = None,
-    max_new_tokens: int = 128,
-    temperature: float = 0.0,
-    top_k: int | None = None,
-    top_p: float = 1.0,
+    max_new_tokens: WholeNumber = 128,
+    temperature: RealNumber = 0.0,
+    top_k: WholeNumber | None = None,
+    top_p: RealNumber = 1.0,
     stop: str | Sequence[str] = (),
     stop_ids: Sequence[int] = (),
-    seed: int | Sequence[int] = 0,
+    seed: WholeNumber | Iterable[WholeNumber] = 0,
     batch_size: int = 16,
     prompt_format: PromptFormat = PromptFormat(),
     progress: bool = False,
@@ -168,7 +172,8 @@ def generate(
     Args:
         steering: One plan for all prompts, or one per prompt; None is no steering.
         stop, stop_ids: Texts, special tokens among them, and token ids that end a row, besides the model's own.
-        seed: One seed for all rows, or one per row. Rows with the same prompt, plan and seed get the same text.
+        seed: One seed for all rows, or one per row: it decides the random number of each of the row's tokens, and nothing
+            where decoding is greedy. Rows with the same prompt, plan and seed get the same text.
         prompt_format: Chat template or plain; see `PromptFormat`.
         progress: Show tokens per second and the time left.
 
@@ -206,7 +211,7 @@ def stream(
     *,
     steering: Plan | Sequence[Plan] | None = None,
     sampling: SamplingConfig = SamplingConfig(),
-    seed: int | Sequence[int] = 0,
+    seed: WholeNumber | Iterable[WholeNumber] = 0,
     batch_size: int = 16,
     prompt_format: PromptFormat = PromptFormat(),
     progress: bool = False,
@@ -232,8 +237,8 @@ def stream(
     """
     if isinstance(prompts, str):
         raise SteerlensError(f"prompts must be a list of texts, got one text, {prompts[:40]!r}; put it into a list")
-    plans = per_row(steering if steering is not None else Plan(), len(prompts), "steering")
-    seeds = per_row(seed, len(prompts), "seed")
+    plans = [as_plan(one) for one in per_row(Plan() if steering is None else steering, len(prompts), "steering")]
+    seeds = [whole(one, "seed") for one in per_row(plain(seed), len(prompts), "seed")]
     for value in seeds:
         if not 0 <= value < 2**63:
             raise SteerlensError(f"seed must be in [0, 2**63), got {value}")

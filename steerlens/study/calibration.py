@@ -10,10 +10,10 @@ What it does not show: whether the force goes where it should. Search the calibr
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
-from steerlens._typing import Operator
+from steerlens._typing import Operator, RealNumber, WholeNumber, real, whole, whole_numbers
 from steerlens.errors import SteerlensError
 from steerlens.models.prompts import PromptFormat
 from steerlens.steering.candidates import Candidate
@@ -31,12 +31,12 @@ def calibrate(
     vector: SteeringVector,
     prompts: Sequence[str],
     *,
-    target_kl: float = 0.5,
-    layers: Sequence[int] | None = None,
+    target_kl: RealNumber = 0.5,
+    layers: Iterable[WholeNumber] | None = None,
     operator: Operator = "add",
     positions: str | Window = "all",
-    max_new_tokens: int = 32,
-    n_steps: int = 12,
+    max_new_tokens: WholeNumber = 32,
+    n_steps: WholeNumber = 12,
     batch_size: int = 32,
     prompt_format: PromptFormat = PromptFormat(),
 ) -> list[Candidate]:
@@ -59,8 +59,10 @@ def calibrate(
         >>> [one.layer for one in calibrate(model, vector, queries[:1], target_kl=0.1, layers=[4], max_new_tokens=4, n_steps=3)]
         [4]
     """
-    if not prompts or target_kl <= 0:
-        raise SteerlensError(f"calibration needs prompts and a target above 0 nats, got {len(prompts)} and {target_kl}")
+    goal, n_steps = real(target_kl, "target_kl"), whole(n_steps, "n_steps")
+    if not prompts or goal <= 0:
+        raise SteerlensError(f"calibration needs prompts and a target above 0 nats, got {len(prompts)} and {goal}")
+    chosen = list(vector.layers) if layers is None else whole_numbers(layers, "layer")
     unit: Any = "resid_norm" if operator == "add" else "absolute"
     rows = [
         (row.prompt_tokens, row.tokens)
@@ -78,12 +80,12 @@ def calibrate(
         n = len(rows)
         return {layer: sum(values[i * n : (i + 1) * n]) / n for i, layer in enumerate(plans)}
 
-    low, high = (dict.fromkeys(vector.layers if layers is None else layers, math.log2(end)) for end in RANGE)
+    low, high = (dict.fromkeys(chosen, math.log2(end)) for end in RANGE)
     least, most = divergence(low), divergence(high)
-    inside = [layer for layer in low if least[layer] < target_kl <= most[layer]]
+    inside = [layer for layer in low if least[layer] < goal <= most[layer]]
     low, high = ({layer: ends[layer] for layer in inside} for ends in (low, high))
     for _ in range(n_steps if low else 0):
         middle = {layer: (low[layer] + high[layer]) / 2 for layer in low}
         for layer, value in divergence(middle).items():
-            (high if value >= target_kl else low)[layer] = middle[layer]
+            (high if value >= goal else low)[layer] = middle[layer]
     return [candidate(layer, high[layer]) for layer in high]

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from steerlens._typing import Gate, Operator, RuleName, Style
+from steerlens._typing import Gate, Operator, RuleName, Style, Unit, real, real_numbers, whole, whole_numbers
 
 if TYPE_CHECKING:
     pass
@@ -39,7 +39,7 @@ class RunConfig:
     """Layers to search; default: the paper's, every second one from a fifth of the depth on."""
     coeffs: tuple[float, ...] = (1.0,)
     """Coefficients to search; for set_projection and ablate the share of the full change, for add the step's length."""
-    unit: Literal["absolute", "resid_norm"] = "absolute"
+    unit: Unit = "absolute"
     """Of the coefficients of add: absolute, or the layer's mean residual norm."""
     operators: tuple[Operator, ...] = ("set_projection",)
     """What to do with a vector: set_projection (the paper's format steering), add, or ablate; several are searched together."""
@@ -63,7 +63,7 @@ class RunConfig:
     trials: int = 1
     """Responses per prompt and condition; more than one needs a temperature."""
     seed: int = 0
-    """For splits, phrasings, samples and the random direction."""
+    """Decides splits, phrasings, samples and the random directions of the control."""
     batch_size: int = 16
     """Rows per batch; pairs per batch when recording."""
     system: str | None = None
@@ -80,6 +80,14 @@ class RunConfig:
     """Of a running Ray cluster; default: one is started on this machine."""
     n_workers: int | None = None
     """Ray workers; default: as many as the cluster's processors allow."""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "layers", tuple(whole_numbers(self.layers, "layer")))
+        object.__setattr__(self, "coeffs", tuple(real_numbers(self.coeffs, "coeff")))
+        object.__setattr__(self, "temperature", real(self.temperature, "temperature"))
+        for name in ("n_train", "n_valid", "n_test", "max_new_tokens", "search_tokens", "trials", "seed", "batch_size"):
+            if getattr(self, name) is not None:
+                object.__setattr__(self, name, whole(getattr(self, name), name))
 
 
 PLACE = ("device", "engine", "ray_address", "n_workers")

@@ -319,7 +319,7 @@ def _facts(
         "left out": "; ".join(notes) or "nothing",
         "operator": f"{' or '.join(config.operators)} at {' or '.join(config.positions)} positions",
         "layers searched": ", ".join(str(x) for x in scores["layer"].dropna().unique()),
-        "coefficients searched": ", ".join(f"{x:g}" for x in config.coeffs),
+        "coefficients searched": ", ".join(f"{x:g}" for x in config.coeffs) + _in_unit(config.unit),
         "search answers cut at the limit": f"{(scores['finish_reason'] == 'length').mean():.0%}; "
         "checks of how an answer ends can fail for that alone",
         "quality gate of the search": config.gate,
@@ -341,9 +341,13 @@ def _choices(found: Sweep) -> str:
     return "; ".join(
         f"{name}: no steering"
         if best.layer is None
-        else f"{name}: layer {best.layer}, {best.operator} at {best.positions}, coeff {best.coeff:g}"
+        else f"{name}: layer {best.layer}, {best.operator} at {best.positions}, coeff {best.coeff:g}{_in_unit(best.unit)}"
         for name, best in chosen.items()
     )
+
+
+def _in_unit(unit: str) -> str:
+    return " mean residual norms" if unit == "resid_norm" else ""
 
 
 def _write_results(

@@ -102,7 +102,7 @@ def measure(model: Any, responses: Sequence[Response], quality: Quality, *, batc
         )
     if quality.kl:
         steps = [(one.prompt, one.tokens, one.plan) for one in responses]
-        columns["kl"] = kl_from_unsteered(model, steps, batch_size)
+        columns["kl"] = _once(steps, lambda unique: kl_from_unsteered(model, unique, batch_size))
     if quality.reward_model is not None:
         pairs = [(one.query, one.text) for one in responses]
         columns["reward"] = _once(pairs, lambda unique: rewards(str(quality.reward_model), unique))

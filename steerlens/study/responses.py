@@ -11,6 +11,7 @@ from typing import Any
 
 from tqdm import tqdm
 
+from steerlens._typing import WholeNumber, whole
 from steerlens.data.conditions import CONDITIONS, STEERED
 from steerlens.data.pairs import InstructionPair
 from steerlens.errors import DataError, SteerlensError, nearest
@@ -18,7 +19,7 @@ from steerlens.files import Journal, content_key, derived_seed
 from steerlens.models.facts import model_digest
 from steerlens.models.prompts import PromptFormat, encode
 from steerlens.models.rows import length_sorted_batches
-from steerlens.steering.plan import Plan
+from steerlens.steering.plan import Plan, as_plan
 from steerlens.steering.sampling import Generation, SamplingConfig, stream
 
 
@@ -53,8 +54,8 @@ def requests_for(
     *,
     text_plans: Plan | Mapping[str, Plan] | None = None,
     conditions: Sequence[str] = CONDITIONS,
-    trials: int = 1,
-    seed: int = 0,
+    trials: WholeNumber = 1,
+    seed: WholeNumber = 0,
 ) -> list[Request]:
     """One request per pair, condition and trial.
 
@@ -63,17 +64,21 @@ def requests_for(
     Args:
         plans: One plan for all pairs, or one per instruction id.
         text_plans: The same for `text+vector`, where the instruction's words may want another layer; default: `plans`.
+        seed: Decides the samples of each query and trial, and the random directions of each instruction, which are drawn for
+            the layers and the names of a plan's vectors: never from its numbers, which another processor rounds otherwise.
 
     Returns:
         Requests pair by pair, condition by condition, trial by trial.
 
     Raises:
         DataError: for an unknown condition, or an instruction without a plan.
+        SteerlensError: for steering that is no plan.
 
     Example:
         >>> [one.condition for one in requests_for(test[:1], vector.at(4), conditions=["none", "vector"])]
         ['none', 'vector']
     """
+    trials, seed = whole(trials, "trials"), whole(seed, "seed")
     for condition in conditions:
         if condition not in CONDITIONS:
             raise DataError(
@@ -86,21 +91,22 @@ def requests_for(
         for condition in conditions:
             used = text_plan if condition == "text+vector" else plan if condition in STEERED else Plan()
             if condition == "random":
-                used = plan.placebo(seed=derived_seed(seed, "random", pair.instruction_id, plan.digest))
+                names = [(step.layer, step.name) for step in plan]
+                used = plan.placebo(seed=derived_seed(seed, "random", pair.instruction_id, *names))
             for trial in range(trials):
                 row_seed = derived_seed(seed, pair.query or pair.prompt, trial)
                 requests.append(Request(pair, condition, used, trial, row_seed))
     return requests
 
 
-def _plan_of(pair: InstructionPair, plans: Plan | Mapping[str, Plan]) -> Plan:
-    if isinstance(plans, Plan):
-        return plans
+def _plan_of(pair: InstructionPair, plans: Any) -> Plan:
+    if not isinstance(plans, Mapping):
+        return as_plan(plans)
     if pair.instruction_id not in plans:
         raise DataError(
             f"every instruction needs a plan, got none for {pair.instruction_id!r}; plans: {', '.join(plans)}"
         )
-    return plans[pair.instruction_id]
+    return as_plan(plans[pair.instruction_id])
 
 
 class Sampler:

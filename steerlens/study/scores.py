@@ -6,7 +6,7 @@ For each pair and condition one response is generated and judged by the instruct
     text          the query with its instruction         text+vector   that, steered
     random        the bare query, changed at every token by what the vector would add, along a random direction
 
-The random direction is one draw per plan (`Plan.placebo`).
+The random direction is one draw per instruction and plan (`Plan.placebo`).
 
 `followed` is IFEval's loose verdict over all of a pair's instructions, as in Stolfo et al. (2025) for format instructions;
 `followed_strict` stands beside it. Quality is measured on the same responses: words, repetition, distinct bigrams, and the
@@ -25,6 +25,7 @@ from typing import Any, overload
 
 import pandas as pd
 
+from steerlens._typing import RealNumber, WholeNumber, whole
 from steerlens.checks.registry import check_all
 from steerlens.data.conditions import CONDITIONS
 from steerlens.data.pairs import PairSet
@@ -39,6 +40,8 @@ from steerlens.steering.plan import Plan
 from steerlens.steering.sampling import SamplingConfig
 from steerlens.study.quality import Quality, Response, measure
 from steerlens.study.responses import Request, Sampler, requests_for
+
+NAN = float("nan")
 
 DEGENERATE_REPETITION = 0.5
 """A response is degenerate when at least this share of its token trigrams repeats an earlier one, or when it is empty."""
@@ -138,12 +141,12 @@ def evaluate(
     pairs: PairSet,
     *,
     conditions: Sequence[str] = CONDITIONS,
-    max_new_tokens: int = 128,
-    temperature: float = 0.0,
-    top_k: int | None = None,
-    top_p: float = 1.0,
-    trials: int = 1,
-    seed: int = 0,
+    max_new_tokens: WholeNumber = 128,
+    temperature: RealNumber = 0.0,
+    top_k: WholeNumber | None = None,
+    top_p: RealNumber = 1.0,
+    trials: WholeNumber = 1,
+    seed: WholeNumber = 0,
     batch_size: int = 16,
     prompt_format: PromptFormat = PromptFormat(),
     quality: Quality = Quality(),
@@ -158,22 +161,26 @@ def evaluate(
             they are checked.
         conditions: Cells to fill; default: all, with their control.
         trials: Responses per prompt and condition; more than one needs a temperature.
-        seed: Decides the samples and the random direction.
+        seed: Decides the random directions of the control and, above temperature 0, the samples.
         quality: What is measured on the responses besides words.
         out: A folder that keeps every response as it is made (generations.jsonl), so that the same evaluation goes on where it
             was cut short; its tables are written at the end, and `Evaluation.load` reads them.
 
     Returns:
-        One row per pair, condition and trial.
+        `scores`, one row per pair, condition and trial. What steered it is told by `plan`, a text; by `layers`, a text, and
+        `layer` where there is just one; by `coeff` in its `unit`, as they were given; and for `add` by `coeff_absolute` and
+        `coeff_in_norms`, the step as a length and in mean residual norms. Where steps of a plan differ, these are missing.
 
     Raises:
         DataError: if there are no pairs, or an instruction has no plan or no check.
+        SteerlensError: for steering that is no plan.
 
     Example:
         >>> found = evaluate(model, vector.at(4), test[:3], conditions=["none", "vector"], max_new_tokens=16)
         >>> found.table[["condition", "n"]].values.tolist()
         [['none', 3], ['vector', 3]]
     """
+    trials, seed = whole(trials, "trials"), whole(seed, "seed")
     requests = requests_for(pairs, steering, conditions=conditions, trials=trials, seed=seed)
     require_checks(requests)
     with nullcontext() if out is None else Journal(writable_folder(out) / "generations.jsonl") as journal:
@@ -256,18 +263,11 @@ def score(sampler: Sampler, requests: Sequence[Request], *, quality: Quality = Q
 def _score(request: Request, record: Mapping[str, Any]) -> dict[str, Any]:
     pair, text = request.pair, record["text"]
     verdicts = check_all(text, pair.instruction_ids, pair.kwargs)
-    steps = request.plan.interventions
-    first = steps[0] if steps else None
     return {
         "prompt_id": pair.prompt_id,
         "instruction": pair.instruction_id,
         "condition": request.condition,
-        "layer": None if first is None else first.layer,
-        "operator": "" if first is None else first.operator,
-        "coeff": float("nan") if first is None else first.coeff,
-        "coeff_in_norms": float("nan") if first is None or first.operator != "add" else first.coeff_in_norms,
-        "positions": "" if first is None else str(first.positions),
-        "n_interventions": len(steps),
+        **plan_columns(request.plan),
         "trial": request.trial,
         "seed": request.seed,
         "followed": all(verdict.loose for verdict in verdicts),
@@ -309,6 +309,8 @@ def read_scores(folder: str | Path) -> pd.DataFrame:
         "operator",
         "positions",
         "unit",
+        "layers",
+        "plan",
         "finish_reason",
         "query",
         "prompt",
@@ -317,6 +319,31 @@ def read_scores(folder: str | Path) -> pd.DataFrame:
         name for name in frame if name not in {*texts, "response", "key", "layer"} and frame[name].dtype == object
     ]
     return frame.astype({"layer": "Int64", **dict.fromkeys(numbers, float)})
+
+
+def plan_columns(plan: Plan) -> dict[str, Any]:
+    """What a table says of a plan; see `evaluate`.
+
+    >>> plan_columns(Plan())["plan"]
+    'no steering'
+    """
+
+    def common(name: str, otherwise: Any) -> Any:
+        values = {getattr(step, name) for step in plan}
+        return values.pop() if len(values) == 1 else otherwise
+
+    return {
+        "layer": common("layer", None),
+        "layers": ", ".join(map(str, plan.layers)),
+        "operator": " + ".join(dict.fromkeys(step.operator for step in plan)),
+        "coeff": common("given", NAN),
+        "unit": common("unit", ""),
+        "coeff_absolute": common("coeff_absolute", NAN),
+        "coeff_in_norms": common("coeff_in_norms", NAN),
+        "positions": " + ".join(dict.fromkeys(str(step.positions) for step in plan)),
+        "n_interventions": len(plan),
+        "plan": str(plan),
+    }
 
 
 def is_degenerate(text: str, tokens: Sequence[int]) -> bool:

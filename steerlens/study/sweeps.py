@@ -30,7 +30,7 @@ from typing import Any, Literal, get_args, overload
 import numpy as np
 import pandas as pd
 
-from steerlens._typing import Gate, Operator
+from steerlens._typing import Gate, Operator, RealNumber, Unit, WholeNumber, real_numbers, several, whole
 from steerlens.data.pairs import PairSet
 from steerlens.errors import DataError, SteerlensError, nearest
 from steerlens.files import (
@@ -46,7 +46,7 @@ from steerlens.models.facts import check_layer, library_versions, model_id
 from steerlens.models.prompts import PromptFormat
 from steerlens.stats.pareto import pareto_front
 from steerlens.stats.rates import rates_and_quality, unit_labels
-from steerlens.steering.candidates import UNSTEERED, Candidate, Unit, grid
+from steerlens.steering.candidates import UNSTEERED, Candidate, grid
 from steerlens.steering.plan import Plan
 from steerlens.steering.positions import Window
 from steerlens.steering.sampling import SamplingConfig
@@ -60,7 +60,11 @@ Spec = Sequence[Candidate] | Callable[[SteeringVector], Iterable[Candidate]]
 
 
 CANDIDATE = [field.name for field in fields(Candidate)]
-"""Columns that name a candidate."""
+"""Columns that name a candidate; `coeff` is in its `unit`."""
+
+
+SIZES = ("coeff_absolute", "coeff_in_norms")
+"""Columns of an `add` step's size in both units; where a row of a table joins steps of several sizes, they are missing."""
 
 
 RESULTS = ("scores.jsonl", "table.csv", "sweep.html")
@@ -105,9 +109,8 @@ class Sweep:
     def configurations(self) -> pd.DataFrame:
         """One row per candidate over all instructions that tried it (n_instructions): rate, spread of trials, quality."""
         counts = self.scores.groupby(CANDIDATE, sort=False, dropna=False)["instruction"].nunique()
-        return rates_and_quality(self.scores, CANDIDATE).merge(
-            counts.rename("n_instructions").reset_index(), on=CANDIDATE
-        )
+        table = with_sizes(rates_and_quality(self.scores, CANDIDATE), self.scores, CANDIDATE)
+        return table.merge(counts.rename("n_instructions").reset_index(), on=CANDIDATE)
 
     def best(
         self,
@@ -245,18 +248,18 @@ def sweep(
     pairs: PairSet,
     *,
     candidates: Spec | None = None,
-    layers: Sequence[int] | Literal["paper", "all"] = "paper",
-    coeffs: Sequence[float] = (1.0,),
+    layers: Iterable[WholeNumber] | Literal["paper", "all"] = "paper",
+    coeffs: Iterable[RealNumber] = (1.0,),
     operators: Operator | Sequence[Operator] = "set_projection",
     positions: str | Window | Sequence[str | Window] = "all",
     unit: Unit = "absolute",
     condition: Literal["vector", "text+vector"] = "vector",
     gate: Gate = "degenerate",
     quality: Quality | None = None,
-    trials: int = 1,
-    max_new_tokens: int = 128,
-    temperature: float = 0.0,
-    seed: int = 0,
+    trials: WholeNumber = 1,
+    max_new_tokens: WholeNumber = 128,
+    temperature: RealNumber = 0.0,
+    seed: WholeNumber = 0,
     batch_size: int = 64,
     prompt_format: PromptFormat = PromptFormat(),
     out: str | Path | None = None,
@@ -275,6 +278,7 @@ def sweep(
         gate: The quality that a candidate must not lose.
         quality: What scores the responses; default: perplexity under the model itself where the gate asks for it.
         trials: Responses per prompt and candidate; more than one needs a temperature.
+        seed: Decides the samples, above temperature 0; greedy sweeps do not depend on it.
         out: A folder that keeps every response as it is made (generations.jsonl), so that the same sweep goes on where it was
             cut short and a larger one generates only what is new; scores.jsonl and table.csv are written at the end.
         engine: Where responses are generated; default: in this process (see `engines.ray_engine`).
@@ -323,26 +327,28 @@ def sweep(
 def grid_spec(
     model: Any,
     *,
-    layers: Sequence[int] | Literal["paper", "all"] = "paper",
-    coeffs: Sequence[float] = (1.0,),
+    layers: Iterable[WholeNumber] | Literal["paper", "all"] = "paper",
+    coeffs: Iterable[RealNumber] = (1.0,),
     operators: Operator | Sequence[Operator] = "set_projection",
     positions: str | Window | Sequence[str | Window] = "all",
     unit: Unit = "absolute",
 ) -> Spec:
     """The grid over the layers that a vector has, for `search`."""
+    sizes = real_numbers(coeffs, "coeff")
+    wanted: Any = layers if isinstance(layers, str) else several(layers)
+    if isinstance(wanted, str) and wanted not in ("paper", "all"):
+        raise SteerlensError(f'layers must be numbers, "paper" or "all", got {wanted!r}')
 
     def spec(vector: SteeringVector) -> list[Candidate]:
-        if layers == "paper":
-            chosen = [layer for layer in candidate_layers(int(model.cfg.n_layers)) if layer in vector.directions]
-        elif layers == "all":
-            chosen = list(vector.layers)
+        if wanted == "paper":
+            chosen = [layer for layer in candidate_layers(int(model.cfg.n_layers)) if layer in vector]
+        elif wanted == "all":
+            chosen = list(vector)
         else:
-            chosen = [check_layer(model, int(layer)) for layer in layers]
+            chosen = [check_layer(model, layer) for layer in wanted]
         if not chosen:
-            raise SteerlensError(
-                f"a search needs a layer to try, got {layers!r} for {vector!r} of {list(vector.layers)}"
-            )
-        return grid(layers=chosen, coeffs=coeffs, operators=operators, positions=positions, unit=unit)
+            raise SteerlensError(f"a search needs a layer to try, got {wanted!r} for {vector!r} of {list(vector)}")
+        return grid(layers=chosen, coeffs=sizes, operators=operators, positions=positions, unit=unit)
 
     return spec
 
@@ -356,8 +362,8 @@ def search(
     condition: Literal["vector", "text+vector"] = "vector",
     gate: Gate = "degenerate",
     quality: Quality | None = None,
-    trials: int = 1,
-    seed: int = 0,
+    trials: WholeNumber = 1,
+    seed: WholeNumber = 0,
     out: str | Path | None = None,
 ) -> Sweep:
     """`sweep` with a sampler of the caller's, so that its generations are kept and found again.
@@ -378,6 +384,7 @@ def search(
         2
     """
     measured = quality or Quality(perplexity=gate != "degenerate")
+    trials, seed = whole(trials, "trials"), whole(seed, "seed")
     rules = {
         'condition must be "vector" or "text+vector"': condition in ("vector", "text+vector"),
         f"gate must be one of {', '.join(get_args(Gate))}, all but the first with perplexity measured": gate
@@ -453,7 +460,8 @@ def choose(scores: pd.DataFrame, gate: Gate = "degenerate") -> pd.DataFrame:
         raise DataError(
             f"the gate {gate!r} needs the column {failed!r} without missing values; score the responses with it"
         )
-    table = rates_and_quality(scores, ["instruction", *CANDIDATE])
+    keys = ["instruction", *CANDIDATE]
+    table = with_sizes(rates_and_quality(scores, keys), scores, keys)
     table["eligible"] = False
     table["chosen"] = False
     for _, group in table.groupby("instruction", sort=False):
@@ -463,6 +471,16 @@ def choose(scores: pd.DataFrame, gate: Gate = "degenerate") -> pd.DataFrame:
         table.loc[group.index, "eligible"] = eligible
         table.loc[group.loc[eligible, "rate"].idxmax(), "chosen"] = True
     return table
+
+
+def with_sizes(table: pd.DataFrame, scores: pd.DataFrame, keys: Sequence[str]) -> pd.DataFrame:
+    """A summary with the steps' sizes in both units after its keys, where the scores hold them and a row has one size."""
+    names = [name for name in SIZES if name in scores]
+    if not names:
+        return table
+    groups = scores.groupby(list(keys), sort=False, dropna=False)[names]
+    found = groups.first().where(groups.nunique() <= 1).reset_index()
+    return table[list(keys)].merge(found, on=list(keys)).merge(table, on=list(keys))
 
 
 def _best(table: pd.DataFrame, objective: str, subject_to: str) -> Best:

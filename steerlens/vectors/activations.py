@@ -9,7 +9,7 @@ each shared prefix is run once and its keys and values are handed on. What a hoo
 """
 
 import copy
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, overload
@@ -21,6 +21,7 @@ from jaxtyping import Float
 from torch import Tensor
 from tqdm import tqdm
 
+from steerlens._typing import WholeNumber, several
 from steerlens.data.pairs import InstructionPair, PairSet
 from steerlens.data.splits import query_ids
 from steerlens.errors import DataError, SteerlensError
@@ -136,7 +137,7 @@ def record_activations(
     model: Any,
     pairs: PairSet,
     *,
-    layers: Sequence[int] | None = None,
+    layers: Iterable[WholeNumber] | None = None,
     batch_size: int = 32,
     prompt_format: PromptFormat = PromptFormat(),
     share_prefixes: bool = True,
@@ -188,14 +189,15 @@ def record_means(
     model: Any,
     pairs: PairSet,
     *,
-    layers: Sequence[int] | None = None,
+    layers: Iterable[WholeNumber] | None = None,
     batch_size: int = 32,
     prompt_format: PromptFormat = PromptFormat(),
     progress: bool = False,
 ) -> ActivationMeans:
     """The mean residual of each side and layer; memory does not grow with the number of pairs.
 
-    Arguments and errors are those of `record_activations`.
+    Arguments and errors are those of `record_activations`; pairs of several instructions are an error, too, because sums
+    cannot be taken apart again.
 
     Returns:
         Means `[side, layer, d_model]`, in the model's own units.
@@ -206,6 +208,11 @@ def record_means(
     """
     kept = _check_layers(model, layers)
     _check_pairs(pairs)
+    if len(pairs.instructions) > 1:
+        raise SteerlensError(
+            f"means are of one instruction, got pairs of {len(pairs.instructions)}; "
+            "record each part of pairs.by_instruction()"
+        )
     total = torch.zeros(2, len(kept), int(model.cfg.d_model), dtype=torch.float64)
     total_norm = torch.zeros(2, len(kept), dtype=torch.float64)
     for batch in iter_activations(
@@ -241,7 +248,23 @@ def _data_metadata(pairs: PairSet | None, instructions: Sequence[str]) -> dict[s
     counts = {"instruction": " | ".join(dict.fromkeys(instructions)), "n_pairs": str(len(instructions))}
     if pairs is None:
         return {**counts, "data": "unknown", "queries": ""}
-    return {**counts, "data": pairs.content_hash, "queries": " ".join(sorted(query_ids(pairs)))}
+    queries = " ".join(sorted(query_ids(pairs)))
+    return {**counts, **_shared_arguments(pairs), "data": pairs.content_hash, "queries": queries}
+
+
+def _shared_arguments(pairs: PairSet) -> dict[str, str]:
+    """The arguments of the instruction, such as a keyword, if all pairs have the same ones."""
+    values = {
+        ", ".join(
+            str(word)
+            for kwargs in pair.kwargs
+            for value in kwargs.values()
+            for word in several(value)
+            if not pair.instruction_id.endswith(f"_{word}")  # a language is in the name already
+        )
+        for pair in pairs
+    }
+    return {"arguments": values.pop()} if len(values) == 1 and len(pairs.instructions) == 1 and values != {""} else {}
 
 
 @dataclass(frozen=True, eq=False)
@@ -343,11 +366,11 @@ def _prefixes_can_be_shared(model: Any) -> bool:
     return not has_window and not getattr(model.cfg, "is_stateful", False)
 
 
-def _check_layers(model: Any, layers: Sequence[int] | None) -> tuple[int, ...]:
-    chosen = range(int(model.cfg.n_layers)) if layers is None else dict.fromkeys(layers)
+def _check_layers(model: Any, layers: Iterable[WholeNumber] | None) -> tuple[int, ...]:
+    chosen = range(int(model.cfg.n_layers)) if layers is None else several(layers)
     if not chosen:
         raise SteerlensError("activations need at least one layer, got none; leave layers out to keep all")
-    return tuple(check_layer(model, layer) for layer in chosen)
+    return tuple(dict.fromkeys(check_layer(model, layer) for layer in chosen))
 
 
 def _check_pairs(pairs: PairSet) -> None:

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from jaxtyping import Float
 from numpy.typing import NDArray
-from sklearn.base import BaseEstimator, ClassifierMixin, TransformerMixin
+from sklearn.base import BaseEstimator, ClassifierMixin, TransformerMixin, clone
 from sklearn.utils.multiclass import check_classification_targets, type_of_target
 from sklearn.utils.validation import check_is_fitted, validate_data
 from torch import Tensor
@@ -26,7 +26,8 @@ from steerlens.files import content_key
 from steerlens.models.facts import model_digest
 from steerlens.models.prompts import PromptFormat, template_digest
 from steerlens.vectors.activations import ActivationMeans, Activations, record_activations
-from steerlens.vectors.vector import PROJECTIONS, SteeringVector
+from steerlens.vectors.formats import PROJECTIONS
+from steerlens.vectors.vector import SteeringVector
 
 ArrayLike = Any
 """Anything may come in: scikit-learn's validation refuses what is no array, in the words its conventions ask for."""
@@ -96,13 +97,17 @@ def fit_steering_vector(activations: Activations | ActivationMeans, *, estimator
 
     Args:
         activations: Kept examples, or running means (then only the mean difference can be fitted, and deviations are unknown).
-        estimator: A scikit-learn estimator with `direction_` after `fit(X, y)`; default `MeanDifference()`.
+        estimator: What has `direction_` after `fit(X, y)`, or the `coef_` of a linear model of two classes, such as
+            `LogisticRegression()`, `LinearDiscriminantAnalysis()` or `LinearSVC()`; a fresh copy is fitted at each layer.
+            Default `MeanDifference()`.
 
     Returns:
-        Directions not normalised, `[d_model]` per layer; projections along the unit direction, in absolute units.
+        Directions not normalised, `[d_model]` per layer, as long as the estimator made them; projections along the unit
+        direction, in absolute units.
 
     Raises:
-        SteerlensError: if the activations are of several instructions, or an estimator is asked of running means.
+        SteerlensError: if the activations are of several instructions, an estimator is asked of running means, or it gives
+            no direction.
 
     Example:
         >>> fit_steering_vector(acts).directions[4].shape
@@ -125,12 +130,48 @@ def fit_steering_vector(activations: Activations | ActivationMeans, *, estimator
     fields: dict[str, dict[int, Any]] = {name: {} for name in ("directions", *PROJECTIONS)}
     for index, layer in enumerate(activations.layers):
         without, with_ = activations.resid[:, 0, index], activations.resid[:, 1, index]
-        estimator.fit(torch.cat([without, with_]).double().numpy(), labels)
-        direction = torch.as_tensor(estimator.direction_).float()
+        samples = torch.cat([without, with_]).double().numpy()
+        direction = torch.as_tensor(_direction(_fitted(estimator, samples, labels), samples.shape[1])).float()
         fields["directions"][layer] = direction
         for name, value in projection_statistics(without, with_, direction).items():
             fields[name][layer] = value
     return SteeringVector(**fields, metadata={**activations.metadata, "method": type(estimator).__name__})
+
+
+def _fitted(estimator: Any, samples: NDArray[Any], labels: NDArray[Any]) -> Any:
+    """A fitted copy; the caller's estimator is left alone.
+
+    Raises:
+        SteerlensError: for what is no estimator.
+    """
+    if isinstance(estimator, type) or not hasattr(estimator, "fit"):
+        raise SteerlensError(
+            f"an estimator must be an object with fit(X, y), got {estimator!r}; make one, such as LinearSVC()"
+        )
+    copy = clone(estimator, safe=False)
+    copy.fit(samples, labels)
+    return copy
+
+
+def _direction(fitted: Any, width: int) -> NDArray[Any]:
+    """The direction of a fitted estimator, `[d_model]`: its `direction_`, or the coefficients of a linear model of two classes.
+
+    Raises:
+        SteerlensError: if it has neither, or not one number per coordinate.
+    """
+    name = next((name for name in ("direction_", "coef_") if hasattr(fitted, name)), None)
+    if name is None:
+        raise SteerlensError(
+            f"an estimator must have direction_ or a linear model's coef_ after fit, and {type(fitted).__name__} has neither; "
+            "a pipeline's last step reads scaled activations, so give an estimator that reads the residuals themselves"
+        )
+    value = np.array(getattr(fitted, name), dtype=np.float64)  # a copy: some are read-only
+    if value.shape not in ((width,), (1, width)):
+        raise SteerlensError(
+            f"{name} must hold one number for each of the {width} coordinates, got shape {list(value.shape)} "
+            f"of {type(fitted).__name__}"
+        )
+    return value.reshape(width)
 
 
 def fit_vectors(
@@ -167,11 +208,12 @@ def fit_vectors(
     for name, pairs in tqdm(sets.items(), desc="fit", unit="vector", disable=not progress):
         path = None if folder is None else Path(folder) / f"{content_key([*settings, pairs.content_hash])}.safetensors"
         if path is not None and path.is_file():
-            found[name] = SteeringVector.load(path)
+            found[name] = SteeringVector.load(path).with_metadata(name=name)
             continue
         activations = record_activations(model, pairs, batch_size=batch_size, prompt_format=prompt_format)
         # A set is one instruction here, also where its pairs differ in their ids.
-        found[name] = fit_steering_vector(replace(activations, instructions=(name,) * len(pairs)))
+        vector = fit_steering_vector(replace(activations, instructions=(name,) * len(pairs)))
+        found[name] = vector.with_metadata(name=name)
         if path is not None:
             found[name].save(path)
     return found

@@ -15,7 +15,7 @@ Models with residuals that correspond (a base model and what was fine-tuned from
 instruct model's vectors in its base model as they are, and search the layer anew.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -25,11 +25,16 @@ from jaxtyping import Float
 from sklearn.linear_model import RidgeCV
 from torch import Tensor
 
+from steerlens._typing import WholeNumber, whole, whole_numbers
 from steerlens.errors import DataError, SteerlensError
 from steerlens.vectors.activations import Activations
 
 ALPHAS = tuple(10.0**power for power in range(-3, 5))
 """Ridge penalties that are tried, in units of the mean variance of the source's residual coordinates times the number of rows."""
+
+
+SAME = 1e-4
+"""Two residuals nearer than this share of the median norm are of one text."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -91,8 +96,8 @@ def fit_ridge_map(
     source: Activations,
     target: Activations,
     *,
-    layers: Sequence[int] | None = None,
-    source_layers: Mapping[int, int] | None = None,
+    layers: Iterable[WholeNumber] | None = None,
+    source_layers: Mapping[WholeNumber, WholeNumber] | None = None,
 ) -> RidgeMap:
     """The map from one model's residuals to another's, from activations of the same texts in the same order.
 
@@ -113,14 +118,19 @@ def fit_ridge_map(
         torch.Size([8, 2, 1, 160])
     """
     _same_texts(source, target)
-    chosen = tuple(target.layers if layers is None else layers)
-    origins = dict(source_layers) if source_layers is not None else matched_layers(chosen, source, target)
+    chosen = tuple(target.layers if layers is None else dict.fromkeys(whole_numbers(layers, "layer")))
+    if source_layers is None:
+        origins = matched_layers(chosen, source, target)
+    else:
+        origins = {whole(layer, "layer"): whole(origin, "layer") for layer, origin in source_layers.items()}
+    if missing := [layer for layer in chosen if layer not in origins]:
+        raise SteerlensError(f"source_layers must name a source layer for each target layer, got none for {missing}")
     weights, biases, alphas = {}, {}, {}
     for layer in chosen:
         x, y = _rows(_at_layer(source, origins[layer])), _rows(_at_layer(target, layer))
         # A bare query stands once per instruction: leaving one copy out would leave nothing out.
-        once = np.unique(np.round(x / np.abs(x).max(), 4), axis=0, return_index=True)[1]
-        x, y = x[np.sort(once)], y[np.sort(once)]
+        once = _distinct(x)
+        x, y = x[once], y[once]
         scale = float(x.var(axis=0).mean()) * len(x)
         ridge = RidgeCV(alphas=[alpha * scale for alpha in ALPHAS]).fit(x, y)
         weights[layer] = torch.as_tensor(ridge.coef_.T).float()
@@ -136,6 +146,13 @@ def matched_layers(layers: Sequence[int], source: Activations, target: Activatio
         layer: min(source.layers, key=lambda one: abs((one + 1) / depths[0] - (layer + 1) / depths[1]))
         for layer in layers
     }
+
+
+def _distinct(rows: np.ndarray) -> list[int]:
+    """The rows that are no copies of an earlier one but for rounding, which is far below the distance of two texts."""
+    tensor = torch.as_tensor(rows)
+    close = torch.cdist(tensor, tensor) < SAME * tensor.norm(dim=1).median()
+    return [place for place in range(len(rows)) if not close[place, :place].any()]
 
 
 def _at_layer(activations: Activations, layer: int) -> Float[Tensor, "pair side d_model"]:

@@ -2,37 +2,36 @@
 
 For a layer, `direction` is the mean difference of residuals with and without the instruction (not normalised), `u` its unit
 vector, and `proj_with`, `proj_without` the means of `h.u` over the prompts on each side: `proj_with` is the target `z` of the
-paper's format steering. A vector is a value: `a + b`, `a - b`, `2 * a`, saved to one safetensors file, never changed in place.
-It is valid only in the coordinates of the model it was fitted in, and its metadata says which.
+paper's format steering. A vector is a value: `a + b`, `a - b`, `2 * a`, `a / 2`, `sum(vectors)`, saved to one safetensors file,
+never changed in place. It is valid only in the coordinates of the model it was fitted in, and its metadata says which.
+
+Metadata of a sum say what its parts agree on, where they live above all; what is true of one part alone (its method, counts and
+data) stands in "parts", one entry each with the factor it came with.
 """
 
+import html
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from operator import index
 from pathlib import Path
-from typing import Any, Protocol, SupportsIndex, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
+import pandas as pd
 import torch
 from jaxtyping import Float
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
-from steerlens._typing import Operator
+from steerlens._typing import UNITS, Operator, RealNumber, WholeNumber, plain, real, whole, whole_numbers
 from steerlens.errors import ModelError, SteerlensError
-from steerlens.files import atomic_path
-from steerlens.models.facts import check_layer, check_origin, resid_post
+from steerlens.models.facts import check_layer, check_origin
 from steerlens.steering.plan import Intervention, Plan
 from steerlens.steering.positions import Window
-
-FORMAT_VERSION = "1"
-
-
-PROJECTIONS = ("proj_with", "proj_without", "std_with", "std_without", "resid_norm")
-
+from steerlens.vectors.formats import PROJECTIONS, read_vector, write_vector
 
 NAN = float("nan")
+
+OF_ONE_PART = ("method", "n_pairs", "data", "name", "arguments", "fit", "mapped_from", "factor")
+"""Metadata that are true of one fitted vector and of no sum."""
 
 
 @runtime_checkable
@@ -53,19 +52,26 @@ class Choice(Protocol):
 
 @dataclass(frozen=True, eq=False)
 class SteeringVector:
-    """Directions per layer, with projections along each direction's unit vector."""
+    """Directions per layer, with projections along each direction's unit vector.
 
-    directions: Mapping[int, Float[Tensor, " d_model"]]
+    `vector[layer]` is a direction, `for layer in vector` goes over the layers, `len(vector)` counts them.
+
+    >>> vector = SteeringVector({3: torch.tensor([0.0, 2.0])}, metadata={"instruction": "a:b"})
+    >>> vector, -vector / 2
+    (SteeringVector(a:b, 1 layers x 2, an unnamed model), SteeringVector(-0.5 * a:b, 1 layers x 2, an unnamed model))
+    """
+
+    directions: Mapping[WholeNumber, Float[Tensor, " d_model"]]
     """Layer -> direction, not normalised; float32 on the CPU."""
-    proj_with: Mapping[int, float] = field(default_factory=dict)
+    proj_with: Mapping[WholeNumber, RealNumber] = field(default_factory=dict)
     """Layer -> mean of `h.u` over prompts with the instruction."""
-    proj_without: Mapping[int, float] = field(default_factory=dict)
+    proj_without: Mapping[WholeNumber, RealNumber] = field(default_factory=dict)
     """Layer -> mean of `h.u` over prompts without it."""
-    std_with: Mapping[int, float] = field(default_factory=dict)
+    std_with: Mapping[WholeNumber, RealNumber] = field(default_factory=dict)
     """Layer -> standard deviation of `h.u` with the instruction (n - 1); nan where only sums were kept."""
-    std_without: Mapping[int, float] = field(default_factory=dict)
+    std_without: Mapping[WholeNumber, RealNumber] = field(default_factory=dict)
     """Layer -> the same without the instruction."""
-    resid_norm: Mapping[int, float] = field(default_factory=dict)
+    resid_norm: Mapping[WholeNumber, RealNumber] = field(default_factory=dict)
     """Layer -> mean norm of the residual without the instruction, the unit for relative coefficients."""
     metadata: Mapping[str, str] = field(default_factory=dict)
     """Model, data and method; all strings."""
@@ -73,18 +79,25 @@ class SteeringVector:
     def __post_init__(self) -> None:
         if not self.directions:
             raise SteerlensError("a steering vector needs at least one layer, got none")
-        clean = {}
-        for layer, direction in sorted(self.directions.items()):
-            tensor = direction.detach().to("cpu", torch.float32, copy=True)
+        clean: dict[int, Tensor] = {}
+        for key, direction in self.directions.items():
+            layer = whole(key, "layer")
+            tensor = torch.as_tensor(direction).detach().to("cpu", torch.float32, copy=True)
+            if tensor.ndim != 1:
+                raise SteerlensError(f"a direction must be one vector, got shape {list(tensor.shape)} at layer {layer}")
             if not torch.isfinite(tensor).all():
                 raise SteerlensError(
                     f"directions must be finite, got nan or infinity at layer {layer}; was the model in float16?"
                 )
-            clean[int(layer)] = tensor
+            clean[layer] = tensor
         widths = {tuple(direction.shape) for direction in clean.values()}
         if len(widths) > 1:
             raise SteerlensError(f"every layer's direction must have the same width, got shapes {sorted(widths)}")
-        object.__setattr__(self, "directions", clean)
+        object.__setattr__(self, "directions", dict(sorted(clean.items())))
+        for name in PROJECTIONS:  # unknown is left out
+            values = {whole(layer, "layer"): float(plain(value)) for layer, value in getattr(self, name).items()}
+            object.__setattr__(self, name, {layer: value for layer, value in values.items() if value == value})
+        object.__setattr__(self, "metadata", {str(key): str(value) for key, value in self.metadata.items()})
 
     @property
     def layers(self) -> tuple[int, ...]:
@@ -94,38 +107,83 @@ class SteeringVector:
     def d_model(self) -> int:
         return next(iter(self.directions.values())).shape[0]
 
-    def unit(self, layer: int) -> Float[Tensor, " d_model"]:
+    @property
+    def name(self) -> str:
+        """What the vector is called: its instruction or word, for a sum those of its parts, with their signs.
+
+        Sizes of factors are left out: a plan takes the unit direction.
+        """
+        return _formula(self._parts, sizes=False)
+
+    @property
+    def _parts(self) -> list[dict[str, Any]]:
+        """The fitted vectors of which this one is made, each with its factor."""
+        if "parts" in self.metadata:
+            found: list[dict[str, Any]] = json.loads(self.metadata["parts"])
+            return found
+        about = {key: self.metadata[key] for key in (*OF_ONE_PART, "seed") if key in self.metadata}
+        return [{**about, "name": _name(self.metadata), "factor": float(self.metadata.get("factor", 1.0))}]
+
+    def __len__(self) -> int:
+        return len(self.directions)
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(self.directions)
+
+    def __contains__(self, layer: object) -> bool:
+        return layer in self.directions
+
+    def __getitem__(self, layer: WholeNumber) -> Float[Tensor, " d_model"]:
+        """The direction of a layer, not normalised.
+
+        Raises:
+            SteerlensError: if the vector has no such layer.
+        """
+        number = whole(layer, "layer")
+        if number not in self.directions:
+            raise SteerlensError(
+                f"layer must be one of the vector's {list(self.layers)}, got {number}; layers count from zero"
+            )
+        return self.directions[number]
+
+    def unit(self, layer: WholeNumber) -> Float[Tensor, " d_model"]:
         """The unit direction of a layer.
 
         Raises:
             SteerlensError: if the vector has no such layer, or its direction there is zero.
         """
-        if layer not in self.directions:
-            raise SteerlensError(
-                f"layer must be one of the vector's {list(self.layers)}, got {layer}; layers count from zero"
-            )
-        norm = self.directions[layer].norm()
+        norm = self[layer].norm()
         if norm == 0:
             raise SteerlensError(
                 f"the direction at layer {layer} is zero, so it cannot steer; were both sides the same prompts?"
             )
-        unit: Tensor = self.directions[layer] / norm
+        unit: Tensor = self[layer] / norm
         return unit
+
+    def to_frame(self) -> pd.DataFrame:
+        """One row per layer: layer, norm of the direction, and what is known of its projections, in absolute units."""
+        rows = [
+            {"layer": layer, "norm": float(direction.norm())}
+            | {name: getattr(self, name).get(layer, NAN) for name in PROJECTIONS}
+            for layer, direction in self.directions.items()
+        ]
+        return pd.DataFrame(rows)
 
     def at(
         self,
-        layer: SupportsIndex | Sequence[int] | Choice,
+        layer: WholeNumber | Iterable[WholeNumber] | str | Choice,
         *,
-        coeff: float | None = None,
+        coeff: RealNumber | None = None,
         operator: Operator | None = None,
         positions: str | Window | None = None,
-        target: float | None = None,
+        target: RealNumber | None = None,
         unit: str | None = None,
     ) -> Plan:
         """The plan that applies this vector.
 
         Args:
-            layer: One layer, several, or what a search returned: then the rest is its choice, too, unless given.
+            layer: One layer, several, "all" of the vector's, or what a search returned: then the rest is its choice, too,
+                unless given.
             coeff: `add`: the step along the unit direction, which must be given; others: the share of the full change,
                 by default 1.
             operator: Default "set_projection", the paper's format steering.
@@ -134,7 +192,10 @@ class SteeringVector:
             unit: "absolute", or "resid_norm" to give an `add` coefficient in units of the layer's mean residual norm.
 
         Raises:
-            SteerlensError: if the layer is not in the vector, or what the operator needs is not known.
+            SteerlensError: if there is no layer, one is not in the vector, or what the operator needs is not known.
+
+        >>> SteeringVector({3: torch.tensor([0.0, 2.0])}).at(3, operator="add", coeff=6.0)
+        Plan(add 6 along unnamed at layer 3, positions all)
         """
         if isinstance(layer, Choice):
             layers = [] if layer.layer is None else [layer.layer]
@@ -142,14 +203,25 @@ class SteeringVector:
             operator = operator or layer.operator
             positions = positions or layer.positions
             unit = unit or layer.unit
+        elif isinstance(layer, str):
+            if layer != "all":
+                raise SteerlensError(
+                    f'layer must be a number, several, or "all", got {layer!r}; this vector has {self.layers}'
+                )
+            layers = list(self.layers)
         else:
-            layers = [index(one) for one in (layer if isinstance(layer, Sequence) else [layer])]
+            layers = whole_numbers(layer, "layer")
+            if not layers:
+                raise SteerlensError(
+                    f"a plan needs a layer, got none; this vector has {list(self.layers)}, and Plan() is no steering"
+                )
         operator = operator or "set_projection"
         if coeff is None and operator == "add":
             raise SteerlensError('operator="add" needs coeff, the length of the step; see also unit="resid_norm"')
-        coeff = 1.0 if coeff is None else coeff
+        size = 1.0 if coeff is None else real(coeff, "coeff")
+        goal = None if target is None else real(target, "target")
         positions, unit = positions or "all", unit or "absolute"
-        return Plan(tuple(self._intervention(one, coeff, operator, positions, target, unit) for one in layers))
+        return Plan(tuple(self._intervention(one, size, operator, positions, goal, unit) for one in layers))
 
     def _intervention(
         self,
@@ -162,7 +234,7 @@ class SteeringVector:
     ) -> Intervention:
         direction = self.unit(layer)
         norm = self.resid_norm.get(layer, NAN)
-        if unit not in ("absolute", "resid_norm"):
+        if unit not in UNITS:
             raise SteerlensError(f'unit must be "absolute" or "resid_norm", got {unit!r}')
         if unit == "resid_norm":
             if operator != "add":
@@ -175,7 +247,12 @@ class SteeringVector:
                 )
             coeff = coeff * norm
         if operator == "set_projection" and target is None:
-            target = self.proj_with.get(layer, NAN)
+            if layer not in self.proj_with:
+                raise SteerlensError(
+                    f"the projection to set at layer {layer} must be known, and this vector has none; "
+                    'a combined vector has no projection target: use operator="add", or pass target='
+                )
+            target = self.proj_with[layer]
         return Intervention(
             layer=layer,
             direction=direction,
@@ -184,6 +261,8 @@ class SteeringVector:
             target=0.0 if target is None else target,
             positions=positions,
             resid_norm=norm,
+            unit=unit,
+            name=self.name,
             origin=self.origin,
         )
 
@@ -208,38 +287,63 @@ class SteeringVector:
             raise SteerlensError(f"vectors must share a layer, got {list(self.layers)} and {list(other.layers)}")
         return shared
 
-    def __add__(self, other: "SteeringVector") -> "SteeringVector":
+    __array_ufunc__ = None  # NumPy's scalars leave `number * vector` to the vector
+
+    def __add__(self, other: object) -> "SteeringVector":
         """The sum of directions on shared layers. Projections belong to the old directions and are dropped."""
+        if not isinstance(other, SteeringVector):
+            return NotImplemented
         shared = self._shared_layers(other)
+        norms = {layer: [one.resid_norm[layer] for one in (self, other) if layer in one.resid_norm] for layer in shared}
         return SteeringVector(
             directions={layer: self.directions[layer] + other.directions[layer] for layer in shared},
-            resid_norm={layer: self.resid_norm[layer] for layer in shared if layer in self.resid_norm},
-            metadata=_combined_metadata(self.metadata, other.metadata),
+            resid_norm={layer: sum(found) / len(found) for layer, found in norms.items() if found},
+            metadata=_combined_metadata(self, other),
         )
 
-    def __sub__(self, other: "SteeringVector") -> "SteeringVector":
-        return self + (-1 * other)
+    def __radd__(self, other: object) -> "SteeringVector":
+        """`0 + vector`, with which `sum` begins."""
+        return self if plain(other) == 0 and not isinstance(other, bool) else NotImplemented
 
-    def __mul__(self, factor: int | float) -> "SteeringVector":
-        """Directions scaled by a number; a negative one also turns the sign of the projections."""
+    def __sub__(self, other: object) -> "SteeringVector":
+        return self + -other if isinstance(other, SteeringVector) else NotImplemented
+
+    def __mul__(self, factor: RealNumber) -> "SteeringVector":
+        """Directions scaled by a number; a negative one also turns the sign of the projections.
+
+        Raises:
+            SteerlensError: for what is no finite number.
+        """
+        factor = real(factor, "factor")
         sign = -1.0 if factor < 0 else 1.0
+        known = {} if factor == 0 else {name: getattr(self, name) for name in PROJECTIONS[:-1]}  # zero has no direction
+        for name in ("proj_with", "proj_without"):
+            known |= {name: {layer: sign * value for layer, value in known.get(name, {}).items()}}
         return SteeringVector(
             directions={layer: direction * factor for layer, direction in self.directions.items()},
-            proj_with={layer: sign * value for layer, value in self.proj_with.items()},
-            proj_without={layer: sign * value for layer, value in self.proj_without.items()},
-            std_with=self.std_with,
-            std_without=self.std_without,
             resid_norm=self.resid_norm,
-            metadata={**self.metadata, "method": f"{factor:g} * ({self.metadata.get('method', 'vector')})"},
+            metadata=_scaled_metadata(self, factor),
+            **known,
         )
 
     __rmul__ = __mul__
 
+    def __truediv__(self, divisor: RealNumber) -> "SteeringVector":
+        """Directions divided by a number.
+
+        Raises:
+            SteerlensError: for zero, and for what is no finite number.
+        """
+        divisor = real(divisor, "divisor")
+        if divisor == 0:
+            raise SteerlensError("a vector is divided by a number other than zero, got 0")
+        return self * (1 / divisor)
+
     def __neg__(self) -> "SteeringVector":
         return -1 * self
 
-    def with_metadata(self, **entries: str) -> "SteeringVector":
-        """The same vector with more metadata."""
+    def with_metadata(self, **entries: Any) -> "SteeringVector":
+        """The same vector with more metadata, kept as text."""
         return replace(self, metadata={**self.metadata, **entries})
 
     def check_fits(self, model: Any) -> None:
@@ -263,68 +367,71 @@ class SteeringVector:
         return {key: self.metadata[key] for key in ("model", "n_layers", "frame") if key in self.metadata}
 
     def save(self, path: str | Path) -> Path:
-        """Write the vector to one safetensors file; it appears whole or not at all."""
-        path = Path(path)
-        tensors = {resid_post(layer): direction.contiguous() for layer, direction in self.directions.items()}
-        for name in PROJECTIONS:
-            values = getattr(self, name)
-            tensors[name] = torch.tensor([values.get(layer, NAN) for layer in self.layers], dtype=torch.float64)
-        metadata = {
-            **self.metadata,
-            "format_version": FORMAT_VERSION,
-            "site": "resid_post",
-            "d_model": str(self.d_model),
-            "layers": json.dumps(list(self.layers)),
-        }
-        with atomic_path(path) as scratch:
-            save_file(tensors, scratch, metadata=metadata)
-        return path
+        """Write the vector to one safetensors file, which appears whole or not at all; see `formats`.
+
+        Raises:
+            SteerlensError: if the file cannot be written there.
+        """
+        return write_vector(path, self.directions, {name: getattr(self, name) for name in PROJECTIONS}, self.metadata)
 
     @classmethod
     def load(cls, path: str | Path) -> "SteeringVector":
         """Read a vector written by `save`.
 
         Raises:
-            SteerlensError: if the file is missing, no vector, or of a newer format.
+            SteerlensError: if the file is missing, no vector, of a newer format, or damaged.
         """
-        path = Path(path)
-        if not path.is_file():
-            raise SteerlensError(f"a vector file must exist, got {str(path)!r}")
-        try:
-            with safe_open(path, framework="pt") as file:
-                metadata = dict(file.metadata() or {})
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
-        except SafetensorError as error:
-            raise SteerlensError(f"a vector file must be safetensors, got {str(path)!r}: {error}") from error
-        if metadata.get("format_version") != FORMAT_VERSION or "layers" not in metadata:
-            raise SteerlensError(
-                f"{str(path)!r} is not a steerlens vector of format {FORMAT_VERSION} "
-                f"(it says {metadata.get('format_version')!r}); fit it again or update steerlens"
-            )
-        layers: list[int] = json.loads(metadata["layers"])
-        return cls(
-            directions={layer: tensors[resid_post(layer)] for layer in layers},
-            metadata={key: value for key, value in metadata.items() if key not in ("format_version", "layers")},
-            **{
-                name: {
-                    layer: value for layer, value in zip(layers, tensors[name].tolist(), strict=True) if value == value
-                }
-                for name in PROJECTIONS
-            },
-        )
+        return cls(**read_vector(path))
 
     def __repr__(self) -> str:
-        what = self.metadata.get("instruction", "unnamed")
         model = self.metadata.get("model", "an unnamed model")
-        return f"SteeringVector({what}, {len(self.directions)} layers x {self.d_model}, {model})"
+        return f"SteeringVector({_formula(self._parts)}, {len(self)} layers x {self.d_model}, {model})"
+
+    def _repr_html_(self) -> str:
+        table = self.to_frame().to_html(index=False, float_format="{:.3f}".format)
+        return f"<p>{html.escape(repr(self))}</p>{table}"
 
 
-def _combined_metadata(first: Mapping[str, str], second: Mapping[str, str]) -> dict[str, str]:
-    """What two vectors agree on; where they differ, both, joined."""
-    keys: Iterable[str] = dict.fromkeys([*first, *second])
+def _name(metadata: Mapping[str, str]) -> str:
+    """The name of a fitted vector: one that it was given, or its instruction with the arguments that all its pairs share."""
+    if "name" in metadata:
+        return metadata["name"]
+    instruction = metadata.get("instruction", "unnamed")
+    return f"{instruction} {metadata['arguments']}" if "arguments" in metadata else instruction
+
+
+def _formula(parts: Iterable[Mapping[str, Any]], *, sizes: bool = True) -> str:
+    """The parts as a sum, such as "a:b - 2 * c:d", or without `sizes` "a:b - c:d"."""
+    terms = []
+    for place, part in enumerate(parts):
+        size = abs(part["factor"]) if sizes else 1
+        sign = "-" if part["factor"] < 0 else "+"
+        sign = f" {sign} " if place else sign.replace("+", "")
+        terms.append(f"{sign}{'' if size == 1 else f'{size:g} * '}{part['name']}")
+    return "".join(terms)
+
+
+def _combined_metadata(first: SteeringVector, second: SteeringVector) -> dict[str, str]:
+    """What two vectors agree on, as far as they say it; all models and queries they came from; and the parts."""
+    parts = [*first._parts, *second._parts]
+    said = [{key: one.metadata[key] for key in one.metadata if key not in OF_ONE_PART} for one in (first, second)]
+    merged = said[1] | said[0]
+    agreed = {key: value for key, value in merged.items() if all(one.get(key, value) == value for one in said)}
+    models = dict.fromkeys(one["model"] for one in said if "model" in one)
+    queries = {query for one in said for query in one.get("queries", "").split()}
     return {
-        key: first.get(key, "")
-        if first.get(key) == second.get(key)
-        else f"{first.get(key, '')} + {second.get(key, '')}"
-        for key in keys
+        **agreed,
+        **({"model": " + ".join(models)} if models else {}),
+        **({"queries": " ".join(sorted(queries))} if queries else {}),  # none of them is to test the sum
+        "method": f"sum of {len(parts)} vectors",
+        "parts": json.dumps(parts),
+        "instruction": _formula(parts, sizes=False),
     }
+
+
+def _scaled_metadata(vector: SteeringVector, factor: float) -> dict[str, str]:
+    metadata = {key: value for key, value in vector.metadata.items() if key != "factor"}
+    parts = [{**part, "factor": factor * part["factor"]} for part in vector._parts]
+    if "parts" in metadata:
+        return metadata | {"parts": json.dumps(parts), "instruction": _formula(parts, sizes=False)}
+    return metadata if parts[0]["factor"] == 1 else metadata | {"factor": repr(parts[0]["factor"])}

@@ -197,6 +197,14 @@ def test_layer_curve_has_two_panels_and_one_name_per_instruction_and_one_legend(
     assert fig.layout.yaxis.title.text == "follow (%)"
 
 
+def test_layer_curve_names_the_unit_of_a_coefficient_and_keeps_two_units_apart() -> None:
+    lengths, norms = (search_of("a:b", [1, 2], coeffs=(0.5,)).assign(unit=unit) for unit in ("absolute", "resid_norm"))
+    fig = layer_curve(pd.concat([lengths, norms.dropna(subset="layer")]))
+    lines = [trace for trace in fig.data if str(trace.name).startswith("rate")]
+    assert [line.name for line in lines] == ["rate, add, coeff 0.5", "rate, add, coeff 0.5 norms"]
+    assert all(len(line.x) == 2 for line in lines)
+
+
 def test_layer_curve_draws_a_line_for_each_coefficient() -> None:
     fig = layer_curve(search_of("a:b", [1, 2], coeffs=(2.0, 0.5)))
     lines = [trace for trace in fig.data if str(trace.name).startswith("rate")]

@@ -1,5 +1,10 @@
 """Candidates: grids, draws, and what they mean to a vector."""
 
+import json
+from dataclasses import asdict
+
+import numpy as np
+import pandas as pd
 import pytest
 import torch
 
@@ -7,6 +12,7 @@ from steerlens.errors import SteerlensError
 from steerlens.steering.candidates import UNSTEERED, Candidate, draws, grid
 from steerlens.steering.positions import Window, as_window
 from steerlens.vectors.vector import SteeringVector
+from tests.unchecked import unchecked
 
 
 def test_a_grid_is_every_combination_once_lower_layers_and_smaller_steps_first():
@@ -64,3 +70,33 @@ def test_a_vector_takes_a_candidate_as_its_choice():
 )
 def test_a_window_is_read_back_as_it_is_printed(window):
     assert as_window(str(window)) == window
+
+
+LAYERS = [np.array([3, 1]), pd.Series([1.0, 3.0]), torch.tensor([1, 3]), range(1, 4, 2)]
+COEFFS = [np.array([2.0, 0.5], dtype=np.float32), pd.Series([0.5, 2.0]), torch.tensor([0.5, 2.0]), (0.5, 2)]
+
+
+@pytest.mark.parametrize(
+    ("layers", "coeffs"), list(zip(LAYERS, COEFFS, strict=True)), ids=["numpy", "pandas", "torch", "python"]
+)
+def test_arrays_make_the_same_candidates(layers, coeffs):
+    expected = [Candidate(layer, coeff, "add") for layer in (1, 3) for coeff in (0.5, 2.0)]
+    found = grid(layers=layers, coeffs=coeffs, operators="add")
+    assert found == expected
+    assert json.dumps([asdict(one) for one in found]) == json.dumps([asdict(one) for one in expected])
+    options = {"layers": [1, 3], "coeff_range": (0.5, 2.0), "seed": 4}
+    assert draws(np.int64(5), layers=layers, coeff_range=sorted(coeffs), seed=np.int64(4)) == draws(5, **options)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"layer": True}, "layer must be a whole number, got True"),
+        ({"layer": 1, "coeff": float("nan")}, "coeff must be a finite number, got nan"),
+        ({"layer": 1, "operator": "subtract"}, "operator must be one of steerlens', got 'subtract'"),
+        ({"layer": 1, "unit": "norms"}, "unit must be one of steerlens', got 'norms'"),
+    ],
+)
+def test_a_candidate_that_could_not_be_tried_is_refused(fields, message):
+    with pytest.raises(SteerlensError, match=message):
+        unchecked(Candidate)(**fields)

@@ -1,15 +1,19 @@
 """Plans are values: they compose, hash by content, and refuse what could not be applied."""
 
+import json
 import math
 from dataclasses import replace
 
+import numpy as np
+import pandas as pd
 import pytest
 import torch
 
 from steerlens.errors import SteerlensError
-from steerlens.steering.plan import Intervention, Plan, tensor_digest
+from steerlens.steering.plan import Intervention, Plan, as_plan, random_directions, tensor_digest
 from steerlens.steering.positions import Window, as_window
 from tests.steps import unit
+from tests.unchecked import unchecked
 
 STEP = Intervention(1, unit(0), "set_projection", coeff=0.5, target=3.0, positions="last", resid_norm=10.0)
 
@@ -97,7 +101,11 @@ def test_an_add_step_can_be_read_in_units_of_the_residual_norm() -> None:
     [
         ({"layer": -1}, "layer counts blocks from zero, got -1"),
         ({"coeff": math.inf}, "coeff must be a finite number, got inf"),
-        ({"target": math.nan}, 'target must be a finite number, got nan; a combined vector .*use operator="add"'),
+        ({"target": math.nan}, "target must be a finite number, got nan"),
+        ({"layer": 1.5}, "layer must be a whole number, got 1.5"),
+        ({"layer": True}, "layer must be a whole number, got True"),
+        ({"coeff": "2"}, "coeff must be a finite number, got '2'"),
+        ({"unit": "metres"}, "unit must be one of steerlens', got 'metres'"),
         ({"direction": 2 * unit(0)}, "direction must be one unit vector, .*norm 2"),
         ({"write": torch.zeros(32)}, "write must be one unit vector, .*norm 0"),
         ({"positions": "sometimes"}, "positions must be a rule's name"),
@@ -106,14 +114,123 @@ def test_an_add_step_can_be_read_in_units_of_the_residual_norm() -> None:
 )
 def test_a_step_that_could_not_be_applied_is_refused(changes: dict, message: str) -> None:
     with pytest.raises(SteerlensError, match=message):
-        replace(STEP, **changes)
+        unchecked(Intervention)(**{"layer": 1, "direction": unit(0), **changes})
 
 
 def test_a_plan_prints_what_it_does() -> None:
-    assert repr(Plan((STEP,))) == "Plan(set_projection layer 1 coeff 0.5 at last)"
+    assert repr(Plan((STEP,))) == "Plan(set_projection 0.5 at layer 1, positions last)"
+    step = replace(STEP, operator="add", coeff=5.0, unit="resid_norm", name="a:b")
+    assert str(Plan((step,))) == "add 0.5 norms (5) along a:b at layer 1, positions last"
+    assert str(Plan((STEP,)).placebo(seed=0)).endswith("positions last, written along another direction")
     assert repr(Plan()) == "Plan(no steering)"
 
 
 def test_a_tensors_digest_is_of_its_numbers_not_of_its_layout() -> None:
     matrix = torch.arange(6.0).reshape(2, 3)
     assert tensor_digest(matrix.T) == tensor_digest(matrix.T.contiguous()) != tensor_digest(matrix)
+
+
+# --- values --------------------------------------------------------------------------------------------------------
+
+
+def test_plans_and_steps_that_do_the_same_are_equal_and_have_one_hash() -> None:
+    again = replace(
+        STEP, direction=unit(0).clone(), resid_norm=99.0, name="x", unit="resid_norm", origin={"model": "m"}
+    )
+    assert again == STEP
+    assert Plan((again,)) == Plan((STEP,))
+    assert len({STEP, again, replace(STEP, layer=2)}) == 2
+    assert len({Plan((STEP,)), Plan((again,)), Plan()}) == 2
+    assert STEP != "a step"
+
+
+@pytest.mark.parametrize("name", CHANGES)
+def test_steps_that_differ_in_what_they_do_are_not_equal(name: str) -> None:
+    assert replace(STEP, **{name: CHANGES[name]}) != STEP
+
+
+@pytest.mark.parametrize("operator", ["add", "ablate"])
+def test_what_an_operator_does_not_read_changes_neither_digest_nor_equality(operator: str) -> None:
+    one, other = (replace(STEP, operator=operator, target=target) for target in (0.0, 3.0))
+    assert one == other
+    assert Plan((one,)).digest == Plan((other,)).digest
+
+
+def test_one_change_written_two_ways_is_one_step() -> None:
+    assert replace(STEP, write=STEP.direction.clone()) == STEP
+    assert replace(STEP, operator="add", coeff=-0.0) == replace(STEP, operator="add", coeff=0.0)
+    for window in (Window(0), Window(None, None, "generation")):
+        assert replace(STEP, positions=window) == replace(STEP, positions="all")
+
+
+NUMBERS = [
+    (np.int64(1), np.float32(0.5), np.float64(3.0)),
+    (torch.tensor(1), torch.tensor(0.5), torch.tensor(3.0, dtype=torch.float64)),
+    (pd.Series([1])[0], pd.Series([0.5])[0], np.array(3)),
+    (1.0, 0.5, 3),
+]
+
+
+@pytest.mark.parametrize(("layer", "coeff", "target"), NUMBERS, ids=["numpy", "torch", "pandas", "python"])
+def test_numbers_of_other_libraries_make_the_same_step(layer: object, coeff: object, target: object) -> None:
+    step = Intervention(layer, unit(0), "set_projection", coeff=coeff, target=target, positions="last")
+    assert step == STEP
+    assert json.dumps(step.record()) == json.dumps(STEP.record())
+    assert (type(step.layer), type(step.coeff), type(step.target)) == (int, float, float)
+
+
+def test_both_sizes_of_a_step_are_told_apart_and_the_given_one_is_kept() -> None:
+    step = replace(STEP, operator="add", coeff=0.3 * 42.9, resid_norm=42.9, unit="resid_norm")
+    assert (step.given, step.coeff_in_norms, step.coeff_absolute) == (0.3, 0.3, 0.3 * 42.9)
+    assert replace(step, unit="absolute").given == step.coeff
+    assert STEP.given == 0.5
+    assert math.isnan(STEP.coeff_absolute)
+    assert math.isnan(STEP.coeff_in_norms)
+
+
+@pytest.mark.parametrize("steering", [unit(0), STEP, "vector", None], ids=["tensor", "step", "text", "nothing"])
+def test_what_is_no_plan_is_refused_where_one_is_asked_for(steering: object) -> None:
+    with pytest.raises(SteerlensError, match=r"(?s)steering must be a plan, got .*vector.at\(layer\)"):
+        as_plan(steering)
+
+
+# --- the placebo ---------------------------------------------------------------------------------------------------
+
+
+def rounded_otherwise(direction: torch.Tensor, seed: int) -> torch.Tensor:
+    """The direction as another processor might have rounded it."""
+    noise = 1e-7 * torch.randn(direction.shape, generator=torch.Generator().manual_seed(seed))
+    return torch.nn.functional.normalize(direction + noise, dim=0)
+
+
+def first_is_nearly_zero() -> torch.Tensor:
+    direction = unit(1)
+    direction[0] = 0.0
+    return torch.nn.functional.normalize(direction, dim=0)
+
+
+@pytest.mark.parametrize(
+    "directions",
+    [[unit(0)], [first_is_nearly_zero()], [unit(0), unit(0), unit(5)], [unit(0), unit(1), -unit(0), unit(1), unit(9)]],
+    ids=["one", "first coordinate zero", "repeated", "several"],
+)
+def test_a_placebo_is_the_same_direction_to_rounding_when_the_vector_is_rounded_otherwise(directions: list) -> None:
+    plans = [
+        Plan(tuple(Intervention(1, rounded_otherwise(one, seed), coeff=2.0) for one in directions)).placebo(seed=3)
+        for seed in range(6)
+    ]
+    writes = [torch.stack([step.write for step in plan]) for plan in plans]
+    for other in writes[1:]:
+        torch.testing.assert_close(other, writes[0], rtol=0, atol=2e-5)
+
+
+def test_a_placebo_of_more_steps_than_coordinates_keeps_their_angles() -> None:
+    directions = torch.nn.functional.normalize(torch.randn(4, 7, generator=torch.Generator().manual_seed(0)), dim=0)
+    writes = random_directions(directions, seed=1)
+    torch.testing.assert_close(writes.T @ writes, directions.T @ directions, rtol=1e-4, atol=1e-5)
+
+
+def test_placebos_of_many_seeds_point_everywhere() -> None:
+    writes = torch.stack([random_directions(unit(0)[:, None], seed=seed)[:, 0] for seed in range(400)])
+    assert writes.mean(0).norm() < 0.12
+    assert (writes.T @ writes / 400 * 32 - torch.eye(32)).abs().max() < 0.35

@@ -1,6 +1,8 @@
 """Position rules as windows, against the plain loop's reading of the same rules."""
 
+import numpy as np
 import pytest
+import torch
 
 from steerlens.errors import SteerlensError
 from steerlens.steering.positions import FOREVER, RULES, Window, as_window
@@ -57,6 +59,9 @@ def test_a_window_stands_for_itself() -> None:
         ((None, -1, "start"), "counts from 0"),
         ((3, 3, "start"), r"start < stop, got \[3, 3\)"),
         ((2, -1, "generation"), "start < stop"),
+        ((None, 0, "start"), r"start < stop, got \[0, 0\)"),
+        ((0, 0, "start"), r"start < stop, got \[0, 0\)"),
+        ((1.5, None, "start"), "start must be a whole number, got 1.5"),
     ],
 )
 def test_a_window_that_covers_nothing_or_counts_wrongly_is_refused(arguments: tuple, message: str) -> None:
@@ -67,3 +72,9 @@ def test_a_window_that_covers_nothing_or_counts_wrongly_is_refused(arguments: tu
 def test_an_unknown_rule_is_refused_with_the_nearest_name() -> None:
     with pytest.raises(SteerlensError, match=r"got 'generate'; did you mean 'generated'\?.*all, prompt"):
         as_window("generate")
+
+
+def test_windows_of_the_same_positions_are_one() -> None:
+    assert Window(0) == Window(None, None, "generation") == as_window("all")
+    assert Window(0, 4) == Window(None, 4) == as_window("start[0:4]")
+    assert Window(np.int64(-2), torch.tensor(3), "generation") == Window(-2, 3, "generation")

@@ -5,6 +5,8 @@ import random
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+import numpy as np
+import pandas as pd
 import pytest
 import torch
 
@@ -14,13 +16,15 @@ from steerlens.models.prompts import PromptFormat, encode
 from steerlens.models.stops import before_stop, decode
 from steerlens.steering import sampling
 from steerlens.steering.plan import Intervention, Plan
-from steerlens.steering.residual import LayerTable
+from steerlens.steering.residual import LayerTable, steer
 from steerlens.steering.sampling import Generation, SamplingConfig, choose, generate, stream
+from steerlens.vectors.vector import SteeringVector
 from tests.conftest import Subject, hooks_on
 from tests.near_ties import assert_same_text
 from tests.reference.plain_loop import PlainText, Rule, Step, plain_greedy
 from tests.steps import OPERATORS, RULES, as_plan, step, unit
 from tests.tiny_models import byte_tokenizer
+from tests.unchecked import unchecked
 
 PROMPTS = [
     "a",
@@ -706,3 +710,24 @@ def test_generations_show_each_prompt_with_its_text(llama: Subject) -> None:
     assert "a &lt; b" in rows._repr_html_()
     assert repr(rows).splitlines()[0] == "Generations(3 texts)"
     assert len(repr(generate(llama.model, ["a" * 90] * 9, max_new_tokens=2)).splitlines()) == 7
+
+
+@pytest.mark.parametrize(
+    "seed", [np.array([5, 6]), torch.tensor([5, 6]), pd.Series([5, 6]), (5.0, np.int64(6))], ids=repr
+)
+def test_seeds_and_settings_may_be_of_another_library(llama: Subject, seed: Any) -> None:
+    rows = generate(
+        llama.model, ["a", "b"], seed=seed, max_new_tokens=np.int64(3), temperature=np.float32(1.0), top_k=np.int64(9)
+    )
+    assert rows == generate(llama.model, ["a", "b"], seed=[5, 6], max_new_tokens=3, temperature=1.0, top_k=9)
+    assert [type(row.seed) for row in rows] == [int, int]
+
+
+def test_a_vector_in_the_place_of_a_plan_is_told_how_to_become_one(llama: Subject) -> None:
+    vector = SteeringVector({1: unit(0)})
+    message = r"steering must be a plan, got SteeringVector\(.*a vector becomes one by vector.at\(layer\)"
+    for n, steering in ((1, vector), (1, [vector]), (2, [Plan(), vector])):
+        with pytest.raises(SteerlensError, match=message):
+            list(unchecked(stream)(llama.model, ["a"] * n, steering=steering))
+        with pytest.raises(SteerlensError, match=message):
+            next(unchecked(steer)(llama.model, steering))

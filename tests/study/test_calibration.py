@@ -1,5 +1,6 @@
 """Calibration: every layer's coefficient moves the model equally far."""
 
+import numpy as np
 import pytest
 import torch
 
@@ -46,3 +47,9 @@ def test_a_layer_that_the_smallest_step_moves_too_far_is_left_out(llama, vector,
 def test_impossible_calibrations_are_refused(llama, vector, bad):
     with pytest.raises(SteerlensError, match="calibration needs prompts and a target above 0 nats"):
         calibrate(llama.model, vector, **{"prompts": PROMPTS, **bad})
+
+
+def test_numbers_of_other_libraries_calibrate_the_same(llama, vector):
+    found = calibrate(llama.model, vector, PROMPTS, target_kl=np.float32(0.25), layers=np.array([1]), max_new_tokens=3)
+    assert found == calibrate(llama.model, vector, PROMPTS, target_kl=0.25, layers=[1], max_new_tokens=3)
+    assert [type(one.layer) for one in found] == [int]

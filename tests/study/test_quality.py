@@ -151,3 +151,19 @@ def test_a_model_that_is_no_reward_model_is_refused(tiny_folders, tmp_path):
         rewards(str(tiny_folders["llama"]), [("a", "b")])
     with pytest.raises(ModelError, match="a reward model must be a folder or a reachable hub id"):
         rewards(str(tmp_path / "nothing"), [("a", "b")])
+
+
+def test_equal_responses_are_measured_once_also_for_their_divergence(llama, monkeypatch):
+    measured = []
+
+    def counting(model, rows, batch_size):
+        measured.extend(rows)
+        return kl_from_unsteered(model, rows, batch_size)
+
+    monkeypatch.setattr("steerlens.study.quality.kl_from_unsteered", counting)
+    prompt = tuple(encode(llama.model, "Why?"))
+    rows = [Response("Why?", "ab", prompt, prompt, (70, 71), plan(coeff)) for coeff in (6.0, 6.0, 6.0, 3.0, 6.0)]
+    kl = measure(llama.model, rows, Quality(perplexity=False, kl=True))["kl"].tolist()
+    assert len(measured) == 2
+    assert len(set(kl)) == 2
+    assert kl[0] == kl[1] == kl[2] == kl[4]

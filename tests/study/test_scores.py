@@ -1,7 +1,9 @@
 """Requests, cells, scores and their keys."""
 
 import math
+from dataclasses import replace
 
+import numpy as np
 import pandas as pd
 import pytest
 import torch
@@ -15,7 +17,10 @@ from steerlens.steering.plan import Intervention, Plan
 from steerlens.steering.sampling import SamplingConfig
 from steerlens.study.quality import mean_log_probabilities
 from steerlens.study.responses import Sampler, requests_for
-from steerlens.study.scores import Evaluation, evaluate, is_degenerate, score
+from steerlens.study.scores import Evaluation, evaluate, is_degenerate, plan_columns, score
+from steerlens.study.sweeps import sweep
+from steerlens.vectors.vector import SteeringVector
+from tests.unchecked import unchecked
 
 CAPITAL = "change_case:english_capital"
 NO_COMMA = "punctuation:no_comma"
@@ -301,3 +306,105 @@ def test_tables_are_computed_once(llama, pairs, plan):
     found = evaluate(llama.model, plan, pairs[:2], conditions=["none", "vector"], max_new_tokens=4)
     assert found.table is found.table
     assert found.comparisons is found.comparisons
+
+
+# --- the random control --------------------------------------------------------------------------------------------
+
+
+def random_plan(pairs, plan, **options):
+    requests = requests_for(pairs[:1], plan, conditions=["random"], **options)
+    return requests[0].plan.interventions[0].write
+
+
+def test_the_random_direction_is_drawn_from_names_and_seeds_and_never_from_a_vectors_numbers(pairs, plan):
+    first = random_plan(pairs, plan)
+    (step,) = plan
+    other_processor = torch.nn.functional.normalize(step.direction + 1e-7 * torch.arange(32), dim=0)
+    for changed in (
+        replace(step, direction=other_processor),
+        replace(step, direction=-step.direction),
+        replace(step, coeff=4.0000001),
+        replace(step, operator="set_projection", target=3.3, resid_norm=7.0),
+    ):
+        torch.testing.assert_close(random_plan(pairs, Plan((changed,))), first, rtol=0, atol=1e-6)
+    for changed in (replace(step, layer=2), replace(step, name="keywords:existence tea")):
+        assert abs(float(random_plan(pairs, Plan((changed,))) @ first)) < 0.8
+    assert abs(float(random_plan(pairs, plan, seed=1) @ first)) < 0.8
+    assert torch.equal(random_plan(pairs, plan, seed=np.int64(0)), first)
+
+
+# --- what tables say of a plan ---------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def vector():
+    directions = torch.randn(4, 32, generator=torch.Generator().manual_seed(0))
+    norms = {layer: 42.9 + layer for layer in range(4)}
+    return SteeringVector(
+        dict(enumerate(directions)), proj_with=dict.fromkeys(range(4), 3.0), resid_norm=norms, metadata={"name": "tea"}
+    )
+
+
+def test_one_setting_has_the_same_columns_in_a_sweep_and_in_an_evaluation(llama, pairs, vector):
+    pairs = pairs.filter(NO_COMMA)
+    swept = sweep(
+        llama.model, vector, pairs, layers=[1], coeffs=[0.3], operators="add", unit="resid_norm", max_new_tokens=3
+    )
+    best = swept.best(subject_to="layer == 1")
+    scores = evaluate(llama.model, vector.at(best), pairs, conditions=["vector"], max_new_tokens=3).scores
+    expected = {"layer": 1, "operator": "add", "positions": "all", "coeff": 0.3, "unit": "resid_norm"}
+    expected |= {"coeff_absolute": 0.3 * 43.9, "coeff_in_norms": 0.3}
+    (tried,) = swept.table.dropna(subset="layer").to_dict("records")
+    (configuration,) = swept.configurations.dropna(subset="layer").to_dict("records")
+    for row in (tried, configuration, scores.iloc[0], swept.scores.dropna(subset="layer").iloc[0]):
+        assert {name: row[name] for name in expected} == expected
+
+
+def test_a_table_names_all_layers_of_a_plan_and_a_layer_only_where_there_is_one(llama, pairs, vector):
+    plan = vector.at([1, 3], operator="add", coeff=0.5, unit="resid_norm") + vector.at(2)
+    row = evaluate(llama.model, plan, pairs[:1], conditions=["vector"], max_new_tokens=2).scores.iloc[0]
+    assert pd.isna(row["layer"])
+    assert (row["layers"], row["operator"], row["n_interventions"]) == ("1, 2, 3", "add + set_projection", 3)
+    assert math.isnan(row["coeff"])
+    assert row["plan"] == (
+        "add 0.5 norms (21.95) along tea at layer 1, positions all; "
+        "add 0.5 norms (22.95) along tea at layer 3, positions all; "
+        "set_projection 1 along tea at layer 2, positions all"
+    )
+    same = plan_columns(vector.at([1, 3], operator="add", coeff=0.5, unit="resid_norm"))
+    assert (same["layers"], same["coeff"], same["unit"], same["coeff_in_norms"]) == ("1, 3", 0.5, "resid_norm", 0.5)
+    assert math.isnan(same["coeff_absolute"])
+    assert (plan_columns(Plan())["layers"], plan_columns(Plan())["layer"]) == ("", None)
+
+
+def test_instructions_that_differ_in_a_steps_length_share_a_row_without_it(llama, pairs, vector):
+    other = replace(vector, resid_norm=dict.fromkeys(range(4), 10.0))
+    swept = sweep(
+        llama.model,
+        {CAPITAL: vector, NO_COMMA: other},
+        pairs,
+        layers=np.array([1]),
+        coeffs=pd.Series([0.5]),
+        operators="add",
+        unit="resid_norm",
+        max_new_tokens=2,
+    )
+    assert swept.table.dropna(subset="layer")["coeff_absolute"].tolist() == [21.95, 5.0]
+    (row,) = swept.configurations.dropna(subset="layer").to_dict("records")
+    assert math.isnan(row["coeff_absolute"])
+    assert row["coeff_in_norms"] == 0.5
+
+
+def test_a_sum_of_vectors_is_evaluated(llama, pairs, vector):
+    total = vector.with_metadata(name="", instruction="a:b", seed="0", n_layers="4")
+    total = total + total.with_metadata(instruction="c:d", seed="1")
+    scores = evaluate(llama.model, total.at(1, operator="add", coeff=2.0), pairs[:1], max_new_tokens=2).scores
+    assert len(scores) == len(CONDITIONS)
+
+
+def test_a_vector_in_the_place_of_a_plan_is_told_how_to_become_one(pairs, vector):
+    for steering in (vector, {CAPITAL: vector, NO_COMMA: vector}):
+        with pytest.raises(
+            SteerlensError, match=r"steering must be a plan, got SteeringVector\(.*by vector.at\(layer\)"
+        ):
+            unchecked(requests_for)(pairs, steering)

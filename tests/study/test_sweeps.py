@@ -3,6 +3,7 @@
 import json
 from dataclasses import replace
 
+import numpy as np
 import pandas as pd
 import pytest
 import torch
@@ -14,8 +15,9 @@ from steerlens.steering.positions import Window
 from steerlens.steering.sampling import generate
 from steerlens.study import responses as evaluation
 from steerlens.study.quality import Quality
-from steerlens.study.sweeps import Best, Sweep, candidate_layers, choose, search, sweep
+from steerlens.study.sweeps import Best, Sweep, candidate_layers, choose, grid_spec, search, sweep
 from steerlens.vectors.vector import SteeringVector
+from tests.unchecked import unchecked
 
 NO_COMMA = "punctuation:no_comma"
 
@@ -368,3 +370,24 @@ def test_a_sweep_loads_from_its_folder_with_its_gate(llama, vector, pairs, tmp_p
     (tmp_path / "table.csv").unlink()
     with pytest.raises(DataError, match=r"must hold table\.csv with its gate"):
         Sweep.load(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "layers", [np.array([3, 1]), torch.tensor([3, 1]), pd.Series([1.0, 3.0]), range(1, 4, 2)], ids=repr
+)
+def test_layers_and_coefficients_may_be_arrays(llama, vector, pairs, layers, tmp_path):
+    options = {"layers": layers, "coeffs": np.array([1.0], dtype=np.float32), "max_new_tokens": 2}
+    found = sweep(llama.model, vector, pairs, seed=np.int64(0), trials=np.int64(1), out=tmp_path, **options)
+    assert found.table["layer"].dropna().tolist() == [1, 3]
+
+
+@pytest.mark.parametrize(
+    ("layers", "message"),
+    [
+        ("some", 'layers must be numbers, "paper" or "all", got \'some\''),
+        ([1.5], "layer must be a whole number, got 1.5"),
+    ],
+)
+def test_layers_that_are_none_are_refused(llama, vector, pairs, layers, message):
+    with pytest.raises(SteerlensError, match=message):
+        unchecked(grid_spec)(llama.model, layers=layers)(vector)

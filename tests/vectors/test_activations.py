@@ -4,10 +4,12 @@ import weakref
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, MistralConfig, MistralForCausalLM
 
+from steerlens.data.families import keyword_pairs
 from steerlens.data.load import load_pairs
 from steerlens.data.pairs import InstructionPair, PairSet
 from steerlens.data.splits import query_ids
@@ -450,3 +452,26 @@ def test_a_part_says_which_pairs_are_in_it(tiny):
         assert parts[name].pairs == group
     acts = record_activations(tiny.model, pairs, layers=[1])
     assert acts[1:3].metadata == record_activations(tiny.model, pairs[1:3], layers=[1]).metadata
+
+
+def test_running_sums_of_several_instructions_are_refused_before_the_model_runs(llama: Subject) -> None:
+    mixed = PairSet([*PAIRS, InstructionPair("Hm", "No commas.", "punctuation:no_comma")])
+    with pytest.raises(SteerlensError, match="means are of one instruction, got pairs of 2; record each part"):
+        record_means(llama.model, mixed)
+
+
+@pytest.mark.parametrize("layers", [np.array([2, 0]), torch.tensor([2, 0]), (2.0, 0)], ids=["numpy", "torch", "floats"])
+def test_layers_may_be_an_array(llama: Subject, layers: Any) -> None:
+    assert record_activations(llama.model, PAIRS[:1], layers=layers).layers == (2, 0)
+
+
+def test_metadata_name_the_arguments_that_all_pairs_share_once(llama: Subject) -> None:
+    def arguments(pairs: PairSet) -> str | None:
+        return capture_metadata(llama.model, pairs, PromptFormat()).get("arguments")
+
+    tea, dog = keyword_pairs(QUERIES, "tree"), keyword_pairs(QUERIES, "dog")
+    assert arguments(tea) == "tree"
+    assert arguments(PairSet([*tea, *dog])) is None
+    assert arguments(PAIRS) is None
+    german = InstructionPair("Why?", "In German.", "language:response_language", {"language": "de"})
+    assert arguments(PairSet([german])) is None

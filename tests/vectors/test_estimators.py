@@ -5,15 +5,22 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from sklearn.base import BaseEstimator
+from sklearn.base import BaseEstimator, clone
+from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
+from sklearn.linear_model import LogisticRegression, Ridge
 from sklearn.model_selection import cross_val_score
+from sklearn.neighbors import KNeighborsClassifier
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
+from sklearn.svm import SVC, LinearSVC
 from sklearn.utils.estimator_checks import parametrize_with_checks
 
+from steerlens.data.families import keyword_pairs
 from steerlens.data.pairs import PairSet, contrast, pair_set
 from steerlens.errors import SteerlensError
 from steerlens.steering.sampling import generate
 from steerlens.vectors.activations import ActivationMeans, Activations, record_activations
-from steerlens.vectors.estimators import MeanDifference, fit_steering_vector, projection_statistics
+from steerlens.vectors.estimators import MeanDifference, fit_steering_vector, fit_vectors, projection_statistics
 from tests.steps import unit
 
 N_PAIRS, LAYERS = 200, (2, 5)
@@ -160,3 +167,63 @@ def test_pairs_without_an_id_fit_a_vector_that_steers(llama):
 def test_a_list_of_contrasts_is_one_instruction(llama):
     pairs = PairSet([contrast("True: A.", "False: A."), contrast("Truly B!", "Falsely B!")])
     assert fit_steering_vector(record_activations(llama.model, pairs)).metadata["instruction"] == "contrast"
+
+
+LINEAR = [
+    LogisticRegression(max_iter=2000),
+    LinearDiscriminantAnalysis(),
+    LinearSVC(max_iter=20_000),
+    Ridge(),
+    SVC(kernel="linear"),
+]
+
+
+@pytest.mark.parametrize("estimator", LINEAR, ids=lambda estimator: type(estimator).__name__)
+def test_the_coefficients_of_a_linear_model_are_a_direction(estimator: Any) -> None:
+    acts = activations(n_pairs=100)
+    vector = fit_steering_vector(acts, estimator=estimator)
+    samples = torch.cat([acts.resid[:, 0, 1], acts.resid[:, 1, 1]]).double().numpy()
+    expected = clone(estimator).fit(samples, np.repeat([0, 1], 100)).coef_
+    np.testing.assert_allclose(vector[5].numpy(), np.ravel(expected), rtol=1e-5, atol=1e-7)
+    assert float(vector.unit(5) @ unit(5)) > 0.5
+    assert vector.proj_with[5] > vector.proj_without[5]
+    assert vector.metadata["method"] == type(estimator).__name__
+
+
+@pytest.mark.parametrize("estimator", [MeanDifference(), LogisticRegression(), MedianDifference()], ids=repr)
+def test_the_callers_estimator_is_left_alone(estimator: Any) -> None:
+    before = dict(vars(estimator))
+    fit_steering_vector(activations(n_pairs=10), estimator=estimator)
+    assert vars(estimator) == before
+
+
+class TwoDirections(BaseEstimator):
+    def fit(self, X: Any, y: Any) -> "TwoDirections":  # noqa: N803
+        self.direction_ = X[:2]
+        return self
+
+
+@pytest.mark.parametrize(
+    ("estimator", "message"),
+    [
+        (make_pipeline(StandardScaler(), LogisticRegression()), "must have direction_ .*and Pipeline has neither"),
+        (KNeighborsClassifier(), "and KNeighborsClassifier has neither"),
+        (SVC(), "and SVC has neither"),
+        (TwoDirections(), r"direction_ must hold one number for each of the 32 coordinates, got shape \[2, 32\]"),
+        (LogisticRegression, "an estimator must be an object with fit"),
+        ("lda", "an estimator must be an object with fit"),
+    ],
+    ids=str,
+)
+def test_what_gives_no_direction_is_refused_in_a_sentence(estimator: Any, message: str) -> None:
+    with pytest.raises(SteerlensError, match=message):
+        fit_steering_vector(activations(n_pairs=10), estimator=estimator)
+
+
+def test_two_words_make_vectors_of_two_names_also_when_they_are_found_again(llama, tmp_path):
+    sets = {word: keyword_pairs(["Describe rain.", "Describe snow."], word) for word in ("tea", "dog")}
+    for _ in range(2):
+        found = fit_vectors(llama.model, sets, folder=tmp_path)
+        assert {word: vector.name for word, vector in found.items()} == {"tea": "tea", "dog": "dog"}
+    alone = fit_steering_vector(record_activations(llama.model, sets["tea"]))
+    assert alone.name == "keywords:existence tea"

@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 
@@ -104,3 +105,27 @@ def test_other_texts_layers_and_widths_are_refused(weight):
         fit_ridge_map(source, target, layers=[7])
     with pytest.raises(SteerlensError, match="the map reads residuals of width 6, got 9"):
         fit_ridge_map(source, target).transform(target)
+
+
+def test_copies_of_a_text_are_found_however_another_batch_rounded_them():
+    """Every copy has rounding of its own; a penalty that took them for other texts would be weak."""
+    source = activations(30, width=24)
+    target = replace(source, resid=torch.randn(30, 2, 2, 8, generator=torch.Generator().manual_seed(2)))
+    copies = [
+        replace(
+            one, resid=one.resid.repeat(12, 1, 1, 1), prompt_ids=one.prompt_ids * 12, instructions=one.instructions * 12
+        )
+        for one in (source, target)
+    ]
+    noise = 1e-6 * torch.randn(copies[0].resid.shape, generator=torch.Generator().manual_seed(7))
+    copies[0] = replace(copies[0], resid=copies[0].resid + noise)
+    once, often = fit_ridge_map(source, target), fit_ridge_map(*copies)
+    assert once.alphas == pytest.approx(often.alphas, rel=1e-3)
+
+
+def test_target_layers_may_be_an_array_and_each_needs_its_source(weight):
+    source = activations(20)
+    found = fit_ridge_map(source, planted(source, weight), layers=np.array([1]), source_layers={np.int64(1): 0.0})
+    assert dict(found.source_layers) == {1: 0}
+    with pytest.raises(SteerlensError, match=r"must name a source layer for each target layer, got none for \[0\]"):
+        fit_ridge_map(source, planted(source, weight), source_layers={1: 1})

@@ -9,17 +9,21 @@ from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from steerlens.errors import ModelError, SteerlensError
 from steerlens.steering.plan import Intervention, Plan
 from steerlens.steering.positions import Window, as_window
-from steerlens.vectors import vector as vectors
-from steerlens.vectors.vector import PROJECTIONS, SteeringVector
+from steerlens.vectors import formats
+from steerlens.vectors.formats import PROJECTIONS
+from steerlens.vectors.vector import SteeringVector
 from tests.conftest import Subject
 from tests.steps import unit
+from tests.unchecked import unchecked
 
 LAYERS = (1, 3)
 
@@ -76,7 +80,7 @@ def test_a_failed_save_keeps_the_old_file_and_leaves_no_other(tmp_path: Path, mo
         Path(scratch).write_bytes(b"half a fi")
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(vectors, "save_file", failing)
+    monkeypatch.setattr(formats, "save_file", failing)
     with pytest.raises(KeyboardInterrupt):
         vector(5).save(path)
     assert path.read_bytes() == before
@@ -116,6 +120,64 @@ def test_a_safetensors_file_of_another_format_is_refused(tmp_path: Path, metadat
     save_file({"x": torch.zeros(2)}, path, metadata=metadata)
     with pytest.raises(SteerlensError, match=r"is not a steerlens vector of format 1 .*fit it again or update"):
         SteeringVector.load(path)
+
+
+def edited(path: Path, metadata: dict[str, Any] | None = None, **tensors: Any) -> Path:
+    """The file of a vector with some metadata and tensors changed; None takes them out."""
+    path = vector(d_model="32").save(path)
+    with safe_open(path, framework="pt") as file:
+        about = file.metadata() | (metadata or {})
+    names = {"direction": "blocks.3.hook_resid_post"}
+    found = load_file(path) | {names.get(name, name): tensor for name, tensor in tensors.items()}
+    save_file(
+        {name: tensor for name, tensor in found.items() if tensor is not None},
+        path,
+        metadata={key: value for key, value in about.items() if value is not None},
+    )
+    return path
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"metadata": {"layers": "[1, 3"}}, "metadata cannot be read"),
+        ({"metadata": {"layers": "3"}}, "layers must be a list of block indices, got 3"),
+        ({"metadata": {"layers": "[]"}}, "layers must be a list of block indices"),
+        ({"metadata": {"layers": "[true, 3]"}}, "layers must be a list of block indices"),
+        ({"metadata": {"layers": "[1, 3, 3]"}}, "layers must differ"),
+        ({"metadata": {"layers": "[1]"}}, "it must hold"),
+        ({"metadata": {"layers": "[1, 2]"}}, "it must hold"),
+        ({"metadata": {"n_layers": "3"}}, "be below n_layers 3"),
+        ({"metadata": {"n_layers": "many"}}, "metadata cannot be read"),
+        ({"metadata": {"d_model": "48"}}, r"must be torch.float32 of shape \[48\], got torch.float32 of shape \[32\]"),
+        ({"metadata": {"site": "mlp_out"}}, "its site must be resid_post, got 'mlp_out'"),
+        ({"direction": None}, "it must hold"),
+        ({"proj_with": None}, "it must hold"),
+        ({"direction": torch.zeros(1, 32)}, r"got torch.float32 of shape \[1, 32\]"),
+        ({"direction": torch.zeros(16)}, r"got torch.float32 of shape \[16\]"),
+        ({"direction": torch.zeros(32, dtype=torch.float16)}, "got torch.float16"),
+        ({"direction": torch.zeros(32, dtype=torch.long)}, "got torch.int64"),
+        ({"std_with": torch.zeros(3, dtype=torch.float64)}, r"std_with must be torch.float64 of shape \[2\]"),
+    ],
+    ids=str,
+)
+def test_a_file_that_contradicts_itself_is_refused_in_a_sentence(tmp_path: Path, changes: dict, message: str) -> None:
+    path = edited(tmp_path / "a.safetensors", **changes)
+    with pytest.raises(SteerlensError, match=rf"a\.safetensors' is a damaged vector file: .*{message}"):
+        SteeringVector.load(path)
+
+
+def test_a_vector_cannot_be_saved_where_no_file_can_be(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    for path in (tmp_path, tmp_path / "file" / "a.safetensors"):
+        with pytest.raises(SteerlensError, match="a vector must be saved to a file that can be written, got"):
+            vector().save(path)
+    assert (tmp_path / "file").read_text() == ""
+
+
+def test_metadata_are_kept_as_text(tmp_path: Path) -> None:
+    one = vector().with_metadata(seed=np.int64(3))
+    assert SteeringVector.load(one.save(tmp_path / "a.safetensors")).metadata["seed"] == "3"
 
 
 # --- arithmetic ----------------------------------------------------------------------------------------------------
@@ -182,6 +244,118 @@ def test_the_operands_are_left_alone() -> None:
     assert one.metadata == before.metadata
 
 
+def test_a_sum_says_what_its_parts_agree_on_and_keeps_what_is_true_of_one_part_apart() -> None:
+    one = vector(instruction="a:b", n_pairs="48", data="x", frame="raw", fit="f").with_metadata(seed=0)
+    other = vector(9, instruction="c:d", n_pairs="48", data="y", frame="raw").with_metadata(seed=0)
+    combined = one - 2 * other
+    assert combined.metadata["instruction"] == combined.name == "a:b - c:d"
+    assert combined.metadata["method"] == "sum of 2 vectors"
+    assert not {"n_pairs", "data", "fit", "name"} & set(combined.metadata)
+    assert {key: combined.metadata[key] for key in ("model", "n_layers", "frame", "seed")} == {
+        "model": "llama", "n_layers": "4", "frame": "raw", "seed": "0"
+    }  # fmt: skip
+    parts = json.loads(combined.metadata["parts"])
+    assert [(part["name"], part["factor"], part["n_pairs"], part["data"]) for part in parts] == [
+        ("a:b", 1.0, "48", "x"),
+        ("c:d", -2.0, "48", "y"),
+    ]
+    assert repr(combined) == "SteeringVector(a:b - 2 * c:d, 2 layers x 32, llama)"
+    assert repr(-combined / 2) == "SteeringVector(-0.5 * a:b + c:d, 2 layers x 32, llama)"
+
+
+def test_a_sum_of_what_differs_says_neither_seed_nor_template() -> None:
+    one, other = vector(template="t"), vector(9, template="u", model="base")
+    combined = one.with_metadata(seed=0, queries="p q") + other.with_metadata(seed=1, queries="r q")
+    assert combined.metadata["queries"] == "p q r"  # none of them may test the sum
+    assert not {"seed", "template"} & set(combined.metadata)
+    assert combined.metadata["model"] == "llama + base"
+    assert combined.origin["n_layers"] == "4"
+
+
+def test_a_sum_can_be_saved_summed_on_and_steered_with(tmp_path: Path) -> None:
+    combined = vector().with_metadata(seed=0) + vector(9, instruction="c:d").with_metadata(seed=1)
+    loaded = SteeringVector.load(combined.save(tmp_path / "sum.safetensors"))
+    assert (loaded + vector(20, instruction="e:f")).name == "a:b + c:d + e:f"
+    [step] = loaded.at(3, operator="add", coeff=1.0)
+    assert step.name == "a:b + c:d"
+
+
+def test_vectors_are_summed_by_sum_and_divided_by_numbers() -> None:
+    vectors = [vector(seed, instruction=f"x:{seed}") for seed in range(3)]
+    total = sum(vectors)
+    torch.testing.assert_close(total[3], sum(one[3] for one in vectors))
+    assert total.name == "x:0 + x:1 + x:2"
+    assert torch.equal((vectors[0] / 4)[1], vectors[0][1] / 4)
+    assert (vectors[0] / 4).proj_with == vectors[0].proj_with
+    assert (2 * vectors[0] / 2).metadata == vectors[0].metadata
+    assert sum([vectors[0]]) is vectors[0]
+
+
+@pytest.mark.parametrize("two", [2, np.float32(2), np.int64(2), np.array(2.0), torch.tensor(2.0)], ids=repr)
+def test_a_factor_may_be_a_number_of_any_library_on_either_side(two: Any) -> None:
+    one = vector()
+    for scaled in (two * one, one * two, one / (1 / two)):
+        torch.testing.assert_close(scaled[3], 2 * one[3])
+        assert scaled.name == "a:b"
+        assert repr(scaled).startswith("SteeringVector(2 * a:b, ")
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "message"),
+    [
+        (lambda v: v / 0, SteerlensError, "divided by a number other than zero"),
+        (lambda v: v * math.nan, SteerlensError, "factor must be a finite number, got nan"),
+        (lambda v: v * True, SteerlensError, "factor must be a finite number, got True"),
+        (lambda v: v + 1, TypeError, "unsupported operand"),
+        (lambda v: 1 + v, TypeError, "unsupported operand"),
+        (lambda v: v - "a", TypeError, "unsupported operand"),
+    ],
+)
+def test_what_vectors_cannot_be_combined_with_is_refused(call: Any, error: type, message: str) -> None:
+    with pytest.raises(error, match=message):
+        call(vector())
+
+
+def test_a_vector_times_zero_has_no_projections() -> None:
+    nothing = 0 * vector()
+    assert nothing.proj_with == nothing.proj_without == nothing.std_with == {}
+    assert nothing.resid_norm == vector().resid_norm
+
+
+def test_a_vector_of_one_word_is_called_by_it() -> None:
+    tea, rain = (vector(instruction="keywords:existence", arguments=word) for word in ("tea", "rain"))
+    assert (tea.name, rain.name) == ("keywords:existence tea", "keywords:existence rain")
+    assert repr(tea) != repr(rain)
+    assert (tea - rain).name == "keywords:existence tea - keywords:existence rain"
+    assert vector(name="my own").name == "my own"
+
+
+# --- as a collection of layers -------------------------------------------------------------------------------------
+
+
+def test_a_vector_is_counted_gone_over_and_indexed_by_layer() -> None:
+    one = vector()
+    assert len(one) == 2
+    assert list(one) == [1, 3]
+    assert 3 in one
+    assert 2 not in one
+    assert torch.equal(one[np.int64(3)], one.directions[3])
+    with pytest.raises(SteerlensError, match=r"layer must be one of the vector's \[1, 3\], got 2"):
+        one[2]
+
+
+def test_a_vector_is_shown_as_a_table_of_layers() -> None:
+    frame = vector().to_frame()
+    assert frame.columns.tolist() == ["layer", "norm", *PROJECTIONS]
+    assert frame["layer"].tolist() == [1, 3]
+    assert frame["norm"].tolist() == pytest.approx([3.0, 5.0])
+    assert frame["proj_with"].tolist() == [6.0, 8.0]
+    assert frame["std_without"].isna().tolist() == [False, True]
+    shown = vector(instruction="<b>")._repr_html_()
+    assert "&lt;b&gt;" in shown
+    assert "<td>3.000</td>" in shown
+
+
 # --- at ------------------------------------------------------------------------------------------------------------
 
 
@@ -202,6 +376,47 @@ def test_at_takes_several_layers_and_keeps_their_order() -> None:
 def test_at_takes_whatever_counts_as_a_layer() -> None:
     assert vector().at(np.int64(3)).digest == vector().at(3).digest
     assert vector().at((1, 3)).digest == vector().at(range(1, 4, 2)).digest
+
+
+@pytest.mark.parametrize(
+    "layers",
+    [
+        [1, 3],
+        np.arange(1, 4, 2),
+        torch.tensor([1, 3]),
+        pd.Series([1.0, 3.0]),
+        range(1, 4, 2),
+        (one for one in (1, 3)),
+        "all",
+    ],
+    ids=lambda layers: type(layers).__name__,
+)
+def test_at_takes_layers_of_any_library_and_all(layers: Any) -> None:
+    assert vector().at(layers, coeff=np.float32(0.5)) == vector().at((1, 3), coeff=0.5)
+
+
+@pytest.mark.parametrize(
+    ("layer", "message"),
+    [
+        ([], r"a plan needs a layer, got none; this vector has \[1, 3\]"),
+        (np.array([]), "a plan needs a layer, got none"),
+        ("last", "layer must be a number, several, or \"all\", got 'last'"),
+        (True, "layer must be a whole number, got True"),
+        ([1, False], "layer must be a whole number, got False"),
+        (1.5, "layer must be a whole number, got 1.5"),
+    ],
+    ids=repr,
+)
+def test_what_is_no_layer_is_refused(layer: Any, message: str) -> None:
+    with pytest.raises(SteerlensError, match=message):
+        vector().at(layer)
+
+
+def test_a_step_knows_the_unit_and_the_name_it_was_asked_for_in() -> None:
+    [step] = vector().at(3, operator="add", coeff=0.3, unit="resid_norm")
+    assert (step.given, step.unit, step.coeff, step.name) == (0.3, "resid_norm", 0.3 * 30.0, "a:b")
+    [turned] = (-vector()).at(3)
+    assert turned.name == "-a:b"
 
 
 def test_a_choice_keeps_the_unit_it_was_searched_in() -> None:
@@ -287,14 +502,16 @@ def test_directions_are_kept_sorted_in_float32_on_their_own() -> None:
     ("directions", "message"),
     [
         ({}, "needs at least one layer, got none"),
+        ({True: torch.ones(3)}, "layer must be a whole number, got True"),
+        ({0: torch.ones(1, 3)}, r"a direction must be one vector, got shape \[1, 3\] at layer 0"),
         ({0: torch.full((3,), math.nan)}, "directions must be finite, got nan or infinity at layer 0"),
         ({0: torch.full((3,), math.inf)}, "directions must be finite"),
     ],
-    ids=["none", "nan", "inf"],
+    ids=["none", "truth value", "matrix", "nan", "inf"],
 )
 def test_directions_that_cannot_steer_are_refused(directions: dict[int, torch.Tensor], message: str) -> None:
     with pytest.raises(SteerlensError, match=message):
-        SteeringVector(directions)
+        unchecked(SteeringVector)(directions=directions)
 
 
 def test_a_vector_fits_its_own_model_silently(llama: Subject) -> None:
@@ -349,3 +566,9 @@ def test_a_vector_keeps_its_numbers_when_the_callers_tensor_changes() -> None:
     step = Intervention(0, tensor)
     tensor.zero_()
     assert kept.directions[0].norm() == step.direction.norm() == 1
+
+
+def test_layers_and_numbers_of_other_libraries_are_kept_as_pythons_own() -> None:
+    made = SteeringVector({np.int64(3): unit(0)}, proj_with={np.int64(3): np.float32(0.5)}, std_with={3: math.nan})
+    assert (made.layers, made.proj_with, made.std_with) == ((3,), {3: 0.5}, {})
+    assert type(made.layers[0]) is int
