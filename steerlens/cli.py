@@ -17,12 +17,16 @@ import tyro
 from steerlens._typing import Gate, Operator, RuleName
 from steerlens.errors import SteerlensError
 from steerlens.files import writable_folder
+from steerlens.models.prompts import PromptFormat
 from steerlens.study.config import RunConfig, pairs_for
 
 if TYPE_CHECKING:
     import pandas as pd
 
     from steerlens.steering.plan import Plan
+
+Prompts = Annotated[PromptFormat, tyro.conf.arg(name="")]
+"""Options for how a prompt's text becomes what the model reads."""
 
 OUT = "Folder of the run; made if need be, gone on with if it was cut short."
 
@@ -69,6 +73,7 @@ def sweep(
     engine: Literal["local", "ray"] = "local",
     ray_address: str | None = None,
     n_workers: int | None = None,
+    prompt_format: Prompts = PromptFormat(),
 ) -> None:
     """Try layers, coefficients, operators and positions on validation prompts; keep every response, pick the best.
 
@@ -103,6 +108,7 @@ def sweep(
     from steerlens.figures.layers import layer_curve
     from steerlens.files import write_atomically
     from steerlens.models.load import load_model
+    from steerlens.models.prompts import pinned
     from steerlens.steering.candidates import draws, grid
     from steerlens.study.job import engine_for, select_pairs
     from steerlens.study.quality import Quality
@@ -131,7 +137,10 @@ def sweep(
         candidates = grid(coeffs=coeffs, **options)
     else:
         candidates = draws(n_random, coeff_range=(min(coeffs), max(coeffs)), seed=seed, **options)
-    vectors = fit_vectors(loaded, train.by_instruction(), folder=folder / "vectors", progress=True)
+    prompt_format = pinned(loaded, prompt_format, folder)
+    vectors = fit_vectors(
+        loaded, train.by_instruction(), folder=folder / "vectors", prompt_format=prompt_format, progress=True
+    )
     with engine_for(config) as workers:
         found = run_sweep(
             loaded,
@@ -146,6 +155,7 @@ def sweep(
             temperature=temperature,
             seed=seed,
             batch_size=batch_size,
+            prompt_format=prompt_format,
             out=folder,
             engine=workers,
             progress=True,
@@ -167,6 +177,7 @@ def fit(
     n_pairs: int | None = None,
     seed: int = 0,
     batch_size: int = 32,
+    prompt_format: Prompts = PromptFormat(),
 ) -> None:
     """Fit one instruction's vector at every layer, and save it.
 
@@ -192,7 +203,9 @@ def fit(
     pairs = pairs_for(pairs, model)
     train, valid, _ = three_parts(load_pairs(pairs, instructions=[instruction], seed=seed), seed=seed)
     chosen = train if n_pairs is None else train.sample(n_pairs, seed=seed)
-    activations = record_activations(load_model(model), chosen, batch_size=batch_size, progress=True)
+    activations = record_activations(
+        load_model(model), chosen, batch_size=batch_size, prompt_format=prompt_format, progress=True
+    )
     not_tested = " ".join(sorted(query_ids(train + valid)))
     vector = fit_steering_vector(activations).with_metadata(pairs=pairs, seed=str(seed), queries=not_tested)
     print(f"{vector.save(out)}: {vector!r}")
@@ -210,7 +223,10 @@ def generate(
     temperature: float = 0.0,
     top_p: float = 1.0,
     top_k: int | None = None,
+    stop: tuple[str, ...] = (),
+    stop_ids: tuple[int, ...] = (),
     seed: int = 0,
+    prompt_format: Prompts = PromptFormat(),
 ) -> None:
     """Answer prompts, steered by a saved vector or not.
 
@@ -229,6 +245,8 @@ def generate(
         temperature: 0 is greedy.
         top_p: Sample among the fewest tokens whose probabilities reach this.
         top_k: Sample among this many most likely tokens.
+        stop: Texts, special tokens among them, that end an answer, besides the model's own stop tokens.
+        stop_ids: Token ids that do so.
         seed: Of the first prompt; the next ones count on from it.
     """
     from steerlens.models.load import load_model
@@ -245,6 +263,9 @@ def generate(
         temperature=temperature,
         top_p=top_p,
         top_k=top_k,
+        stop=stop,
+        stop_ids=stop_ids,
+        prompt_format=prompt_format,
         seed=[seed + index for index in range(len(prompt))],
         progress=True,
     ):
@@ -262,6 +283,7 @@ def evaluate(
     n_test: int | None = None,
     max_new_tokens: int = 128,
     batch_size: int = 16,
+    prompt_format: Prompts = PromptFormat(),
 ) -> None:
     """The four cells and the control for one saved vector at one layer.
 
@@ -307,7 +329,14 @@ def evaluate(
     loaded = load_model(model)
     plan = _plan(loaded, vector, layer, coeff, operator, positions)
     found = run_evaluation(
-        loaded, plan, pairs, max_new_tokens=max_new_tokens, seed=seed, batch_size=batch_size, progress=True
+        loaded,
+        plan,
+        pairs,
+        max_new_tokens=max_new_tokens,
+        seed=seed,
+        batch_size=batch_size,
+        prompt_format=prompt_format,
+        progress=True,
     )
     _show(found.summary)
 

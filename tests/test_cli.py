@@ -1,5 +1,6 @@
 """The command line as a user meets it: its output and its exit code."""
 
+import shutil
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -119,6 +120,37 @@ def test_queries_that_a_vector_was_fitted_on_do_not_test_it_whatever_the_file(
     refused = steerlens("evaluate", *steering, "--data", tmp_path / "seen.jsonl")
     assert refused.returncode == 2
     assert "a vector is tested on queries that it was not fitted on" in refused.stderr
+
+
+THINKING = (
+    "{{ bos_token }}{% for m in messages %}{{ m.content }}{% endfor %}{% if enable_thinking is false %}<turn>{% endif %}"
+    "{{ strftime_now('%Y-%m-%d') }}"
+)
+
+
+def test_prompts_are_formatted_and_stopped_as_asked(steerlens, tiny_folders, tmp_path):
+    folder = tmp_path / "model"
+    shutil.copytree(tiny_folders["llama"], folder)
+    (folder / "chat_template.jinja").write_text(THINKING)
+    command = ["generate", "--model", folder, "--prompt", "Hello", "--max-new-tokens", 4]
+    texts = {
+        steerlens(*command, *options).stdout
+        for options in ([], ["--template-vars", "enable_thinking", False], ["--date", "2024-02-29"], ["--bos", False])
+    }
+    assert len(texts) == 4
+    free = steerlens(*command, "--style", "plain").stdout
+    said = free.splitlines()[1]
+    stopped = steerlens(*command, "--style", "plain", "--stop", said[1])
+    assert f"\n{said[0]}\n[2 tokens, stopped by stop]" in stopped.stdout
+    every = steerlens(*command, "--stop-ids", *range(260))
+    assert "[1 tokens, stopped by" in every.stdout
+
+
+def test_a_system_message_that_the_model_would_not_read_is_refused(steerlens, tmp_path):
+    for command in (["generate", "--prompt", "Hi"], ["run", "--out", tmp_path / "run", "--n-test", 1]):
+        done = steerlens(*command, "--system", "Be brief.")
+        assert done.returncode == 2
+        assert "this model's chat template takes no system message (it leaves the text out)" in done.stderr
 
 
 def test_a_vector_without_a_layer_is_refused(steerlens, tiny_folders, pairs_file, tmp_path):

@@ -52,7 +52,7 @@ class PromptFormat:
     template: str | None = None
     """The name of a chat template, where the tokenizer has several."""
     template_vars: Mapping[str, Scalar] = field(default_factory=TemplateVars)
-    """Variables of the chat template, such as {"enable_thinking": False}."""
+    """Variables of the chat template by name, such as enable_thinking False."""
     date: str | None = None
     """The day that a chat template writes as today's, such as 2025-01-31; default: the day on which a run begins."""
     bos: bool | None = None
@@ -103,6 +103,20 @@ def check_text(value: Any, what: str = "a prompt") -> None:
         ) from error
 
 
+def text_list(prompts: Iterable[str]) -> list[str]:
+    """Prompts in a list, whatever held them: a list, a Series, an array.
+
+    Raises:
+        SteerlensError: if they are one text, nothing, or hold what is no text.
+    """
+    if isinstance(prompts, str) or not isinstance(prompts, Iterable):
+        raise SteerlensError(f"prompts must be a list of texts, got {prompts!r:.60}; put one text into a list")
+    texts = list(prompts)
+    for index, prompt in enumerate(texts):
+        check_text(prompt, f"prompt {index}")
+    return texts
+
+
 def template_digest(model: Any, prompt_format: PromptFormat) -> str:
     """8 hex digits that change with the chat template, its variables, and the tokens fed around a prompt."""
     source = _source(model.tokenizer, prompt_format) if is_chat(model, prompt_format) else ""
@@ -127,7 +141,8 @@ def pinned(model: Any, prompt_format: PromptFormat, folder: Path | None = None) 
         return prompt_format
     config = folder / "config.json" if folder is not None else None
     begun = json.loads(config.read_text(encoding="utf-8")) if config is not None and config.is_file() else {}
-    return replace(prompt_format, date=begun.get("date") or date.today().isoformat())
+    begun_with = begun.get("config", begun).get("prompt_format", {}).get("date")
+    return replace(prompt_format, date=begun_with or date.today().isoformat())
 
 
 def render(model: Any, prompt: str, prompt_format: PromptFormat = PromptFormat()) -> str:
@@ -203,9 +218,7 @@ def encode_all(
     Raises:
         SteerlensError: if a prompt is no text, or it and the room together exceed the model's context.
     """
-    texts = list(prompts)
-    for index, prompt in enumerate(texts):
-        check_text(prompt, f"prompt {index}")
+    texts = text_list(prompts)
     prompt_format = pinned(model, prompt_format)
     encoded = [encode(model, prompt, prompt_format) for prompt in texts]
     n_ctx = int(model.cfg.n_ctx)

@@ -26,7 +26,7 @@ from steerlens._typing import RealNumber, WholeNumber, plain, real, whole, whole
 from steerlens.errors import SteerlensError
 from steerlens.models.facts import model_device, stop_ids
 from steerlens.models.passes import forward
-from steerlens.models.prompts import PromptFormat, encode_all
+from steerlens.models.prompts import PromptFormat, encode_all, text_list
 from steerlens.models.rows import left_pad, length_sorted_batches, pad_id, token_positions
 from steerlens.models.stops import before_stop, check_stop_ids, decode
 from steerlens.steering.plan import Plan, as_plan
@@ -153,7 +153,7 @@ class Generations(Sequence[Generation]):
 
 def generate(
     model: Any,
-    prompts: Sequence[str],
+    prompts: Iterable[str],
     *,
     steering: Plan | Sequence[Plan] | None = None,
     max_new_tokens: WholeNumber = 128,
@@ -184,6 +184,7 @@ def generate(
         >>> generate(model, ["What colour is snow?"], steering=vector.at(4), max_new_tokens=8)[0].finish_reason
         'length'
     """
+    prompts = text_list(prompts)
     sampling = SamplingConfig(
         max_new_tokens,
         temperature,
@@ -207,7 +208,7 @@ def generate(
 
 def stream(
     model: Any,
-    prompts: Sequence[str],
+    prompts: Iterable[str],
     *,
     steering: Plan | Sequence[Plan] | None = None,
     sampling: SamplingConfig = SamplingConfig(),
@@ -235,8 +236,7 @@ def stream(
         >>> sorted(row.index for row in stream(model, queries, sampling=SamplingConfig(max_new_tokens=4)))
         [0, 1, 2]
     """
-    if isinstance(prompts, str):
-        raise SteerlensError(f"prompts must be a list of texts, got one text, {prompts[:40]!r}; put it into a list")
+    prompts = text_list(prompts)
     plans = [as_plan(one) for one in per_row(Plan() if steering is None else steering, len(prompts), "steering")]
     seeds = [whole(one, "seed") for one in per_row(plain(seed), len(prompts), "seed")]
     for value in seeds:

@@ -10,12 +10,12 @@ What it does not show: whether the force goes where it should. Search the calibr
 """
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from typing import Any
 
 from steerlens._typing import Operator, RealNumber, WholeNumber, real, whole, whole_numbers
 from steerlens.errors import SteerlensError
-from steerlens.models.prompts import PromptFormat
+from steerlens.models.prompts import PromptFormat, text_list
 from steerlens.steering.candidates import Candidate
 from steerlens.steering.positions import Window
 from steerlens.steering.sampling import generate
@@ -29,7 +29,7 @@ RANGE = (2.0**-8, 2.0**5)
 def calibrate(
     model: Any,
     vector: SteeringVector,
-    prompts: Sequence[str],
+    prompts: Iterable[str],
     *,
     target_kl: RealNumber = 0.5,
     layers: Iterable[WholeNumber] | None = None,
@@ -59,6 +59,7 @@ def calibrate(
         >>> [one.layer for one in calibrate(model, vector, queries[:1], target_kl=0.1, layers=[4], max_new_tokens=4, n_steps=3)]
         [4]
     """
+    prompts = text_list(prompts)
     goal, n_steps = real(target_kl, "target_kl"), whole(n_steps, "n_steps")
     if not prompts or goal <= 0:
         raise SteerlensError(f"calibration needs prompts and a target above 0 nats, got {len(prompts)} and {goal}")

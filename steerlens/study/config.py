@@ -2,12 +2,10 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
-from steerlens._typing import Gate, Operator, RuleName, Style, Unit, real, real_numbers, whole, whole_numbers
-
-if TYPE_CHECKING:
-    pass
+from steerlens._typing import Gate, Operator, RuleName, Unit, real, real_numbers, whole, whole_numbers
+from steerlens.models.prompts import PromptFormat
 
 
 @dataclass(frozen=True)
@@ -60,16 +58,18 @@ class RunConfig:
     """max_new_tokens of the search."""
     temperature: float = 0.0
     """0 is greedy."""
+    stop: tuple[str, ...] = ()
+    """Texts, special tokens among them, that end a response, besides the model's own stop tokens."""
+    stop_ids: tuple[int, ...] = ()
+    """Token ids that do so."""
     trials: int = 1
     """Responses per prompt and condition; more than one needs a temperature."""
     seed: int = 0
     """Decides splits, phrasings, samples and the random directions of the control."""
     batch_size: int = 16
     """Rows per batch; pairs per batch when recording."""
-    system: str | None = None
-    """A system message for the chat template."""
-    style: Style = "auto"
-    """Chat template or plain text; auto takes the template where the model has one."""
+    prompt_format: PromptFormat = PromptFormat()
+    """How a prompt's text becomes what the model reads."""
     dtype: str = "float32"
     """Of the weights: float32, bfloat16 or float16."""
     device: str | None = None

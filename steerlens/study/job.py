@@ -30,7 +30,8 @@ from steerlens.figures.report import write_report
 from steerlens.files import Journal, content_key, file_name, json_lines, start_folder, writable_folder, write_atomically
 from steerlens.models.facts import check_layer, library_versions, model_digest, model_facts, model_id
 from steerlens.models.load import load_model
-from steerlens.models.prompts import PromptFormat, encode_all, template_digest
+from steerlens.models.prompts import encode_all, frame, pinned, template_digest
+from steerlens.models.stops import check_stop_ids
 from steerlens.steering.sampling import SamplingConfig
 from steerlens.study.config import PLACE, RunConfig, pairs_for
 from steerlens.study.quality import Quality
@@ -103,6 +104,7 @@ def run(
         if model is not None
         else load_model(config.model, dtype=config.dtype, device=config.device, progress=progress)
     )
+    config = replace(config, prompt_format=pinned(model, config.prompt_format, folder))
     _say(progress, f"{model_facts(model)['model']}: {train!r} to fit, {valid!r} to search, {test!r} to test")
     check_settings(config, model, valid, test)
     quality = Quality(True, config.quality_model, config.kl, config.reward_model)
@@ -115,8 +117,8 @@ def run(
         def sampler(tokens: int) -> Sampler:
             return Sampler(
                 model,
-                sampling=SamplingConfig(tokens, config.temperature),
-                prompt_format=_prompt_format(config),
+                sampling=_sampling(config, tokens),
+                prompt_format=config.prompt_format,
                 batch_size=config.batch_size,
                 journal=journal,
                 engine=engine,
@@ -239,9 +241,10 @@ def _test_pairs(config: RunConfig, data: PairSet, pairs: PairSet, notes: list[st
 
 
 def run_identity(config: RunConfig, model: Any, *parts: PairSet) -> str:
-    """A hash of the settings, the model's weights and the prompts: equal for runs with equal results."""
+    """A hash of the settings, the model's weights, the prompts and their frame: equal for runs with equal results."""
     settings = {key: value for key, value in asdict(config).items() if key not in ("model", "pairs", "data", *PLACE)}
-    return content_key([settings, model_digest(model), [part.content_hash for part in parts]])
+    template = template_digest(model, config.prompt_format)
+    return content_key([settings, model_digest(model), template, [part.content_hash for part in parts]])
 
 
 def check_settings(config: RunConfig, model: Any, valid: PairSet, test: PairSet) -> None:
@@ -260,9 +263,9 @@ def check_settings(config: RunConfig, model: Any, valid: PairSet, test: PairSet)
         pair.require_check()
     needed = ((valid, config.search_tokens, ["none", "text"]), (test, config.max_new_tokens, ["none", "text"]))
     for part, tokens, conditions in needed:
-        SamplingConfig(tokens, config.temperature)
+        check_stop_ids(model, _sampling(config, tokens).stop_ids)
         for condition in conditions:
-            encode_all(model, part.prompts(condition), _prompt_format(config), room=tokens)
+            encode_all(model, part.prompts(condition), config.prompt_format, room=tokens)
 
 
 RESULTS = ("scores.jsonl", "search_scores.jsonl", "table.csv", "comparisons.csv", "search.csv", "report.html")
@@ -280,7 +283,7 @@ def _vectors(
     digest = content_key(
         [
             model_digest(model),
-            template_digest(model, _prompt_format(config)),
+            template_digest(model, config.prompt_format),
             config.dtype,
             config.batch_size,
             train.content_hash,
@@ -291,7 +294,7 @@ def _vectors(
         if all(vector.metadata.get("fit") == digest for vector in stored.values()):
             return stored
     recorded = record_activations(
-        model, train, batch_size=config.batch_size, prompt_format=_prompt_format(config), progress=progress
+        model, train, batch_size=config.batch_size, prompt_format=config.prompt_format, progress=progress
     ).by_instruction()
     seed = str(config.seed)
     vectors = {name: fit_steering_vector(recorded[name]).with_metadata(fit=digest, seed=seed) for name in parts}
@@ -317,6 +320,7 @@ def _facts(
         "searched on": f"{config.pairs}: {valid!r}",
         "tested on": f"{config.data or config.pairs}: {test!r}",
         "left out": "; ".join(notes) or "nothing",
+        "prompts": frame(model, config.prompt_format),
         "operator": f"{' or '.join(config.operators)} at {' or '.join(config.positions)} positions",
         "layers searched": ", ".join(str(x) for x in scores["layer"].dropna().unique()),
         "coefficients searched": ", ".join(f"{x:g}" for x in config.coeffs) + _in_unit(config.unit),
@@ -328,6 +332,7 @@ def _facts(
         "chosen with the text": _choices(found["text+vector"]),
         "sampling": f"{'greedy' if config.temperature == 0 else f'temperature {config.temperature:g}'}, "
         f"at most {config.max_new_tokens} new tokens ({config.search_tokens} in the search), {config.trials} per prompt",
+        "stopped by": ", ".join(map(repr, (*config.stop, *config.stop_ids))) or "the model's own stop tokens",
         "seed": config.seed,
         "sentences split by": sentence_splitter(),
         "identity": identity,
@@ -363,8 +368,8 @@ def _write_results(
     return write_report(folder / "report.html", scores=evaluation.scores, search=tables, facts=facts, title=title)
 
 
-def _prompt_format(config: RunConfig) -> PromptFormat:
-    return PromptFormat(style=config.style, system=config.system)
+def _sampling(config: RunConfig, max_new_tokens: int) -> SamplingConfig:
+    return SamplingConfig(max_new_tokens, config.temperature, stop=config.stop, stop_ids=config.stop_ids)
 
 
 def _say(progress: bool, text: str) -> None:

@@ -25,7 +25,7 @@ from torch import Tensor
 from steerlens.errors import ModelError
 from steerlens.models.facts import model_device
 from steerlens.models.load import in_one_line, load_model
-from steerlens.models.prompts import PromptFormat, encode
+from steerlens.models.prompts import PromptFormat, encode, fill_template
 from steerlens.models.rows import left_pad, length_sorted_batches, pad_id, token_positions
 from steerlens.steering.plan import Plan
 from steerlens.steering.residual import Steering, build_tables
@@ -141,7 +141,7 @@ def mean_log_probabilities(
 def text_perplexities(model: Any, texts: Sequence[str], batch_size: int = 8) -> list[float]:
     """Perplexity of each text on its own, its last 1024 tokens; nan for a text of fewer than two tokens.
 
-    The first token, the beginning-of-sequence token where the model has one, is given and not scored.
+    The first token, the beginning-of-sequence token where the model's tokenizer writes one, is given and not scored.
     """
     plain = PromptFormat(style="plain")
     room = min(LAST_TOKENS, int(model.cfg.n_ctx))
@@ -219,9 +219,15 @@ def _classifier(name: str) -> tuple[Any, Any]:
             f"a reward model must give one number by trained weights, got {name!r} with {classifier.config.num_labels} labels "
             f"and {len(info['missing_keys'])} missing weights; choose a model that was trained as a reward model"
         )
+    if tokenizer.chat_template:
+        _chat(tokenizer, "a", "b")  # a template that cannot do it is refused before anything is generated
     if classifier.config.pad_token_id is None:
         classifier.config.pad_token_id = tokenizer.pad_token_id
     return classifier.eval(), tokenizer
+
+
+def _chat(tokenizer: Any, query: str, text: str) -> str:
+    return fill_template(tokenizer, [("user", query), ("assistant", text)], add_generation_prompt=False)
 
 
 def rewards(name: str, pairs: Sequence[tuple[str, str]], batch_size: int = 8) -> list[float]:
@@ -239,10 +245,7 @@ def rewards(name: str, pairs: Sequence[tuple[str, str]], batch_size: int = 8) ->
         part = pairs[start : start + batch_size]
         options = {"return_tensors": "pt", "padding": batch_size > 1, "truncation": True}
         if tokenizer.chat_template:
-            chats = [
-                [{"role": "user", "content": query}, {"role": "assistant", "content": text}] for query, text in part
-            ]
-            rendered = [tokenizer.apply_chat_template(chat, tokenize=False) for chat in chats]
+            rendered = [_chat(tokenizer, query, text) for query, text in part]
             batch = tokenizer(rendered, add_special_tokens=False, **options)
         else:
             batch = tokenizer([query for query, _ in part], [text for _, text in part], **options)

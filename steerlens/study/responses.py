@@ -17,7 +17,7 @@ from steerlens.data.pairs import InstructionPair
 from steerlens.errors import DataError, SteerlensError, nearest
 from steerlens.files import Journal, content_key, derived_seed
 from steerlens.models.facts import model_digest
-from steerlens.models.prompts import PromptFormat, encode
+from steerlens.models.prompts import PromptFormat, encode, pinned
 from steerlens.models.rows import length_sorted_batches
 from steerlens.steering.plan import Plan, as_plan
 from steerlens.steering.sampling import Generation, SamplingConfig, stream
@@ -134,7 +134,8 @@ class Sampler:
         engine: "Engine | None" = None,
         progress: bool = False,
     ) -> None:
-        self.model, self.sampling, self.prompt_format = model, sampling, prompt_format
+        self.model, self.sampling = model, sampling
+        self.prompt_format = pinned(model, prompt_format, None if journal is None else journal.path.parent)
         self.engine = self._here if engine is None else partial(engine, self)
         self.batch_size, self.journal, self.progress = batch_size, journal, progress
         self.records: dict[str, dict[str, Any]] = {} if journal is None else journal.records

@@ -145,6 +145,8 @@ def evaluate(
     temperature: RealNumber = 0.0,
     top_k: WholeNumber | None = None,
     top_p: RealNumber = 1.0,
+    stop: str | tuple[str, ...] = (),
+    stop_ids: Sequence[int] = (),
     trials: WholeNumber = 1,
     seed: WholeNumber = 0,
     batch_size: int = 16,
@@ -160,6 +162,7 @@ def evaluate(
         pairs: Prompts that neither the vector nor its layer was chosen on; their instructions need ids, which say how
             they are checked.
         conditions: Cells to fill; default: all, with their control.
+        stop, stop_ids: Texts and token ids that end a response, besides the model's own.
         trials: Responses per prompt and condition; more than one needs a temperature.
         seed: Decides the random directions of the control and, above temperature 0, the samples.
         quality: What is measured on the responses besides words.
@@ -186,7 +189,7 @@ def evaluate(
     with nullcontext() if out is None else Journal(writable_folder(out) / "generations.jsonl") as journal:
         sampler = Sampler(
             model,
-            sampling=SamplingConfig(max_new_tokens, temperature, top_k, top_p),
+            sampling=SamplingConfig(max_new_tokens, temperature, top_k, top_p, stop=stop, stop_ids=tuple(stop_ids)),
             prompt_format=prompt_format,
             batch_size=batch_size,
             journal=journal,
@@ -201,6 +204,7 @@ def evaluate(
                 "versions": library_versions(),
                 "model": model_id(model),
                 "sampling": asdict(sampler.sampling),
+                "prompt_format": asdict(sampler.prompt_format),
                 "pairs": repr(pairs),
             }
             keys = [sampler.key(request) for request in requests]

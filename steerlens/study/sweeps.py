@@ -259,6 +259,8 @@ def sweep(
     trials: WholeNumber = 1,
     max_new_tokens: WholeNumber = 128,
     temperature: RealNumber = 0.0,
+    stop: str | tuple[str, ...] = (),
+    stop_ids: Sequence[int] = (),
     seed: WholeNumber = 0,
     batch_size: int = 64,
     prompt_format: PromptFormat = PromptFormat(),
@@ -278,6 +280,7 @@ def sweep(
         gate: The quality that a candidate must not lose.
         quality: What scores the responses; default: perplexity under the model itself where the gate asks for it.
         trials: Responses per prompt and candidate; more than one needs a temperature.
+        stop, stop_ids: Texts and token ids that end a response, besides the model's own.
         seed: Decides the samples, above temperature 0; greedy sweeps do not depend on it.
         out: A folder that keeps every response as it is made (generations.jsonl), so that the same sweep goes on where it was
             cut short and a larger one generates only what is new; scores.jsonl and table.csv are written at the end.
@@ -300,7 +303,7 @@ def sweep(
     with nullcontext() if out is None else Journal(writable_folder(out) / "generations.jsonl") as journal:
         sampler = Sampler(
             model,
-            sampling=SamplingConfig(max_new_tokens, temperature),
+            sampling=SamplingConfig(max_new_tokens, temperature, stop=stop, stop_ids=tuple(stop_ids)),
             prompt_format=prompt_format,
             batch_size=batch_size,
             journal=journal,
@@ -426,6 +429,7 @@ def search(
             "versions": library_versions(),
             "model": model_id(sampler.model),
             "sampling": asdict(sampler.sampling),
+            "prompt_format": asdict(sampler.prompt_format),
             "pairs": repr(pairs),
         }
         keys = [sampler.key(request) for request in requests]

@@ -27,7 +27,7 @@ from steerlens.data.splits import query_ids
 from steerlens.errors import DataError, SteerlensError
 from steerlens.models.facts import check_layer, coordinate_frame, model_id, resid_post, versions_json
 from steerlens.models.passes import forward
-from steerlens.models.prompts import PromptFormat, encode_all, template_digest
+from steerlens.models.prompts import PromptFormat, encode_all, frame, pinned, template_digest
 from steerlens.models.rows import left_pad, length_sorted_batches, pad_id
 
 SIDES = ("without", "with")
@@ -164,6 +164,7 @@ def record_activations(
     """
     kept = _check_layers(model, layers)
     _check_pairs(pairs)
+    prompt_format = pinned(model, prompt_format)
     resid = torch.empty(len(pairs), 2, len(kept), int(model.cfg.d_model))
     for batch in iter_activations(
         model,
@@ -213,6 +214,7 @@ def record_means(
             f"means are of one instruction, got pairs of {len(pairs.instructions)}; "
             "record each part of pairs.by_instruction()"
         )
+    prompt_format = pinned(model, prompt_format)
     total = torch.zeros(2, len(kept), int(model.cfg.d_model), dtype=torch.float64)
     total_norm = torch.zeros(2, len(kept), dtype=torch.float64)
     for batch in iter_activations(
@@ -237,6 +239,7 @@ def capture_metadata(model: Any, pairs: PairSet, prompt_format: PromptFormat) ->
         "d_model": str(model.cfg.d_model),
         "frame": coordinate_frame(model),
         "template": template_digest(model, prompt_format),
+        "prompt": frame(model, prompt_format),
         "read_position": "last prompt token",
         **_data_metadata(pairs, [pair.instruction_id for pair in pairs]),
         "versions": versions_json(),
@@ -286,6 +289,7 @@ def iter_activations(
     progress: bool = False,
 ) -> Iterator[ActivationBatch]:
     """Batches of activations as they are computed, longest prompts first."""
+    prompt_format = pinned(model, prompt_format)
     without = encode_all(model, [pair.text("none") for pair in pairs], prompt_format)
     with_ = encode_all(model, [pair.text("text") for pair in pairs], prompt_format)
     share = share_prefixes and _prefixes_can_be_shared(model)

@@ -24,7 +24,7 @@ from steerlens.data.pairs import PairSet
 from steerlens.errors import SteerlensError
 from steerlens.files import content_key
 from steerlens.models.facts import model_digest
-from steerlens.models.prompts import PromptFormat, template_digest
+from steerlens.models.prompts import PromptFormat, pinned, template_digest
 from steerlens.vectors.activations import ActivationMeans, Activations, record_activations
 from steerlens.vectors.formats import PROJECTIONS
 from steerlens.vectors.vector import SteeringVector
@@ -204,6 +204,7 @@ def fit_vectors(
         ['harbor', 'tree']
     """
     found: dict[str, SteeringVector] = {}
+    prompt_format = pinned(model, prompt_format)
     settings = [model_digest(model), str(model.cfg.dtype), template_digest(model, prompt_format)]
     for name, pairs in tqdm(sets.items(), desc="fit", unit="vector", disable=not progress):
         path = None if folder is None else Path(folder) / f"{content_key([*settings, pairs.content_hash])}.safetensors"

@@ -439,7 +439,7 @@ def test_only_a_template_that_writes_the_date_is_pinned_and_a_folder_goes_on_wit
     assert pinned(model, PromptFormat()) == PromptFormat()
     model = with_template(DATED)
     assert pinned(model, PLAIN) == PLAIN
-    (tmp_path / "config.json").write_text('{"date": "2020-01-01"}')
+    (tmp_path / "config.json").write_text('{"config": {"prompt_format": {"date": "2020-01-01"}}}')
     assert pinned(model, PromptFormat(), tmp_path).date == "2020-01-01"
     assert pinned(model, PromptFormat(date="2021-01-01"), tmp_path).date == "2021-01-01"
     assert pinned(model, PromptFormat(), tmp_path / "none").date == datetime.date.today().isoformat()

@@ -689,8 +689,21 @@ def test_no_progress_bar_is_shown_unasked(llama: Subject, capsys: pytest.Capture
     assert capsys.readouterr() == ("", "")
 
 
+def test_a_series_of_prompts_and_an_array_of_them_are_as_good_as_a_list(tiny: Subject) -> None:
+    listed = generate(tiny.model, PROMPTS[:3], max_new_tokens=3)
+    assert generate(tiny.model, pd.Series(PROMPTS[:3], index=[5, 5, 7]), max_new_tokens=3) == listed
+    assert generate(tiny.model, np.array(PROMPTS[:3]), max_new_tokens=3) == listed
+
+
+def test_missing_prompts_are_refused_before_the_model_runs(tiny: Subject) -> None:
+    with pytest.raises(SteerlensError, match=r"prompt 1 must be a text, got nan \(float\)"):
+        generate(tiny.model, pd.Series(["a", None], dtype="str"))
+    with pytest.raises(SteerlensError, match=r"prompt 1 must be a text, got None \(NoneType\)"):
+        generate(tiny.model, pd.Series(["a", None], dtype=object))
+
+
 def test_one_bare_text_is_not_taken_for_a_list_of_letters(llama: Subject) -> None:
-    with pytest.raises(SteerlensError, match="prompts must be a list of texts, got one text"):
+    with pytest.raises(SteerlensError, match=r"prompts must be a list of texts, got 'Describe rain\.'; put one"):
         generate(llama.model, "Describe rain.")
     assert SamplingConfig(stop="END").stop == ("END",)
 

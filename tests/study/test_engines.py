@@ -170,7 +170,7 @@ def test_a_run_on_ray_killed_in_the_middle_goes_on_to_the_same_results(tiny_fold
         ray_address=cluster.address,
     )
     code = (
-        "import sys; from steerlens.study.config import RunConfig; from steerlens.study.job import run; "
+        "import sys; from steerlens.study.config import PromptFormat, RunConfig; from steerlens.study.job import run; "
         f"run(RunConfig(**{config.__dict__!r}), {str(tmp_path / 'run')!r}, progress=False)"
     )
     process = subprocess.Popen([sys.executable, "-c", code], env={**os.environ, "OMP_NUM_THREADS": "1"})

@@ -1,7 +1,9 @@
 """The main job: one folder, resumable at any moment, the same result however often it was killed."""
 
+import datetime
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -18,6 +20,7 @@ from steerlens.checks.registry import register_check
 from steerlens.data.pairs import InstructionPair, PairSet
 from steerlens.errors import DataError, SteerlensError
 from steerlens.files import file_name
+from steerlens.models.prompts import PromptFormat
 from steerlens.study.config import RunConfig
 from steerlens.study.job import run, select_pairs
 from steerlens.study.scores import Evaluation
@@ -123,7 +126,42 @@ def test_vectors_of_names_that_look_alike_or_are_long_are_kept_apart(config, own
         assert torch.equal(vector.directions[1], first.vectors[name].directions[1])
 
 
-@pytest.mark.parametrize("change", [{"max_new_tokens": 13}, {"seed": 1}, {"n_train": 5}, {"coeffs": (2.0,)}])
+DATED = "{{ bos_token }}{{ strftime_now('%Y-%m-%d') }} {% for m in messages %}{{ m.content }}{% endfor %}"
+
+
+class Days(datetime.date):
+    """A calendar on which a day passes whenever it is looked at."""
+
+    seen = 0
+
+    @classmethod
+    def today(cls):
+        cls.seen += 1
+        return cls(2025, 1, cls.seen)
+
+
+def test_a_run_keeps_the_date_on_which_it_began_and_goes_on_with_it(config, tmp_path, tiny_folders, monkeypatch):
+    shutil.copytree(tiny_folders["llama"], tmp_path / "model")
+    (tmp_path / "model" / "chat_template.jinja").write_text(DATED)
+    config = replace(config, model=str(tmp_path / "model"))
+    monkeypatch.setattr("steerlens.models.prompts.date", Days)
+    first = run(config, tmp_path / "run", progress=False)
+    assert first.facts["prompts"] == "<bos>2025-01-01 {prompt}"
+    assert {vector.metadata["prompt"] for vector in first.vectors.values()} == {"<bos>2025-01-01 {prompt}"}
+    before = (first.folder / "generations.jsonl").read_bytes()
+    again = run(config, tmp_path / "run", progress=False)
+    assert (again.folder / "generations.jsonl").read_bytes() == before
+    assert again.facts["identity"] == first.facts["identity"]
+    pinned = replace(config, prompt_format=PromptFormat(date="2025-01-01"))
+    assert run(pinned, tmp_path / "pinned", progress=False).facts["identity"] == first.facts["identity"]
+    other = run(replace(config, prompt_format=PromptFormat(date="2024-02-29")), tmp_path / "run", progress=False)
+    assert other.facts["identity"] != first.facts["identity"]
+    assert {vector.metadata["prompt"] for vector in other.vectors.values()} == {"<bos>2024-02-29 {prompt}"}
+
+
+@pytest.mark.parametrize(
+    "change", [{"max_new_tokens": 13}, {"stop": ("e",)}, {"seed": 1}, {"n_train": 5}, {"coeffs": (2.0,)}]
+)
 def test_a_changed_setting_is_another_run_in_the_same_folder(config, tmp_path, change):
     first = run(config, tmp_path / "run", progress=False)
     changed = replace(config, **change)
@@ -148,7 +186,7 @@ def test_results_of_other_settings_are_gone_before_a_changed_run_can_be_cut_shor
 
 def start(config: RunConfig, folder: Path) -> subprocess.Popen[bytes]:
     code = (
-        "import sys; from steerlens.study.config import RunConfig; from steerlens.study.job import run; "
+        "import sys; from steerlens.study.config import PromptFormat, RunConfig; from steerlens.study.job import run; "
         f"run(RunConfig(**{config.__dict__!r}), {str(folder)!r}, progress=False)"
     )
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
