@@ -22,7 +22,6 @@ from weakref import WeakKeyDictionary
 
 from steerlens._typing import Style
 from steerlens.errors import ModelError, SteerlensError, nearest
-from steerlens.models.facts import check_ids
 
 Scalar = bool | int | float | str
 
@@ -218,6 +217,9 @@ def encode_all(
     Raises:
         SteerlensError: if a prompt is no text, or it and the room together exceed the model's context.
     """
+    # Not above: the command line's help names a PromptFormat, and loads no torch.
+    from steerlens.models.facts import check_ids
+
     texts = text_list(prompts)
     prompt_format = pinned(model, prompt_format)
     encoded = [encode(model, prompt, prompt_format) for prompt in texts]
