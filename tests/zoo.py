@@ -212,8 +212,17 @@ OTHERS: dict[str, Animal] = {
     ),
     "bert": Animal("bert", PLAIN, AutoModelForMaskedLM),
     "roberta": Animal("roberta", PLAIN, AutoModelForMaskedLM),
+    "persimmon": Animal("persimmon", PLAIN),
+    "biogpt": Animal("biogpt", PLAIN),
+    "helium": Animal("helium", SIZES),
+    "granite-hybrid": Animal(
+        "granitemoehybrid",
+        SIZES
+        | STATE
+        | {"num_local_experts": 0, "shared_intermediate_size": 64, "layer_types": ["mamba", "attention"] * 2},
+    ),
 }
-"""Not decoders: no text goes on from a prompt, or not from the prompt alone."""
+"""Not decoders, so that no text goes on from a prompt alone; or decoders that TransformerLens cannot bridge."""
 
 
 def save_animal(name: str, folder: Path) -> Path:

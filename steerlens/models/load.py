@@ -33,6 +33,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
 from steerlens.errors import ModelError, nearest
+from steerlens.models.facts import model_device
 
 
 @dataclass(frozen=True)
@@ -206,9 +207,16 @@ def _auto_class(config: Any) -> Any:
     """The transformers class that reads a decoder's weights.
 
     Raises:
-        ModelError: if the model is no decoder, before its weights are read.
+        ModelError: if there is no bridge for the model, or it is no decoder; its weights are not read yet.
     """
-    architecture = determine_architecture_from_hf_config(config)
+    try:
+        architecture = determine_architecture_from_hf_config(config)
+    except ValueError as error:
+        named = (config.architectures or [config.model_type])[0]
+        raise ModelError(
+            f"a model must be of an architecture that TransformerLens {importlib.metadata.version('transformer-lens')} bridges, "
+            f"got {named}; load another model, or register an adapter for it there"
+        ) from error
     auto = get_hf_model_class_for_architecture(architecture)
     if config.is_encoder_decoder or auto.__name__ not in DECODERS:
         raise ModelError(
@@ -251,7 +259,30 @@ def _bridge(source: str, *, local: bool, **options: Any) -> TransformerBridge:
     bridge._tokenizer = tokenizer
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
-    return bridge.eval()
+    _check_causal(bridge.eval())
+    return bridge
+
+
+def _check_causal(bridge: TransformerBridge) -> None:
+    """Run two texts that part at their last token: what the model says before it must not differ.
+
+    Raises:
+        ModelError: if a token sees the ones after it.
+    """
+    tokens = torch.tensor([[0, 0, 0], [0, 0, 1]], device=model_device(bridge))
+    try:
+        with torch.inference_mode():
+            first, second = bridge(tokens, return_type="logits").float()
+    except Exception as error:
+        raise RuntimeError(
+            f"{bridge.cfg.architecture} is bridged by TransformerLens, and does not run: {error}"
+        ) from error
+    seen = (first - second).abs().amax(-1)
+    if seen[:2].max() > 0.1 * seen[2]:  # rounding is far below that in every dtype, attention to what follows far above
+        raise ModelError(
+            f"a model's tokens must not see the ones after them, got {bridge.cfg.architecture}, where they do; "
+            "load a causal language model"
+        )
 
 
 @contextmanager

@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformer_lens.model_bridge import TransformerBridge
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from steerlens.errors import ModelError, SteerlensError
@@ -529,6 +530,13 @@ def test_a_checkpoint_without_some_of_its_weights_is_refused_and_not_filled_with
             load_model(tmp_path / "model", progress=False)
     finally:
         logging.disable(logging.NOTSET)
+
+
+def test_a_model_whose_tokens_see_the_ones_after_them_is_refused(tmp_path: Path) -> None:
+    folder = save_animal("bert", tmp_path / "bert")
+    bridge = TransformerBridge.boot_transformers(str(folder), tokenizer=AutoTokenizer.from_pretrained(folder))
+    with pytest.raises(ModelError, match="must not see the ones after them, got BertForMaskedLM, where they do"):
+        model_module._check_causal(bridge.eval())
 
 
 # --- vocabularies --------------------------------------------------------------------------------------------------
