@@ -27,7 +27,7 @@ from steerlens.errors import DataError
 from steerlens.figures.theme import CONDITION_COLORS, short_label
 from steerlens.stats.pareto import pareto_front
 from steerlens.stats.rates import rates_and_quality
-from steerlens.stats.slopes import agreement, d_prime
+from steerlens.stats.slopes import agreement, d_prime, steerability_summary
 from steerlens.steering.candidates import grid
 from steerlens.study.calibration import calibrate
 from steerlens.study.quality import Quality
@@ -91,7 +91,7 @@ def measure(settings: Settings) -> Frames:
 def slope_of(scores: pd.DataFrame, largest: float) -> dict[str, float]:
     """The share followed over coefficients from 0 to the largest: its slope, and how many prompts go down."""
     scores = scores.assign(coeff=scores["coeff"].where(scores["layer"].notna(), 0.0))
-    found = steerability_rates_and_quality(scores[scores["coeff"] <= largest], value="followed", sample="prompt_id")
+    found = steerability_summary(scores[scores["coeff"] <= largest], value="followed", sample="prompt_id")
     return {
         "n": found.n,
         "slope": found.slope,
