@@ -16,7 +16,7 @@ import tyro
 
 from steerlens._typing import Gate, Operator, RuleName
 from steerlens.errors import SteerlensError
-from steerlens.files import writable_folder
+from steerlens.files import user_path, writable_folder
 from steerlens.models.prompts import PromptFormat
 from steerlens.study.config import RunConfig, pairs_for
 
@@ -350,6 +350,7 @@ def info(path: Annotated[Path, tyro.conf.Positional]) -> None:
     Args:
         path: A vector file or a run's folder.
     """
+    path = user_path(path)
     if path.is_dir():
         import pandas as pd
 

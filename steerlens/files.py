@@ -99,11 +99,11 @@ def start_folder(folder: Path, identity: str, settings: Mapping[str, Any], resul
 
     Results of another identity are removed, so that they are never read as those of these settings.
     """
-    path = folder / "config.json"
+    path = user_path(folder) / "config.json"
     before = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
     if before.get("identity") != identity:
         for name in results:
-            (folder / name).unlink(missing_ok=True)
+            path.with_name(name).unlink(missing_ok=True)
     write_atomically(path, json.dumps({"identity": identity, **settings}, indent=2, default=str) + "\n")
 
 

@@ -99,6 +99,18 @@ def test_fit_info_generate_and_evaluate_work_together(steerlens, tiny_folders, p
     assert all(condition in table.stdout for condition in ("none", "vector", "text+vector", "random"))
 
 
+def test_a_tilde_is_the_home_folder_also_where_the_shell_left_it(
+    steerlens, tiny_folders, pairs_file, tmp_path, monkeypatch
+):
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.chdir(tmp_path)
+    model = ["--model", tiny_folders["llama"]]
+    done = steerlens("fit", *model, "--instruction", NO_COMMA, "--pairs", pairs_file, "--out", "~/v/a.safetensors")
+    assert done.returncode == 0, done.stderr
+    assert f"instruction: {NO_COMMA}" in steerlens("info", "~/v/a.safetensors").stdout
+    assert [path.name for path in tmp_path.iterdir()] == ["home"]
+
+
 def test_queries_that_a_vector_was_fitted_on_do_not_test_it_whatever_the_file(
     steerlens, tiny_folders, pairs_file, tmp_path, monkeypatch
 ):

@@ -23,7 +23,8 @@ from steerlens.files import (
     writable_folder,
     write_atomically,
 )
-from steerlens.study.config import pairs_for
+from steerlens.models.load import NAMED_MODELS
+from steerlens.study.config import TINY, pairs_for
 
 
 def test_keys_depend_on_content_and_not_on_the_order_of_dictionaries():
@@ -251,12 +252,25 @@ def test_an_output_folder_without_write_permission_is_refused(tmp_path):
     ("pairs", "model", "found"),
     [
         ("auto", "tiny", "tiny"),
-        ("auto", "/somewhere/tiny-base", "tiny"),
+        ("auto", "trained/tiny-base", "tiny"),
+        ("auto", "~/trained/tiny-base", "tiny"),
+        ("auto", "tinyllama-1.1b", "format"),
+        ("auto", "someone/tiny-gpt2", "format"),
+        ("auto", "someone/tiny", "format"),
         ("auto", "smollm2-135m", "format"),
         ("auto", "someone/giant", "format"),
         ("format", "tiny", "format"),
         ("mine.jsonl", "tiny", "mine.jsonl"),
     ],
 )
-def test_the_tiny_models_are_asked_what_they_can_know_unless_told_otherwise(pairs: str, model: str, found: str) -> None:
+def test_the_tiny_models_are_asked_what_they_can_know_unless_told_otherwise(
+    pairs: str, model: str, found: str, tmp_path, monkeypatch
+) -> None:
+    (tmp_path / "trained" / "tiny-base").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))
     assert pairs_for(pairs, model) == found
+
+
+def test_the_tiny_models_are_those_of_the_package() -> None:
+    assert list(TINY) == [name for name, model in NAMED_MODELS.items() if not model.hub_id]

@@ -6,7 +6,6 @@ Python's own, once, so that equal content is equal everywhere.
 
 from collections.abc import Mapping
 from numbers import Real
-from operator import index
 from typing import Any
 
 from steerlens.errors import DataError
@@ -72,15 +71,3 @@ def own_types(value: Any) -> Any:
     if isinstance(value, Mapping):
         return {name: own_types(item) for name, item in value.items()}
     return text_of(value, "a value") if isinstance(value, str) else value
-
-
-def whole(number: Any, what: str) -> int:
-    """A plain integer, from Python's or NumPy's.
-
-    Raises:
-        DataError: if it is no whole number.
-    """
-    try:
-        return index(number)
-    except TypeError:
-        raise DataError(f"{what} must be a whole number, got {number!r} ({type(number).__name__})") from None

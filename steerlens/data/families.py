@@ -19,10 +19,10 @@ import importlib.resources
 import json
 import random
 from collections.abc import Iterable
-from typing import Any, Literal, SupportsIndex, get_args
+from typing import Any, Literal, get_args
 
+from steerlens._typing import WholeNumber, whole
 from steerlens.checks.text import split_sentences
-from steerlens.data.cells import whole
 from steerlens.data.pairs import InstructionPair, PairSet
 from steerlens.errors import DataError, nearest
 from steerlens.files import derived_seed, query_key
@@ -52,7 +52,7 @@ def _phrasings(family: str) -> dict[str, list[str]]:
     return found
 
 
-def length_pairs(queries: Iterable[str], level: Level, *, seed: SupportsIndex = 0) -> PairSet:
+def length_pairs(queries: Iterable[str], level: Level, *, seed: WholeNumber = 0) -> PairSet:
     """Each query with a level of length, instruction id "length:{level}".
 
     Args:
@@ -73,7 +73,7 @@ def length_pairs(queries: Iterable[str], level: Level, *, seed: SupportsIndex = 
     return _pairs(queries, _phrasings("length")[level], [f"length:{level}"], [{}], seed)
 
 
-def sentence_pairs(queries: Iterable[str], relation: Relation, n: SupportsIndex, *, seed: SupportsIndex = 0) -> PairSet:
+def sentence_pairs(queries: Iterable[str], relation: Relation, n: WholeNumber, *, seed: WholeNumber = 0) -> PairSet:
     """Each query with exactly, at most or at least n sentences, checked by IFEval's sentence count.
 
     IFEval only knows "less than" and "at least", so "exactly" is both together.
@@ -103,7 +103,7 @@ def sentence_pairs(queries: Iterable[str], relation: Relation, n: SupportsIndex,
     return _pairs(queries, _phrasings("sentences")[relation], [SENTENCES] * len(checks), checks, seed, **words)
 
 
-def keyword_pairs(queries: Iterable[str], word: str, mode: Mode = "include", *, seed: SupportsIndex = 0) -> PairSet:
+def keyword_pairs(queries: Iterable[str], word: str, mode: Mode = "include", *, seed: WholeNumber = 0) -> PairSet:
     """Each query with a word to include or to exclude; queries that hold the word themselves are left out.
 
     Args:
@@ -149,7 +149,7 @@ def _pairs(
     phrasings: list[str],
     ids: list[str],
     kwargs: list[dict[str, Any]],
-    seed: SupportsIndex,
+    seed: WholeNumber,
     **words: Any,
 ) -> PairSet:
     def one(query: str) -> InstructionPair:

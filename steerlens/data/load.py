@@ -7,11 +7,10 @@ from collections.abc import Iterable
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
-from typing import SupportsIndex
 
+from steerlens._typing import WholeNumber, whole
 from steerlens.checks.catalogue import Instruction, format_instructions, language_instructions
 from steerlens.checks.registry import check_arguments, instruction_types
-from steerlens.data.cells import whole
 from steerlens.data.pairs import InstructionPair, PairSet, digest, known_ids, ranked
 from steerlens.data.readers import Line, at_line, existing, read_lines
 from steerlens.errors import DataError
@@ -21,8 +20,8 @@ def load_pairs(
     source: str | os.PathLike[str],
     *,
     instructions: str | Iterable[str] | None = None,
-    n_queries: SupportsIndex | None = None,
-    seed: SupportsIndex = 0,
+    n_queries: WholeNumber | None = None,
+    seed: WholeNumber = 0,
     queries: str | os.PathLike[str] | None = None,
 ) -> PairSet:
     """Pairs from the bundled set or from a file.
@@ -81,7 +80,7 @@ def bundled_queries(source: str) -> tuple[str, ...]:
     return tuple(file.read_text(encoding="utf-8").splitlines())
 
 
-def _bundled_pairs(source: str, instructions: str | Iterable[str] | None, seed: SupportsIndex) -> PairSet:
+def _bundled_pairs(source: str, instructions: str | Iterable[str] | None, seed: WholeNumber) -> PairSet:
     catalogue = {**format_instructions(), **language_instructions()}
     ids = known_ids(format_instructions() if instructions is None else instructions, catalogue)
     queries = bundled_queries(source)
@@ -93,12 +92,12 @@ def _bundled_pairs(source: str, instructions: str | Iterable[str] | None, seed: 
     )
 
 
-def _bundled_pair(source: str, query: str, name: str, instruction: Instruction, seed: SupportsIndex) -> InstructionPair:
+def _bundled_pair(source: str, query: str, name: str, instruction: Instruction, seed: WholeNumber) -> InstructionPair:
     text, kwargs = instruction.render(random.Random(int(digest(seed, query, name), 16)))
     return InstructionPair(query, text, (instruction.id,), (kwargs,), source=source)
 
 
-def _keep_queries(pairs: PairSet, n_queries: SupportsIndex, seed: SupportsIndex) -> PairSet:
+def _keep_queries(pairs: PairSet, n_queries: WholeNumber, seed: WholeNumber) -> PairSet:
     keys = {pair.query_key for pair in pairs}
     if not 1 <= (n_queries := whole(n_queries, "n_queries")) <= len(keys):
         raise DataError(f"n_queries must be in [1, {len(keys)}], the number of base queries; got {n_queries}")

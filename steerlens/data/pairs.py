@@ -28,11 +28,12 @@ import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import pairwise
-from typing import TYPE_CHECKING, Any, SupportsIndex, overload
+from typing import TYPE_CHECKING, Any, overload
 
+from steerlens._typing import WholeNumber, whole
 from steerlens.checks.arguments import LANGUAGE
 from steerlens.checks.registry import check_arguments
-from steerlens.data.cells import Text, arguments_of, listed, text_of, whole
+from steerlens.data.cells import Text, arguments_of, listed, text_of
 from steerlens.data.conditions import CONDITIONS, WITH_TEXT
 from steerlens.data.readers import instruction_in
 from steerlens.errors import DataError, nearest
@@ -285,7 +286,7 @@ class PairSet(Sequence[InstructionPair]):
         """What the model is asked under `condition`, pair by pair."""
         return [pair.text(condition) for pair in self]
 
-    def split(self, *, seed: SupportsIndex = 0, fractions: Iterable[float] = (0.6, 0.2, 0.2)) -> tuple["PairSet", ...]:
+    def split(self, *, seed: WholeNumber = 0, fractions: Iterable[float] = (0.6, 0.2, 0.2)) -> tuple["PairSet", ...]:
         """Sets that share no base query, one per fraction of the queries; by default train, validation and test.
 
         The order of the pairs, and which instructions they carry, do not change where a query goes. A pair without a
@@ -307,14 +308,14 @@ class PairSet(Sequence[InstructionPair]):
             )
         return tuple(PairSet(pair for pair in self if pair.query_key in part) for part in parts)
 
-    def sample(self, n: SupportsIndex, *, seed: SupportsIndex = 0) -> "PairSet":
+    def sample(self, n: WholeNumber, *, seed: WholeNumber = 0) -> "PairSet":
         """`n` pairs in their order; a smaller sample with the same seed is part of a larger one."""
         if not 1 <= (n := whole(n, "n")) <= len(self):
             raise DataError(f"n must be in [1, {len(self)}], the number of pairs; got {n}")
         chosen = set(ranked({pair.prompt_id for pair in self}, seed)[:n])
         return PairSet(pair for pair in self if pair.prompt_id in chosen)
 
-    def sample_per_instruction(self, n: SupportsIndex, *, seed: SupportsIndex = 0) -> "PairSet":
+    def sample_per_instruction(self, n: WholeNumber, *, seed: WholeNumber = 0) -> "PairSet":
         """`n` pairs of every instruction, all in their order."""
         n, groups = whole(n, "n"), self.by_instruction()
         if short := [name for name, group in groups.items() if len(group) < n]:
@@ -411,7 +412,7 @@ def _short(instruction: str) -> str:
     return line if len(line) <= LONGEST_NAME else f"{line[: LONGEST_NAME - 8].rstrip()}… {digest(line)[:6]}"
 
 
-def ranked(names: Iterable[str], seed: SupportsIndex) -> list[str]:
+def ranked(names: Iterable[str], seed: WholeNumber) -> list[str]:
     """The names in an order that depends on the seed alone: two sets rank the names they share alike."""
     return sorted(names, key=lambda name: digest(seed, name))
 
@@ -440,6 +441,6 @@ def _plain(value: Any) -> Any:
     return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
-def _count(n: SupportsIndex, noun: str) -> str:
+def _count(n: int, noun: str) -> str:
     plural = noun[:-1] + "ies" if noun.endswith("y") else noun + "s"
     return f"{n} {noun if n == 1 else plural}"

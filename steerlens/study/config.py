@@ -94,8 +94,13 @@ PLACE = ("device", "engine", "ray_address", "n_workers")
 """Settings that say where a run runs, not what comes out."""
 
 
+TINY = ("tiny", "tiny-base", "tiny-half", "tiny-plain")
+"""The models that are part of the package."""
+
+
 def pairs_for(pairs: str, model: str) -> str:
-    """The bundled pairs that "auto" stands for: the tiny models are asked only what they can know."""
+    """The bundled pairs that "auto" stands for: the tiny models, and copies in a folder of their name, know little."""
     if pairs != "auto":
         return pairs
-    return "tiny" if Path(model).name.startswith("tiny") else "format"
+    folder = Path(model).expanduser()
+    return "tiny" if model in TINY or (folder.is_dir() and folder.name in TINY) else "format"

@@ -96,8 +96,9 @@ def run(
             "Ray workers load the model themselves, and one was handed over loaded; name it in the settings"
         )
     folder = writable_folder(out)
-    name = config.model if model is None else model_id(model)
-    config = replace(config, pairs=pairs_for(config.pairs, name))
+    if model is not None:
+        config = replace(config, model=model_id(model), dtype=str(model.cfg.dtype).removeprefix("torch."))
+    config = replace(config, pairs=pairs_for(config.pairs, config.model))
     train, valid, test, notes = select_pairs(config)
     model = (
         model
@@ -109,7 +110,7 @@ def run(
     check_settings(config, model, valid, test)
     quality = Quality(True, config.quality_model, config.kl, config.reward_model)
     quality.load()
-    identity = run_identity(config, model, train, valid, test)
+    identity = run_identity(config, model, quality, train, valid, test)
     start_folder(folder, identity, {"config": asdict(config), "versions": library_versions()}, RESULTS)
     vectors = _vectors(folder, config, model, train, progress=progress)
     with Journal(folder / "generations.jsonl") as journal, engine_for(config) as engine:
@@ -240,11 +241,19 @@ def _test_pairs(config: RunConfig, data: PairSet, pairs: PairSet, notes: list[st
     return test
 
 
-def run_identity(config: RunConfig, model: Any, *parts: PairSet) -> str:
-    """A hash of the settings, the model's weights, the prompts and their frame: equal for runs with equal results."""
-    settings = {key: value for key, value in asdict(config).items() if key not in ("model", "pairs", "data", *PLACE)}
+def run_identity(config: RunConfig, model: Any, quality: Quality, *parts: PairSet) -> str:
+    """A hash of the settings, the models' weights, the prompts and their frame: equal for runs with equal results.
+
+    Files, folders and models count by what is in them, not by how their paths are spelled.
+    """
+    settings = {key: value for key, value in asdict(config).items() if key not in (*BY_CONTENT, *PLACE)}
     template = template_digest(model, config.prompt_format)
-    return content_key([settings, model_digest(model), template, [part.content_hash for part in parts]])
+    hashes = [part.content_hash for part in parts]
+    return content_key([settings, quality.content(), model_digest(model), template, hashes])
+
+
+BY_CONTENT = ("model", "pairs", "data", "queries", "quality_model", "reward_model")
+"""Settings that name what a run's identity holds by its content."""
 
 
 def check_settings(config: RunConfig, model: Any, valid: PairSet, test: PairSet) -> None:

@@ -12,8 +12,9 @@ What these do not show: whether the response answers the query. A fluent answer 
 """
 
 import inspect
+import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import cache
 from typing import Any
 
@@ -23,7 +24,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from steerlens.errors import ModelError
-from steerlens.models.facts import model_device
+from steerlens.models.facts import model_device, model_digest, weights_digest
 from steerlens.models.load import in_one_line, load_model
 from steerlens.models.prompts import PromptFormat, encode, fill_template
 from steerlens.models.rows import left_pad, length_sorted_batches, pad_id, token_positions
@@ -67,6 +68,16 @@ class Quality:
             _causal_lm(self.quality_model)
         if self.reward_model is not None:
             _classifier(self.reward_model)
+
+    def content(self) -> dict[str, Any]:
+        """What is measured, with the models that measure by their weights: the same wherever they lie."""
+        found = asdict(self)
+        if self.quality_model is not None:
+            found["quality_model"] = model_digest(_causal_lm(self.quality_model))
+        if self.reward_model is not None:
+            classifier = _classifier(self.reward_model)[0]
+            found["reward_model"] = weights_digest(classifier, classifier.config)
+        return found
 
 
 @dataclass(frozen=True)
@@ -205,6 +216,7 @@ def _causal_lm(name: str) -> Any:
 def _classifier(name: str) -> tuple[Any, Any]:
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
+    name = os.path.expanduser(name)
     try:
         classifier, info = AutoModelForSequenceClassification.from_pretrained(
             name, output_loading_info=True, trust_remote_code=False

@@ -71,7 +71,7 @@ def requests_for(
         Requests pair by pair, condition by condition, trial by trial.
 
     Raises:
-        DataError: for an unknown condition, or an instruction without a plan.
+        DataError: for an unknown condition, an instruction without a plan, or no trials.
         SteerlensError: for steering that is no plan.
 
     Example:
@@ -84,6 +84,8 @@ def requests_for(
             raise DataError(
                 f"a condition must be one of the cells, got {condition!r}; {nearest(condition, CONDITIONS)}"
             )
+    if trials < 1:
+        raise DataError(f"trials must be at least 1, got {trials}; 1 is one response per prompt and condition")
     requests = []
     for pair in pairs:
         plan = _plan_of(pair, plans)

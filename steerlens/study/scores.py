@@ -30,7 +30,7 @@ from steerlens.checks.registry import check_all
 from steerlens.data.conditions import CONDITIONS
 from steerlens.data.pairs import PairSet
 from steerlens.errors import DataError
-from steerlens.files import Journal, content_key, json_lines, start_folder, writable_folder, write_atomically
+from steerlens.files import Journal, content_key, json_lines, start_folder, user_path, writable_folder, write_atomically
 from steerlens.models.facts import library_versions, model_id
 from steerlens.models.prompts import PromptFormat
 from steerlens.stats.comparisons import compare_cells, mean_intervals
@@ -208,7 +208,12 @@ def evaluate(
                 "pairs": repr(pairs),
             }
             keys = [sampler.key(request) for request in requests]
-            start_folder(Path(out), content_key([keys, settings, pairs.content_hash]), settings, RESULTS)
+            start_folder(
+                Path(out),
+                content_key([keys, {**settings, "quality": quality.content()}, pairs.content_hash]),
+                settings,
+                RESULTS,
+            )
         found = Evaluation(score(sampler, requests, quality=quality))
     if out is not None:
         found.save(out)
@@ -295,7 +300,7 @@ def read_scores(folder: str | Path) -> pd.DataFrame:
     Raises:
         DataError: if there are none, or a line is not JSON.
     """
-    path = Path(folder) / "scores.jsonl"
+    path = user_path(folder) / "scores.jsonl"
     if not path.is_file():
         raise DataError(
             f"a folder of results must hold scores.jsonl, got {str(folder)!r} without it; let the run finish"

@@ -39,6 +39,7 @@ from steerlens.files import (
     derived_seed,
     json_lines,
     start_folder,
+    user_path,
     writable_folder,
     write_atomically,
 )
@@ -187,7 +188,7 @@ class Sweep:
         Raises:
             DataError: if the folder holds no finished sweep.
         """
-        scores, path = read_scores(folder), Path(folder) / "table.csv"
+        scores, path = read_scores(folder), user_path(folder) / "table.csv"
         gates = set(pd.read_csv(path).get("gate", [])) if path.is_file() else set()
         if len(gates) != 1:
             raise DataError(
@@ -433,7 +434,12 @@ def search(
             "pairs": repr(pairs),
         }
         keys = [sampler.key(request) for request in requests]
-        start_folder(Path(out), content_key([keys, settings, pairs.content_hash]), settings, RESULTS)
+        start_folder(
+            Path(out),
+            content_key([keys, {**settings, "quality": measured.content()}, pairs.content_hash]),
+            settings,
+            RESULTS,
+        )
     scores = score(sampler, requests, quality=measured)
     scores = scores.assign(**{name: places[name].to_numpy() for name in CANDIDATE}).astype({"layer": "Int64"})
     return Sweep(scores, choose(scores, gate), gate)

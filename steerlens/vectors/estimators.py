@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 from steerlens.data.pairs import PairSet
 from steerlens.errors import SteerlensError
-from steerlens.files import content_key
+from steerlens.files import content_key, user_path
 from steerlens.models.facts import model_digest
 from steerlens.models.prompts import PromptFormat, pinned, template_digest
 from steerlens.vectors.activations import ActivationMeans, Activations, record_activations
@@ -207,7 +207,11 @@ def fit_vectors(
     prompt_format = pinned(model, prompt_format)
     settings = [model_digest(model), str(model.cfg.dtype), template_digest(model, prompt_format)]
     for name, pairs in tqdm(sets.items(), desc="fit", unit="vector", disable=not progress):
-        path = None if folder is None else Path(folder) / f"{content_key([*settings, pairs.content_hash])}.safetensors"
+        path = (
+            None
+            if folder is None
+            else user_path(folder) / f"{content_key([*settings, pairs.content_hash])}.safetensors"
+        )
         if path is not None and path.is_file():
             found[name] = SteeringVector.load(path).with_metadata(name=name)
             continue

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from steerlens._typing import whole
 from steerlens.errors import SteerlensError
-from steerlens.files import atomic_path
+from steerlens.files import atomic_path, user_path
 from steerlens.models.facts import resid_post
 
 FORMAT_VERSION = "1"
@@ -43,7 +43,7 @@ def write_vector(
     Raises:
         SteerlensError: if the file cannot be written there.
     """
-    path = Path(path)
+    path = user_path(path)
     tensors = {resid_post(layer): direction.contiguous() for layer, direction in directions.items()}
     for name in PROJECTIONS:
         values = [projections[name].get(layer, float("nan")) for layer in directions]
@@ -71,7 +71,7 @@ def read_vector(path: str | Path) -> dict[str, Any]:
     Raises:
         SteerlensError: if the file is missing, no vector, of another format, or contradicts itself.
     """
-    path = Path(path)
+    path = user_path(path)
     if not path.is_file():
         raise SteerlensError(f"a vector file must exist, got {str(path)!r}")
     try:

@@ -3,7 +3,6 @@
 import numpy as np
 import pytest
 
-from steerlens.data.cells import whole
 from steerlens.data.families import keyword_pairs
 from steerlens.data.load import load_pairs
 from steerlens.data.pairs import InstructionPair, PairSet
@@ -60,12 +59,6 @@ def test_numpy_counts_and_seeds_draw_what_plain_ones_draw() -> None:
     assert pairs.split(seed=seed, fractions=np.array([0.5, 0.5])) == pairs.split(seed=7, fractions=(0.5, 0.5))
     drawn = load_pairs("tiny", instructions=NO_COMMA, n_queries=three, seed=seed)
     assert drawn == load_pairs("tiny", instructions=NO_COMMA, n_queries=3, seed=7)
-
-
-@pytest.mark.parametrize("count", [2.5, 2.0, "2", None])
-def test_a_count_that_is_no_whole_number_is_refused(count: object) -> None:
-    with pytest.raises(DataError, match=r"n must be a whole number, got"):
-        whole(count, "n")
 
 
 def test_at_most_takes_all_where_there_are_fewer_and_refuses_none() -> None:

@@ -110,6 +110,39 @@ def test_a_dtype_that_weights_cannot_have_is_refused(llama: Subject, dtype: Any)
         load_model(llama.folder, dtype=dtype)
 
 
+@pytest.mark.parametrize("config", [None, '{"identity": "x", "config": {"model": "tiny"}}'])
+def test_a_runs_folder_hides_no_named_model(
+    config: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("tiny").mkdir()
+    if config is not None:
+        (Path("tiny") / "config.json").write_text(config)
+    assert load_model("tiny", progress=False).cfg.n_layers == 8
+    for name in ("./tiny", Path("tiny")):
+        with pytest.raises(ModelError, match=r"a model folder must hold config\.json|cannot be read"):
+            load_model(name, progress=False)
+
+
+@pytest.mark.parametrize("name", ["someone-giant", "someone/giant"])
+@pytest.mark.parametrize("config", [None, '{"identity": "x", "config": {}}', "{"])
+def test_a_folder_without_a_model_is_not_asked_of_the_hub(
+    name: str, config: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path(name).mkdir(parents=True)
+    if config is not None:
+        (Path(name) / "config.json").write_text(config)
+    with pytest.raises(ModelError, match=rf"must not be that of a folder without a model, got '{name}'"):
+        load_model(name)
+
+
+def test_a_tilde_in_a_model_path_is_the_home_folder(llama: Subject, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(llama.folder.parent))
+    assert load_model(f"~/{llama.folder.name}", progress=False).cfg.n_layers == 4
+    assert load_model(Path("~") / llama.folder.name, progress=False).cfg.n_layers == 4
+
+
 def test_a_folder_without_a_configuration_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ModelError, match=r"must hold config\.json, got .* without one; export it with save_pretrained"):
         load_model(tmp_path)

@@ -22,7 +22,8 @@ from steerlens.errors import DataError, SteerlensError
 from steerlens.files import file_name
 from steerlens.models.prompts import PromptFormat
 from steerlens.study.config import RunConfig
-from steerlens.study.job import run, select_pairs
+from steerlens.study.job import run, run_identity, select_pairs
+from steerlens.study.quality import Quality
 from steerlens.study.scores import Evaluation
 from steerlens.vectors.vector import SteeringVector
 
@@ -93,6 +94,29 @@ def test_a_second_run_generates_nothing_and_changes_nothing(config, tmp_path, mo
     second = run(config, tmp_path, progress=False)
     assert (results(tmp_path), (tmp_path / "generations.jsonl").read_bytes()) == before
     assert first.facts["identity"] == second.facts["identity"]
+
+
+def test_a_run_of_a_loaded_model_says_which_it_was(config, gpt2, tmp_path):
+    asked = replace(config, layers=(1,), n_valid=1, n_test=1, model="tiny", dtype="bfloat16")
+    done = run(asked, tmp_path, model=gpt2.model, progress=False)
+    settings = json.loads((tmp_path / "config.json").read_text())["config"]
+    assert (settings["model"], settings["dtype"]) == ("gpt2", "float32")
+    assert done.facts["model"] == "gpt2"
+
+
+def test_a_runs_identity_is_what_files_hold_not_how_their_paths_are_spelled(config, llama, tiny_folders, monkeypatch):
+    root = tiny_folders["llama"].parent
+    monkeypatch.chdir(root)
+    monkeypatch.setenv("HOME", str(root))
+    parts = select_pairs(config)[:3]
+
+    def identity(**names: Any) -> str:
+        changed = replace(config, **names)
+        return run_identity(changed, llama.model, Quality(quality_model=changed.quality_model), *parts)
+
+    spellings = ["gpt2", "./gpt2", "~/gpt2", str(tiny_folders["gpt2"])]
+    assert len({identity(quality_model=name, queries=name) for name in spellings}) == 1
+    assert len({identity(quality_model=name) for name in ("gpt2", "llama", None)}) == 3
 
 
 @pytest.fixture

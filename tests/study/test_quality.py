@@ -138,6 +138,16 @@ def test_a_reward_is_the_classifiers_logit_whatever_the_batch(reward_folder):
         assert together[0] == pytest.approx(float(model(ids).logits[0, 0]), rel=1e-4)
 
 
+def test_what_is_measured_is_known_by_its_models_weights(reward_folder, tiny_folders, monkeypatch):
+    monkeypatch.chdir(reward_folder.parent)
+    monkeypatch.setenv("HOME", str(reward_folder.parent))
+    names = [str(reward_folder), f"./{reward_folder.name}", f"~/{reward_folder.name}"]
+    found = [Quality(reward_model=name).content() for name in names]
+    assert found[0] == found[1] == found[2] != Quality().content()
+    of_folders = [Quality(quality_model=str(folder)).content()["quality_model"] for folder in tiny_folders.values()]
+    assert len(set(of_folders)) == 2
+
+
 def test_rewards_stand_in_the_scores_and_their_means_in_the_table(llama, pairs, reward_folder):
     quality = Quality(perplexity=False, reward_model=str(reward_folder))
     result = evaluate(llama.model, plan(), pairs, conditions=["none", "vector"], max_new_tokens=4, quality=quality)

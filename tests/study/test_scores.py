@@ -42,6 +42,23 @@ def plan():
     return Plan((Intervention(1, direction / direction.norm(), "add", coeff=4.0),))
 
 
+@pytest.mark.parametrize("trials", [0, -1])
+def test_no_trials_are_refused_as_such(llama, pairs, plan, trials):
+    with pytest.raises(DataError, match=f"trials must be at least 1, got {trials}"):
+        requests_for(pairs, plan, trials=trials)
+    with pytest.raises(DataError, match=f"trials must be at least 1, got {trials}"):
+        evaluate(llama.model, plan, pairs, trials=trials)
+
+
+def test_results_go_to_the_home_folder_where_a_tilde_says_so(llama, pairs, plan, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.chdir(tmp_path)
+    found = evaluate(llama.model, plan, pairs[:1], conditions=["none"], max_new_tokens=2, out="~/cells")
+    assert len(Evaluation.load("~/cells").scores) == len(found.scores)
+    assert (tmp_path / "home" / "cells" / "config.json").is_file()
+    assert [path.name for path in tmp_path.iterdir()] == ["home"]
+
+
 def test_each_cell_gets_its_prompt_and_its_plan(pairs, plan):
     requests = {request.condition: request for request in requests_for(pairs[:1], plan)}
     assert set(requests) == set(CONDITIONS)

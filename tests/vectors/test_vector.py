@@ -572,3 +572,11 @@ def test_layers_and_numbers_of_other_libraries_are_kept_as_pythons_own() -> None
     made = SteeringVector({np.int64(3): unit(0)}, proj_with={np.int64(3): np.float32(0.5)}, std_with={3: math.nan})
     assert (made.layers, made.proj_with, made.std_with) == ((3,), {3: 0.5}, {})
     assert type(made.layers[0]) is int
+
+
+def test_a_tilde_in_a_vectors_path_is_the_home_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.chdir(tmp_path)
+    assert vector().save("~/vectors/a.safetensors") == tmp_path / "home" / "vectors" / "a.safetensors"
+    assert same_numbers(SteeringVector.load("~/vectors/a.safetensors"), vector())
+    assert [path.name for path in tmp_path.iterdir()] == ["home"]
