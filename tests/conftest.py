@@ -13,10 +13,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from transformers import AutoModelForCausalLM
 
 from steerlens.errors import ModelError
+from steerlens.models import probe as probing
 from steerlens.models.load import load_model
+from steerlens.models.passes import PassResult, Runner
+from steerlens.models.rows import Rows
 from tests.near_ties import LEDGER
 from tests.tiny_models import save_tiny_gpt2, save_tiny_llama
 
@@ -85,6 +89,35 @@ def smollm2() -> Subject:
 def hooks_on(model: Any) -> list[str]:
     """Names of the hook points that carry a hook."""
     return [name for name, point in model.hook_dict.items() if point.fwd_hooks or point.bwd_hooks]
+
+
+Passes = list[tuple[Rows, torch.Tensor]]
+
+
+@pytest.fixture
+def passes(monkeypatch: pytest.MonkeyPatch) -> Passes:
+    """The rows and the logits of every pass from here on, but for those that find out what a model can do."""
+    seen: Passes = []
+    run, probe = Runner.run, probing._probe
+    probes = 0
+
+    def spy(self: Runner, rows: Rows, **options: Any) -> PassResult:
+        result = run(self, rows, **options)
+        if not probes:
+            seen.append((rows, result.logits.clone()))
+        return result
+
+    def unseen(*args: Any) -> Any:
+        nonlocal probes
+        probes += 1
+        try:
+            return probe(*args)
+        finally:
+            probes -= 1
+
+    monkeypatch.setattr(Runner, "run", spy)
+    monkeypatch.setattr(probing, "_probe", unseen)
+    return seen
 
 
 @pytest.fixture(autouse=True)

@@ -16,7 +16,7 @@ ROOMS = {
     "figures": "theme multiples cells layers matrices report",
     "checks": "arguments catalogue text ifeval registry",
     "data": "cells conditions readers pairs splits load families",
-    "models": "facts load prompts stops rows passes",
+    "models": "facts load prompts stops rows backends passes probe",
     "steering": "operators positions plan residual candidates sampling",
     "vectors": "formats vector activations estimators transfer",
     "study": "config quality responses scores judge calibration sweeps engines job",

@@ -63,6 +63,11 @@ def check_origin(model: Any, origin: Mapping[str, str]) -> None:
         warnings.warn(f"the vector was fitted in {origin['model']}, not in {model_id(model)}", stacklevel=4)
 
 
+def is_hooked_transformer(model: Any) -> bool:
+    """Whether a model is TransformerLens 3's HookedTransformer, which version 4 has dropped for the bridge."""
+    return any(kind.__name__ == "HookedTransformer" for kind in type(model).__mro__)
+
+
 def coordinate_frame(model: Any) -> str:
     """ "raw" for Hugging Face weights as they are, "compatibility" once TransformerLens has folded or centred them."""
     return "compatibility" if getattr(model, "compatibility_mode", False) else "raw"

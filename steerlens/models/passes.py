@@ -1,39 +1,241 @@
-"""One forward pass with its key-value cache."""
+"""One pass: rows, edits and reads go in; logits, what was read, and a cache come out. Nothing else hooks a model.
 
-import functools
-import inspect
-from collections.abc import Callable
-from typing import Any
+    activation at a site = edit_n(... edit_1(what the model computed)), and reads see the edited activation
 
+A site is the name of a hook point, such as `blocks.3.hook_resid_post`. An edit is a value: it knows its site, what it does to a
+row, and a digest of both. Capture is a pass with reads, steering a pass with edits, patching a pass whose edits were read before.
+
+`run_pass` is one pass; a `Runner` keeps its hooks on the model for many, as sampling does. Hooks of the caller's stay and fire
+before ours. A model in training mode is in evaluation mode for the pass: with dropout no result could be had twice.
+
+What differs between kinds of models is behind `backends`.
+"""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any, Literal, Protocol, runtime_checkable
+from weakref import WeakSet
+
+import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from steerlens.models.facts import model_device
+from steerlens.errors import ModelError, SteerlensError
+from steerlens.models.backends import Cache, Columns, backend_of
+from steerlens.models.facts import model_device, model_id
+from steerlens.models.rows import Rows
 
 
-def forward(
+@runtime_checkable
+class Edit(Protocol):
+    """What is done to the activations of one site, row by row."""
+
+    @property
+    def site(self) -> str:
+        """The hook point's name."""
+
+    @property
+    def digest(self) -> str:
+        """Changes with all that decides what the edit does."""
+
+    def __call__(self, activation: Tensor, rows: Rows) -> Tensor:
+        """The activation after the edit, a new tensor; its first axes are the rows and the new columns of `rows`."""
+
+    def select(self, keep: Int[Tensor, " kept"]) -> "Edit":
+        """The edit of some of the rows, in the given order."""
+
+
+@dataclass(frozen=True, eq=False)
+class Read:
+    """What is kept of one site's activation: float32 copies on the CPU."""
+
+    site: str
+    at: Literal["last", "all"] | Int[Tensor, "row n"] = "last"
+    """Each row's last token, every column, or the tokens at these positions of each row."""
+
+    def __call__(self, activation: Tensor, rows: Rows) -> Tensor:
+        if isinstance(self.at, str):
+            found = activation if self.at == "all" else activation[torch.arange(len(activation)), rows.last]
+        else:
+            where = rows.positions[:, None, :] == self.at[:, :, None].to(rows.positions.device)
+            if not bool(where.any(-1).all()):
+                raise SteerlensError(
+                    f"positions to read must be among the tokens of the pass, got {self.at.tolist()} for rows of "
+                    f"{rows.lengths.tolist()} tokens; positions count a row's tokens from 0"
+                )
+            found = activation[torch.arange(len(activation))[:, None], where.int().argmax(-1)]
+        # .to() of a slice may return a view, and a view would keep the whole activation alive.
+        return found.detach().to("cpu", torch.float32, copy=True)
+
+
+@dataclass(frozen=True, eq=False)
+class PassResult:
+    """What one pass gave."""
+
+    logits: Float[Tensor, "row d_vocab"] | Float[Tensor, "row pos d_vocab"]
+    """After each row's last token; or of every column, if all were asked for."""
+    reads: dict[str, Tensor]
+    """Site -> what was read there: `[row, ...]` at the last token, else `[row, pos, ...]`."""
+    cache: Cache | None
+    """To go on from; None where none was kept."""
+
+
+def run_pass(
     model: Any,
-    tokens: Int[Tensor, "batch pos"],
-    attention_mask: Int[Tensor, "batch past_and_pos"],
-    cache: Any = None,
-) -> tuple[Float[Tensor, "batch d_vocab"], Any]:
-    """Logits after the last column, and the key-value cache to go on from (a new one where none was given).
+    rows: Rows,
+    *,
+    edits: Sequence[Edit] = (),
+    reads: Sequence[Read] = (),
+    cache: Cache | None = None,
+    keep_cache: bool = False,
+    logits: Columns = "last",
+) -> PassResult:
+    """One forward pass, with hooks for its edits and reads that are gone afterwards on every exit.
 
-    Columns hidden by the mask do not count as positions, wherever they stand.
+    Args:
+        rows: The new columns; with a cache, `rows.mask` covers the cached columns, too.
+        cache: Of the columns before; it is used up, and goes on in the result.
+        keep_cache: Return a cache to go on from.
+
+    Raises:
+        ModelError: if the logits of a row's token are not finite, or a hook point does not exist or did not fire.
+        SteerlensError: inside a block of `steer`, where a pass would be steered twice.
     """
-    device = model_device(model)
-    options: dict[str, Any] = {"use_cache": True}
-    if cache is not None:
-        options["past_key_values"] = cache
-    if _keeps_logits(type(getattr(model, "original_model", model)).forward):
-        options["logits_to_keep"] = 1
-    logits, cache = model(
-        tokens.to(device), attention_mask=attention_mask.to(device), return_type="logits_and_cache", **options
-    )
-    return logits[:, -1], cache
+    with Runner(model, {edit.site for edit in edits} | {read.site for read in reads}) as runner:
+        return runner.run(rows, edits=edits, reads=reads, cache=cache, keep_cache=keep_cache, logits=logits)
 
 
-@functools.cache
-def _keeps_logits(model_forward: Callable[..., Any]) -> bool:
-    """Whether a Hugging Face model can leave out the logits of all but the last position."""
-    return "logits_to_keep" in inspect.signature(model_forward).parameters
+class Runner:
+    """Runs passes with its hooks on the model, from entering its `with` block until leaving it, however it is left.
+
+    Args:
+        sites: The hook points that any of the passes edits or reads.
+    """
+
+    def __init__(self, model: Any, sites: Iterable[str]) -> None:
+        self.model, self.sites = model, sorted(sites)
+        self.backend = backend_of(model)
+        self._stack = ExitStack()
+        self._rows: Rows | None = None
+        self._edits: Mapping[str, list[Edit]] = {}
+        self._reads: Mapping[str, Read] = {}
+        self._found: dict[str, Tensor] = {}
+
+    def __enter__(self) -> "Runner":
+        if self.model in _STEERED:
+            raise SteerlensError(
+                "record, generate and evaluate run the model themselves, and inside a block of steer() their passes would "
+                "be steered twice; leave the block, and give the plan to the call (steering=plan)"
+            )
+        with ExitStack() as stack:
+            stack.enter_context(evaluation_mode(self.model))
+            stack.enter_context(hooks_on(self.model, {site: self._at(site) for site in self.sites}))
+            self._stack = stack.pop_all()
+        return self
+
+    def __exit__(self, *exit_: Any) -> None:
+        self._stack.close()
+
+    def run(
+        self,
+        rows: Rows,
+        *,
+        edits: Sequence[Edit] = (),
+        reads: Sequence[Read] = (),
+        cache: Cache | None = None,
+        keep_cache: bool = False,
+        logits: Columns = "last",
+    ) -> PassResult:
+        """One pass; see `run_pass`."""
+        rows = rows.to(model_device(self.model))
+        self._edits = {site: [edit for edit in edits if edit.site == site] for site in self.sites}
+        self._reads = {read.site: read for read in reads}
+        self._rows, self._found = rows, {}
+        try:
+            with torch.inference_mode():
+                out, cache = self.backend.forward(
+                    rows, cache, keep_cache=keep_cache or cache is not None, logits=logits
+                )
+        finally:
+            self._rows = None
+        if silent := [site for site in self._reads if site not in self._found]:
+            raise ModelError(
+                f"the hook point {silent[0]} of {model_id(self.model)} did not fire; nothing was read there"
+            )
+        check_finite(self.model, out, rows)
+        return PassResult(out, self._found, cache if keep_cache else None)
+
+    def _at(self, site: str) -> Callable[..., Tensor | None]:
+        def hook(activation: Tensor, hook: Any) -> Tensor | None:
+            rows = self._rows
+            assert rows is not None
+            if activation.shape[:2] != rows.tokens.shape:
+                raise ModelError(
+                    f"activations at {site} must be [row, pos, ...] for {list(rows.tokens.shape)} tokens, got "
+                    f"{list(activation.shape)}; this hook point cannot be edited or read here"
+                )
+            edits = self._edits[site]
+            for edit in edits:
+                activation = edit(activation, rows)
+            if site in self._reads:
+                self._found[site] = self._reads[site](activation, rows)
+            return activation if edits else None
+
+        return hook
+
+
+# Single passes of the caller's are steered by hooks of their own, and no pass of ours may meet those.
+_STEERED: "WeakSet[Any]" = WeakSet()
+
+
+@contextmanager
+def steered_by_caller(model: Any, functions: Mapping[str, Callable[..., Any]]) -> Iterator[None]:
+    """Hooks for passes that the caller runs; until the block is left, `Runner` refuses the model."""
+    outer = model in _STEERED
+    with hooks_on(model, functions):
+        _STEERED.add(model)
+        try:
+            yield
+        finally:
+            if not outer:
+                _STEERED.discard(model)
+
+
+@contextmanager
+def hooks_on(model: Any, functions: Mapping[str, Callable[..., Any]]) -> Iterator[None]:
+    """A hook `(tensor, hook)` at each named point inside the block, and none of them after it."""
+    with model.hooks(fwd_hooks=list(functions.items())):
+        yield
+
+
+@contextmanager
+def evaluation_mode(model: Any) -> Iterator[None]:
+    """Dropout off inside the block; every module's mode is as it was afterwards."""
+    roots = [model, getattr(model, "original_model", model)]
+    training = {module for root in roots for module in root.modules() if module.training}
+    for module in training:
+        module.training = False
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
+
+
+def check_finite(model: Any, logits: Tensor, rows: Rows) -> None:
+    """Refuse logits that say nothing: a text or a number made of them would be one of nothing.
+
+    Raises:
+        ModelError: if the largest logit of any token is not finite.
+    """
+    largest = logits.amax(-1)
+    padding = rows.positions < 0 if logits.ndim == 3 else (rows.positions < 0).all(1)
+    largest = largest.masked_fill(padding.to(largest.device), 0.0)
+    bad = ~largest.isfinite()
+    if bool(bad.any()):
+        row = int(bad.nonzero()[0, 0])
+        raise ModelError(
+            f"logits must be finite, got {largest[bad][0].item()} in row {row} of {len(bad)} after {int(rows.lengths[row])} "
+            f"tokens; a strong coefficient or {model.cfg.dtype} may overflow: lower the one, or load the model with another dtype"
+        )

@@ -1,8 +1,18 @@
-"""Rows of a batch: token ids padded on the left, with their mask and positions. Nothing else pads."""
+"""Rows of a batch: token ids with their mask, and the positions that follow from it. Nothing else pads.
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
+A row is one text. Columns hold its tokens, one after another, and padding on either side or in between:
+
+    mask      1 for a token, 0 for padding; it also covers the columns that a key-value cache holds already
+    position  how many tokens of the row come before this one; below zero for padding
+
+Positions count tokens and never columns, so they are the same alone, beside longer rows, padded on the left or on the right,
+and while a cache is decoded.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Int
@@ -10,32 +20,111 @@ from torch import Tensor
 
 from steerlens.errors import SteerlensError
 
-
-@dataclass(frozen=True)
-class TokenBatch:
-    """Left-padded token ids with their mask."""
-
-    tokens: Int[Tensor, "batch pos"]
-    attention_mask: Int[Tensor, "batch pos"]
-    """1 for real tokens, 0 for padding."""
+Side = Literal["left", "right"]
+Span = tuple[int, int]
+"""The positions [start, stop) of some tokens of a row."""
 
 
-def left_pad(rows: Sequence[Sequence[int]], *, pad_id: int = 0) -> TokenBatch:
-    """Rows of ids as one batch whose last column holds every row's last token."""
-    width = max(len(row) for row in rows)
-    tokens = torch.full((len(rows), width), pad_id, dtype=torch.long)
-    mask = torch.zeros((len(rows), width), dtype=torch.long)
-    for index, row in enumerate(rows):
-        tokens[index, width - len(row) :] = torch.tensor(row, dtype=torch.long)
-        mask[index, width - len(row) :] = 1
-    return TokenBatch(tokens, mask)
+@dataclass(frozen=True, eq=False)
+class Rows:
+    """What one pass feeds: new columns, and the mask of these and of all columns before them."""
+
+    tokens: Int[Tensor, "row pos"]
+    mask: Int[Tensor, "row past_and_pos"]
+    """1 for tokens, 0 for padding, in the columns that are cached and then in those of `tokens`."""
+    prompt_lengths: tuple[int, ...]
+    """How many tokens of each row are its prompt; what comes after them counts as generated."""
+    spans: Mapping[str, tuple[Span, ...]] = field(default_factory=dict)
+    """Named spans, one per row: "instruction" for the tokens of the instruction."""
+
+    @cached_property
+    def positions(self) -> Int[Tensor, "row pos"]:
+        """The position of each new column; -1 for padding."""
+        return token_positions(self.mask)[:, -self.tokens.shape[1] :]
+
+    @property
+    def lengths(self) -> Int[Tensor, " row"]:
+        """How many tokens each row has so far, the cached ones included."""
+        return self.mask.sum(1)
+
+    @cached_property
+    def last(self) -> Int[Tensor, " row"]:
+        """The new column that holds each row's last token."""
+        return self.positions.argmax(1)
+
+    @cached_property
+    def padding(self) -> Side | None:
+        """ "left" where a hidden column comes before a token, as a gap within a row does; None where no column is hidden."""
+        if bool(self.mask.all()):
+            return None
+        moved = token_positions(self.mask) != torch.arange(self.mask.shape[1], device=self.mask.device)
+        return "left" if bool((moved & (self.mask == 1)).any()) else "right"
+
+    def select(self, keep: Int[Tensor, " kept"]) -> "Rows":
+        """Some of the rows, in the given order."""
+        chosen = keep.tolist()
+        return Rows(
+            tokens=self.tokens[keep.to(self.tokens.device)],
+            mask=self.mask[keep.to(self.mask.device)],
+            prompt_lengths=tuple(self.prompt_lengths[row] for row in chosen),
+            spans={name: tuple(spans[row] for row in chosen) for name, spans in self.spans.items()},
+        )
+
+    def then(self, tokens: Int[Tensor, "row new"], mask: Int[Tensor, "row new"] | None = None) -> "Rows":
+        """The rows that go on with these columns, once those here are in the cache; without a mask all are tokens."""
+        new = torch.ones_like(tokens) if mask is None else mask
+        return replace(self, tokens=tokens, mask=torch.cat([self.mask, new.to(self.mask.device)], dim=1))
+
+    def to(self, device: torch.device | str) -> "Rows":
+        """The same rows on another device."""
+        if {self.tokens.device, self.mask.device} == {torch.device(device)}:
+            return self
+        return replace(self, tokens=self.tokens.to(device), mask=self.mask.to(device))
+
+
+def pad(
+    ids: Sequence[Sequence[int]],
+    *,
+    side: Side = "left",
+    pad_id: int = 0,
+    prompt_lengths: Sequence[int] | None = None,
+    spans: Mapping[str, Sequence[Span]] | None = None,
+) -> Rows:
+    """Lists of token ids as rows of one width, padded on a side.
+
+    Args:
+        pad_id: What stands in padded columns; the mask hides it, so any id of the vocabulary does.
+        prompt_lengths: Default: every token belongs to the prompt.
+
+    >>> pad([[5, 6, 7], [8]]).tokens.tolist()
+    [[5, 6, 7], [0, 0, 8]]
+    """
+    lengths = [len(row) for row in ids]
+    width = max(lengths)
+    tokens = torch.full((len(ids), width), pad_id, dtype=torch.long)
+    mask = torch.zeros((len(ids), width), dtype=torch.long)
+    for index, row in enumerate(ids):
+        start = width - len(row) if side == "left" else 0
+        tokens[index, start : start + len(row)] = torch.tensor(row, dtype=torch.long)
+        mask[index, start : start + len(row)] = 1
+    return Rows(
+        tokens=tokens,
+        mask=mask,
+        prompt_lengths=tuple(lengths if prompt_lengths is None else prompt_lengths),
+        spans={name: tuple(found) for name, found in (spans or {}).items()},
+    )
+
+
+def token_positions(mask: Int[Tensor, "row pos"]) -> Int[Tensor, "row pos"]:
+    """How many tokens of the row come before each column; -1 for padding, wherever it stands."""
+    return (mask.cumsum(1) - 1).masked_fill(mask == 0, -1)
 
 
 def pad_id(model: Any) -> int:
-    """A token id for padding. The mask hides it, so any valid id does."""
+    """A token id for padding. The mask hides it, so any id of the vocabulary does."""
     tokenizer = model.tokenizer
     found = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-    return int(found or 0)
+    return int(found) if found is not None and found < int(model.cfg.d_vocab) else 0
 
 
 def length_sorted_batches(lengths: Sequence[int], batch_size: int) -> list[list[int]]:
@@ -44,10 +133,3 @@ def length_sorted_batches(lengths: Sequence[int], batch_size: int) -> list[list[
         raise SteerlensError(f"batch_size must be at least 1, got {batch_size}")
     order = sorted(range(len(lengths)), key=lambda index: (-lengths[index], index))
     return [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
-
-
-def token_positions(attention_mask: Int[Tensor, "batch pos"]) -> Int[Tensor, "batch pos"]:
-    """The absolute position of each column, counting real tokens of left-padded rows; padding is below zero."""
-    width = attention_mask.shape[1]
-    padding = width - attention_mask.sum(1, keepdim=True)
-    return torch.arange(width, device=attention_mask.device)[None] - padding

@@ -1,14 +1,17 @@
-"""Steering through hook points: one hook per steered layer, one plan per row of the batch.
+"""Steering the residual stream: one edit per steered layer, one plan per row of the batch.
 
-A batch of rows with their plans becomes one table per layer: for each row and each of its interventions there, a direction to
-read, a direction to write, an offset and a slope (see `operators.rank_one`), and a window of positions. Tables are built on the
-host once per batch; a hook only multiplies and adds, so rows that differ in layer, operator, strength or vector cost the same
-as rows that do not. A row without an intervention at a layer has zeros there and comes back bit for bit.
+    h  <-  h + (offset + slope * (h . read)) * write        at the positions of each step, row by row
+
+A batch of rows with their plans becomes one edit per layer: for each row and each of its interventions there, a direction to
+read, a direction to write, an offset and a slope (see `operators.rank_one`), and a window of positions. The tables are built on
+the host once per batch; the hook only multiplies and adds, so rows that differ in layer, operator, strength or vector cost the
+same as rows that do not. A row without an intervention at a layer has zeros there and comes back bit for bit.
 """
 
+import hashlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import partial
 from typing import Any
 
@@ -18,57 +21,77 @@ from torch import Tensor
 
 from steerlens.errors import ModelError, SteerlensError
 from steerlens.models.facts import check_layer, check_origin, resid_post
-from steerlens.models.rows import token_positions
+from steerlens.models.passes import steered_by_caller
+from steerlens.models.rows import Rows
 from steerlens.steering.operators import rank_one
 from steerlens.steering.plan import Intervention, Plan, as_plan
 
 
 @dataclass(frozen=True, eq=False)
-class LayerTable:
+class ResidualEdit:
     """What happens to each row at one layer; `step` counts a row's interventions there, in order."""
 
-    read: Float[Tensor, "step batch d_model"]
-    write: Float[Tensor, "step batch d_model"]
-    offset: Float[Tensor, "step batch"]
-    slope: Float[Tensor, "step batch"]
-    low: Int[Tensor, "step batch"]
-    high: Int[Tensor, "step batch"]
+    site: str
+    read: Float[Tensor, "step row d_model"]
+    write: Float[Tensor, "step row d_model"]
+    offset: Float[Tensor, "step row"]
+    slope: Float[Tensor, "step row"]
+    low: Int[Tensor, "step row"]
+    """The first position that a step changes."""
+    high: Int[Tensor, "step row"]
+    """The first position after it that the step leaves alone."""
 
-    def apply(
-        self, resid: Float[Tensor, "batch pos d_model"], positions: Int[Tensor, "batch pos"]
-    ) -> Float[Tensor, "batch pos d_model"]:
-        """The residual after every step of this layer; positions below zero are padding and never steered."""
-        for read, write, offset, slope, low, high in zip(
-            self.read, self.write, self.offset, self.slope, self.low, self.high, strict=True
-        ):
-            inside: Bool[Tensor, "batch pos"] = (positions >= low[:, None]) & (positions < high[:, None])
-            resid = rank_one(resid, read[:, None], write[:, None], offset[:, None] * inside, slope[:, None] * inside)
-        return resid
+    def __call__(self, activation: Float[Tensor, "row pos d_model"], rows: Rows) -> Float[Tensor, "row pos d_model"]:
+        """The residual after every step of this layer; padding, below position zero, is never changed."""
+        positions = rows.positions.to(activation.device)
+        tables = (table.to(activation.device) for table in self._tables)  # layers may live on several devices
+        for read, write, offset, slope, low, high in zip(*tables, strict=True):
+            inside: Bool[Tensor, "row pos"] = (positions >= low[:, None]) & (positions < high[:, None])
+            activation = rank_one(
+                activation, read[:, None], write[:, None], offset[:, None] * inside, slope[:, None] * inside
+            )
+        return activation
 
-    def rows(self, keep: Int[Tensor, " kept"]) -> "LayerTable":
-        """The table of some rows."""
-        parts = (getattr(self, name) for name in self.__dataclass_fields__)
-        return LayerTable(*(part.index_select(1, keep.to(part.device)) for part in parts))
+    @property
+    def digest(self) -> str:
+        """16 hex digits of the site and of every number in the tables."""
+        content = hashlib.sha256(self.site.encode())
+        for table in self._tables:
+            content.update(table.cpu().contiguous().numpy().tobytes())
+        return content.hexdigest()[:16]
+
+    def select(self, keep: Int[Tensor, " kept"]) -> "ResidualEdit":
+        """The edit of some rows."""
+        return ResidualEdit(self.site, *(table.index_select(1, keep.to(table.device)) for table in self._tables))
+
+    @property
+    def _tables(self) -> list[Tensor]:
+        return [getattr(self, field.name) for field in fields(self) if field.name != "site"]
 
 
-def build_tables(
+def residual_edits(
     plans: Sequence[Plan], prompt_lengths: Sequence[int], *, d_model: int, device: torch.device | str = "cpu"
-) -> dict[int, LayerTable]:
-    """One table per layer that any row steers, in float32 on `device`."""
-    return {
-        layer: _build_table(
+) -> list[ResidualEdit]:
+    """One edit per layer that any row steers, in float32 on `device`."""
+    return [
+        _residual_edit(
+            resid_post(layer),
             [[step for step in plan.active if step.layer == layer] for plan in plans],
             prompt_lengths,
             d_model,
             device,
         )
         for layer in sorted({step.layer for plan in plans for step in plan.active})
-    }
+    ]
 
 
-def _build_table(
-    rows: list[list[Intervention]], prompt_lengths: Sequence[int], d_model: int, device: torch.device | str
-) -> LayerTable:
+def _residual_edit(
+    site: str,
+    rows: list[list[Intervention]],
+    prompt_lengths: Sequence[int],
+    d_model: int,
+    device: torch.device | str,
+) -> ResidualEdit:
     shape = (max(map(len, rows)), len(rows))
     read, write = torch.zeros(*shape, d_model), torch.zeros(*shape, d_model)
     offset, slope = torch.zeros(shape), torch.zeros(shape)
@@ -79,38 +102,7 @@ def _build_table(
             write[index, row] = step.direction if step.write is None else step.write
             offset[index, row], slope[index, row] = step.affine
             low[index, row], high[index, row] = step.bounds(length)
-    return LayerTable(*(tensor.to(device) for tensor in (read, write, offset, slope, low, high)))
-
-
-class Steering:
-    """What the hooks of one call read: the current batch's tables and positions. Only the sampling loop changes it."""
-
-    def __init__(self, tables: dict[int, LayerTable]) -> None:
-        self.tables = tables
-        self.positions: Tensor | None = None
-
-    def rows(self, keep: Int[Tensor, " kept"]) -> None:
-        """Go on with some of the rows."""
-        if self.positions is not None:
-            self.positions = self.positions[keep.to(self.positions.device)]
-        self.tables = {layer: table.rows(keep) for layer, table in self.tables.items()}
-
-    def hooks(self) -> list[tuple[str, Any]]:
-        """Hooks for `model.hooks(fwd_hooks=...)`, one per steered layer."""
-        return [(resid_post(layer), partial(self._steer, layer=layer)) for layer in self.tables]
-
-    def _steer(self, resid: Tensor, hook: Any, layer: int) -> Tensor:
-        assert self.positions is not None
-        if self.positions.shape != resid.shape[:2]:
-            raise SteerlensError(
-                f"steering was set up for tokens of shape {list(self.positions.shape)}, and the model was run on "
-                f"{list(resid.shape[:2])}; run the tokens that were announced, or use generate() to sample"
-            )
-        table = self.tables[layer]
-        if table.read.device != resid.device:  # layers may live on several devices
-            table = LayerTable(*(getattr(table, name).to(resid.device) for name in table.__dataclass_fields__))
-            self.tables[layer] = table
-        return table.apply(resid, self.positions.to(resid.device))
+    return ResidualEdit(site, *(table.to(device) for table in (read, write, offset, slope, low, high)))
 
 
 def check_plan(model: Any, plan: Plan) -> None:
@@ -140,9 +132,11 @@ def steer(
 ) -> Iterator[Any]:
     """Steer every single forward pass inside the block; on any exit the model is as it was.
 
+    Only passes of the caller's own: `record_activations`, `generate` and `evaluate` run passes of theirs and refuse the block.
+
     Args:
         plan: One plan for every row, or one per row.
-        attention_mask: The mask that the model is run with, where rows are padded on the left. Without it every column is a
+        attention_mask: The mask that the model is run with, where rows are padded, on either side. Without it every column is a
             token. All tokens of a pass count as prompt, so "generated" steers none of them: sample with `generate`.
 
     Raises:
@@ -155,36 +149,37 @@ def steer(
     plans = [as_plan(one) for one in (plan if isinstance(plan, Sequence) else [plan])]
     for one in plans:
         check_plan(model, one)
-    single = _SinglePass(model, plans, one_for_all=isinstance(plan, Plan), attention_mask=attention_mask)
-    with model.hooks(fwd_hooks=single.hooks()):
+    single = _SinglePass(plans, one_for_all=isinstance(plan, Plan), attention_mask=attention_mask)
+    layers = {step.layer for one in plans for step in one.active}
+    sites = [resid_post(layer) for layer in sorted(layers)]
+    with steered_by_caller(model, {site: partial(single.edit, site=site) for site in sites}):
         yield model
 
 
 class _SinglePass:
-    """Hooks that build their tables from the shape of the pass they meet."""
+    """Edits that are built from the shape of the pass they meet."""
 
-    def __init__(self, model: Any, plans: list[Plan], *, one_for_all: bool, attention_mask: Tensor | None) -> None:
-        self.model, self.plans, self.one_for_all, self.mask = model, plans, one_for_all, attention_mask
-        self.steering: Steering | None = None
+    def __init__(self, plans: list[Plan], *, one_for_all: bool, attention_mask: Tensor | None) -> None:
+        self.plans, self.one_for_all, self.mask = plans, one_for_all, attention_mask
+        self.rows: Rows | None = None
+        self.edits: dict[str, ResidualEdit] = {}
 
-    def hooks(self) -> list[tuple[str, Any]]:
-        layers = sorted({step.layer for plan in self.plans for step in plan.active})
-        return [(resid_post(layer), partial(self._steer, layer=layer)) for layer in layers]
+    def edit(self, resid: Tensor, hook: Any, site: str) -> Tensor:
+        if self.rows is None or self.rows.tokens.shape != resid.shape[:2]:
+            self._set_up(resid)
+        assert self.rows is not None
+        return self.edits[site](resid, self.rows)
 
-    def _steer(self, resid: Tensor, hook: Any, layer: int) -> Tensor:
-        if self.steering is None or self.steering.positions is None or self.steering.positions.shape != resid.shape[:2]:
-            self.steering = self._set_up(resid)
-        return self.steering._steer(resid, hook, layer)
-
-    def _set_up(self, resid: Tensor) -> Steering:
+    def _set_up(self, resid: Tensor) -> None:
         batch, width = resid.shape[:2]
         plans = self.plans * batch if self.one_for_all else self.plans
-        mask = torch.ones(batch, width, dtype=torch.long) if self.mask is None else self.mask.cpu()
+        mask = torch.ones(batch, width, dtype=torch.long) if self.mask is None else self.mask.long()
         if len(plans) != batch or tuple(mask.shape) != (batch, width):
             raise SteerlensError(
                 f"steering was set up for {len(plans)} rows and a mask of shape {list(mask.shape)}, and the model was run on "
                 f"{[batch, width]}; give one plan, or one per row, and the mask of the same tokens"
             )
-        steering = Steering(build_tables(plans, mask.sum(1).tolist(), d_model=resid.shape[-1], device=resid.device))
-        steering.positions = token_positions(mask)
-        return steering
+        lengths = tuple(mask.sum(1).tolist())
+        self.rows = Rows(torch.zeros_like(mask), mask, lengths).to(resid.device)
+        edits = residual_edits(plans, lengths, d_model=resid.shape[-1], device=resid.device)
+        self.edits = {edit.site: edit for edit in edits}

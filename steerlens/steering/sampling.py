@@ -24,13 +24,15 @@ from tqdm import tqdm
 
 from steerlens._typing import RealNumber, WholeNumber, plain, real, whole, whole_numbers
 from steerlens.errors import SteerlensError
-from steerlens.models.facts import model_device, stop_ids
-from steerlens.models.passes import forward
+from steerlens.models.backends import Cache
+from steerlens.models.facts import model_device, resid_post, stop_ids
+from steerlens.models.passes import Edit, Runner
+from steerlens.models.probe import abilities
 from steerlens.models.prompts import PromptFormat, encode_all, text_list
-from steerlens.models.rows import left_pad, length_sorted_batches, pad_id, token_positions
+from steerlens.models.rows import pad, pad_id
 from steerlens.models.stops import before_stop, check_stop_ids, decode
 from steerlens.steering.plan import Plan, as_plan
-from steerlens.steering.residual import Steering, build_tables, check_plan
+from steerlens.steering.residual import check_plan, residual_edits
 
 FinishReason = Literal["eos", "stop", "length"]
 
@@ -193,17 +195,12 @@ def generate(
         stop if isinstance(stop, str) else tuple(stop),
         tuple(stop_ids),
     )
-    rows = stream(
-        model,
-        prompts,
-        steering=steering,
-        sampling=sampling,
-        seed=seed,
-        batch_size=batch_size,
-        prompt_format=prompt_format,
-        progress=progress,
-    )
-    return Generations(sorted(rows, key=lambda generation: generation.index), prompts)
+    job = _Job(model, prompts, steering, sampling, seed, batch_size, prompt_format)
+    finished: list[Generation] = []
+    with Progress(len(job.rows), sampling.max_new_tokens, disable=not progress) as bar, job.runner:
+        while job.left:
+            finished += job.advance(bar)
+    return Generations(sorted(finished, key=lambda generation: generation.index), prompts)
 
 
 def stream(
@@ -236,23 +233,12 @@ def stream(
         >>> sorted(row.index for row in stream(model, queries, sampling=SamplingConfig(max_new_tokens=4)))
         [0, 1, 2]
     """
-    prompts = text_list(prompts)
-    plans = [as_plan(one) for one in per_row(Plan() if steering is None else steering, len(prompts), "steering")]
-    seeds = [whole(one, "seed") for one in per_row(plain(seed), len(prompts), "seed")]
-    for value in seeds:
-        if not 0 <= value < 2**63:
-            raise SteerlensError(f"seed must be in [0, 2**63), got {value}")
-    for plan in {id(plan): plan for plan in plans}.values():
-        check_plan(model, plan)
-    check_stop_ids(model, sampling.stop_ids)
-    rows = encode_all(model, prompts, prompt_format, room=sampling.max_new_tokens)
-    with Progress(len(rows), sampling.max_new_tokens, disable=not progress) as bar:
-        for indices in length_sorted_batches([len(row) for row in rows], batch_size):
-            batch = _Batch(model, [_Row(i, rows[i], plans[i], seeds[i], sampling) for i in indices], sampling, bar)
-            while batch.rows:
-                for generation in batch.advance():
-                    bar.finish(len(generation.tokens))
-                    yield generation
+    job = _Job(model, prompts, steering, sampling, seed, batch_size, prompt_format)
+    with Progress(len(job.rows), sampling.max_new_tokens, disable=not progress) as bar:
+        while job.left:
+            with job.runner:
+                finished = job.advance(bar)
+            yield from finished
 
 
 def per_row(value: Any, n_rows: int, name: str) -> list[Any]:
@@ -324,78 +310,144 @@ def _uniforms(seed: int, count: int) -> Float[Tensor, " count"]:
     return torch.rand(count, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
+class _Job:
+    """One request: its rows in batches, and the hooks that serve them all."""
+
+    def __init__(
+        self,
+        model: Any,
+        prompts: Sequence[str],
+        steering: Plan | Sequence[Plan] | None,
+        sampling: SamplingConfig,
+        seed: int | Sequence[int],
+        batch_size: int,
+        prompt_format: PromptFormat,
+    ) -> None:
+        prompts = text_list(prompts)
+        plans = [as_plan(one) for one in per_row(Plan() if steering is None else steering, len(prompts), "steering")]
+        seeds = [whole(one, "seed") for one in per_row(plain(seed), len(prompts), "seed")]
+        for value in seeds:
+            if not 0 <= value < 2**63:
+                raise SteerlensError(f"seed must be in [0, 2**63), got {value}")
+        for plan in {id(plan): plan for plan in plans}.values():
+            check_plan(model, plan)
+        check_stop_ids(model, sampling.stop_ids)
+        encoded = encode_all(model, prompts, prompt_format, room=sampling.max_new_tokens)
+        self.model, self.sampling = model, sampling
+        self.rows = [_Row(i, ids, plans[i], seeds[i], sampling) for i, ids in enumerate(encoded)]
+        lengths = [len(row.prompt) for row in self.rows]
+        self.able = abilities(model, max(lengths, default=0) + sampling.max_new_tokens) if lengths else None
+        batches = self.able.batches(lengths, batch_size) if self.able else []
+        self.waiting = [[self.rows[index] for index in indices] for indices in reversed(batches)]
+        self.batch: _Batch | None = None
+        sites = {resid_post(step.layer) for plan in plans for step in plan.active}
+        self.runner = Runner(model, sites)
+
+    @property
+    def left(self) -> bool:
+        return bool(self.waiting or self.batch)
+
+    def advance(self, bar: "Progress") -> list[Generation]:
+        """Decode, inside the runner's block, until at least one row stops; those rows leave their batch."""
+        if self.batch is None:
+            kind = _CachedBatch if self.able and self.able.cache else _WholeBatch
+            self.batch = kind(self.runner, self.waiting.pop(), self.sampling)
+        finished: list[Generation] = []
+        while not finished:
+            bar.step(len(self.batch.rows))
+            finished = self.batch.step()
+        if not self.batch.rows:
+            self.batch = None
+        for generation in finished:
+            bar.finish(len(generation.tokens))
+        return finished
+
+
 class _Batch:
     """Rows that are decoded together."""
 
-    def __init__(self, model: Any, rows: list[_Row], sampling: SamplingConfig, bar: Progress) -> None:
-        self.model, self.rows, self.sampling, self.bar = model, rows, sampling, bar
-        self.device, self.stops = model_device(model), stop_ids(model)
-        lengths = [len(row.prompt) for row in rows]
-        plans = [row.plan for row in rows]
-        self.steering = Steering(build_tables(plans, lengths, d_model=int(model.cfg.d_model), device=self.device))
-        padded = left_pad([row.prompt for row in rows], pad_id=pad_id(model))
-        self.tokens, self.mask = padded.tokens.to(self.device), padded.attention_mask.to(self.device)
-        self.steering.positions = token_positions(self.mask)
-        self.cache: Any = None
-        self.stems = _stems(rows)
+    def __init__(self, runner: Runner, rows: list[_Row], sampling: SamplingConfig) -> None:
+        self.runner, self.model, self.rows, self.sampling = runner, runner.model, rows, sampling
+        self.stops = stop_ids(self.model)
+        self.edits: Sequence[Edit] = self.edits_of(rows)
 
-    def advance(self) -> list[Generation]:
-        """Decode, with hooks on, until at least one row stops; those rows leave the batch."""
-        finished: list[Generation] = []
-        if self.cache is None and len(set(self.stems)) < len(self.stems):
-            self._prefill_once()
-        with torch.inference_mode(), self.model.hooks(fwd_hooks=self.steering.hooks()):
-            while not finished:
-                finished = self._step()
-        return finished
+    def edits_of(self, rows: Sequence[_Row]) -> Sequence[Edit]:
+        plans, lengths = [row.plan for row in rows], [len(row.prompt) for row in rows]
+        d_model = int(self.model.cfg.d_model)
+        return residual_edits(plans, lengths, d_model=d_model, device=model_device(self.model))
 
-    def _prefill_once(self) -> None:
-        """Run what rows have in common, their prompts up to the last token, once per stem, and hand it to each of its rows."""
-        first = list(dict.fromkeys(self.stems))
-        rows = [self.rows[place] for place in first]
-        lengths = [len(row.prompt) for row in rows]
-        tables = build_tables(
-            [row.plan for row in rows], lengths, d_model=int(self.model.cfg.d_model), device=self.device
-        )
-        batch = left_pad([row.prompt[:-1] for row in rows], pad_id=pad_id(self.model))
-        steering = Steering(tables)
-        tokens, mask = batch.tokens.to(self.device), batch.attention_mask.to(self.device)
-        steering.positions = token_positions(mask)
-        with torch.inference_mode(), self.model.hooks(fwd_hooks=steering.hooks()):
-            _, self.cache = forward(self.model, tokens, mask, None)
-        share = torch.tensor([first.index(stem) for stem in self.stems])
-        self.cache.batch_select_indices(share)
-        self.mask = torch.cat([mask[share.to(self.device)], torch.ones_like(self.tokens[:, -1:])], dim=1)
-        self.tokens = self.tokens[:, -1:]
-        assert self.steering.positions is not None
-        self.steering.positions = self.steering.positions[:, -1:]
-
-    def _step(self) -> list[Generation]:
-        logits, self.cache = forward(self.model, self.tokens, self.mask, self.cache)
-        chosen = choose(logits, self.sampling, _draws(self.rows, self.device))
-        self.bar.step(len(self.rows))
+    def step(self) -> list[Generation]:
+        """One token more for every row; rows that stop leave the batch."""
+        logits = self.logits()
+        chosen = choose(logits, self.sampling, _draws(self.rows, logits.device)).tolist()
         outcomes = []
-        for row, token in zip(self.rows, chosen.tolist(), strict=True):
+        for row, token in zip(self.rows, chosen, strict=True):
             row.tokens.append(token)
             outcomes.append(row.finished(self.model.tokenizer, self.sampling, self.stops))
-        finished = [outcome for outcome in outcomes if outcome is not None]
-        if finished:
-            chosen = self._keep([place for place, outcome in enumerate(outcomes) if outcome is None], chosen)
-        self.tokens = chosen[:, None]
-        self.mask = torch.cat([self.mask, torch.ones_like(self.tokens)], dim=1)
-        assert self.steering.positions is not None
-        self.steering.positions = self.steering.positions[:, -1:] + 1
-        return finished
+        stay = [place for place, outcome in enumerate(outcomes) if outcome is None]
+        if len(stay) < len(self.rows):
+            self.rows = [self.rows[place] for place in stay]
+            keep = torch.tensor(stay, dtype=torch.long)
+            self.edits = [edit.select(keep) for edit in self.edits]
+            if self.rows:
+                self.select(keep)
+        return [outcome for outcome in outcomes if outcome is not None]
 
-    def _keep(self, places: list[int], chosen: Tensor) -> Tensor:
-        """Drop the other rows everywhere; returns the chosen tokens of those that stay."""
-        self.rows = [self.rows[place] for place in places]
-        keep = torch.tensor(places, dtype=torch.long)  # on the CPU: each layer's cache may be on another device
-        if self.rows:
-            self.cache.batch_select_indices(keep)
-        self.steering.rows(keep)
-        self.mask = self.mask[keep.to(self.device)]
-        return chosen[keep.to(self.device)]
+    def logits(self) -> Float[Tensor, "row d_vocab"]:
+        """After each row's last token."""
+        raise NotImplementedError
+
+    def select(self, keep: Int[Tensor, " kept"]) -> None:
+        """Drop the rows that stopped from what is kept between steps."""
+        raise NotImplementedError
+
+
+class _WholeBatch(_Batch):
+    """Every row is run whole for every token: for models whose cache, or padding on the left, gives something else."""
+
+    def logits(self) -> Float[Tensor, "row d_vocab"]:
+        ids = [[*row.prompt, *row.tokens] for row in self.rows]
+        lengths = [len(row.prompt) for row in self.rows]
+        whole = pad(ids, side="right", pad_id=pad_id(self.model), prompt_lengths=lengths)
+        return self.runner.run(whole, edits=self.edits).logits
+
+    def select(self, keep: Int[Tensor, " kept"]) -> None:
+        pass
+
+
+class _CachedBatch(_Batch):
+    """Rows padded on the left; after their prompts, one token a step, with a key-value cache."""
+
+    def __init__(self, runner: Runner, rows: list[_Row], sampling: SamplingConfig) -> None:
+        super().__init__(runner, rows, sampling)
+        self.cache: Cache | None = None
+        self.fed = pad([row.prompt for row in rows], pad_id=pad_id(self.model)).to(model_device(self.model))
+        stems = _stems(rows)
+        if len(set(stems)) < len(stems):
+            self._prefill_once(stems)
+
+    def _prefill_once(self, stems: list[int]) -> None:
+        """Run what rows have in common, their prompts up to the last token, once per stem, and hand it to each of its rows."""
+        first = list(dict.fromkeys(stems))
+        rows = [self.rows[place] for place in first]
+        lengths = [len(row.prompt) for row in rows]
+        begun = pad([row.prompt[:-1] for row in rows], pad_id=pad_id(self.model), prompt_lengths=lengths)
+        cache = self.runner.run(begun, edits=self.edits_of(rows), keep_cache=True).cache
+        assert cache is not None
+        share = torch.tensor([first.index(stem) for stem in stems])
+        self.cache = cache.select(share)
+        self.fed = begun.select(share).then(self.fed.tokens[:, -1:])
+
+    def logits(self) -> Float[Tensor, "row d_vocab"]:
+        if self.rows[0].tokens:
+            self.fed = self.fed.then(torch.tensor([[row.tokens[-1]] for row in self.rows]))
+        result = self.runner.run(self.fed, edits=self.edits, cache=self.cache, keep_cache=True)
+        self.cache = result.cache
+        return result.logits
+
+    def select(self, keep: Int[Tensor, " kept"]) -> None:
+        assert self.cache is not None
+        self.cache, self.fed = self.cache.select(keep), self.fed.select(keep)
 
 
 def _stems(rows: Sequence[_Row]) -> list[int]:

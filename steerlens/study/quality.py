@@ -13,7 +13,7 @@ What these do not show: whether the response answers the query. A fluent answer 
 
 import inspect
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import cache
 from typing import Any
@@ -26,10 +26,12 @@ from torch import Tensor
 from steerlens.errors import ModelError
 from steerlens.models.facts import model_device, model_digest, weights_digest
 from steerlens.models.load import in_one_line, load_model
+from steerlens.models.passes import run_pass
+from steerlens.models.probe import abilities
 from steerlens.models.prompts import PromptFormat, encode, fill_template
-from steerlens.models.rows import left_pad, length_sorted_batches, pad_id, token_positions
+from steerlens.models.rows import Rows, pad, pad_id
 from steerlens.steering.plan import Plan
-from steerlens.steering.residual import Steering, build_tables
+from steerlens.steering.residual import residual_edits
 
 LOW_PERPLEXITY = 2.5
 
@@ -136,17 +138,20 @@ def mean_log_probabilities(
 ) -> Float[Tensor, " row"]:
     """Mean log probability, in nats, of each row's second part after its first; nan where the second part is empty."""
     found = torch.full((len(rows),), float("nan"))
-    for indices in _batches(model, rows, batch_size):
-        batch = left_pad([[*rows[i][0], *rows[i][1]] for i in indices], pad_id=pad_id(model))
-        device = model_device(model)
-        with torch.inference_mode():
-            logits = model(batch.tokens.to(device), attention_mask=batch.attention_mask.to(device))
+    for indices, batch in _batches(model, [(*row, Plan()) for row in rows], batch_size):
+        logits = run_pass(model, batch, logits="all").logits
         for place, index in enumerate(indices):
             new = list(rows[index][1])
             if new:
-                scores = logits[place, -len(new) - 1 : -1].float().log_softmax(-1)
-                found[index] = scores.cpu().gather(-1, torch.tensor(new)[:, None]).mean()
+                scores = _before(logits[place], batch, place, len(new)).log_softmax(-1)
+                found[index] = scores.gather(-1, torch.tensor(new)[:, None]).mean()
     return found
+
+
+def _before(logits: Float[Tensor, "pos d_vocab"], batch: Rows, place: int, n_new: int) -> Float[Tensor, "new d_vocab"]:
+    """The logits that a row's last tokens were chosen from, float32 on the CPU."""
+    end = int(batch.last[place])
+    return logits[end - n_new : end].float().cpu()
 
 
 def text_perplexities(model: Any, texts: Sequence[str], batch_size: int = 8) -> list[float]:
@@ -171,40 +176,32 @@ def kl_from_unsteered(
     found = [float("nan") if not new else 0.0 for _, new, _ in rows]
     active = [index for index, (_, new, plan) in enumerate(rows) if new and plan.active]
     steered = [rows[index] for index in active]
-    for indices in _batches(model, [row[:2] for row in steered], max(1, batch_size // 2)):
-        chosen = [steered[i] for i in indices]
-        for place, value in zip(indices, _kl_of_batch(model, chosen), strict=True):
-            found[active[place]] = value
+    for indices, batch in _batches(model, steered, max(1, batch_size // 2)):
+        plans = [steered[index][2] for index in indices]
+        edits = residual_edits(plans, batch.prompt_lengths, d_model=int(model.cfg.d_model), device=model_device(model))
+        both = [run_pass(model, batch, edits=used, logits="all").logits for used in (edits, ())]
+        for place, index in enumerate(indices):
+            n_new = len(steered[index][1])
+            p, q = (_before(logits[place], batch, place, n_new).log_softmax(-1) for logits in both)
+            found[active[index]] = float((p.exp() * (p - q)).sum(-1).mean())
     return found
 
 
-def _kl_of_batch(model: Any, rows: Sequence[tuple[Sequence[int], Sequence[int], Plan]]) -> list[float]:
-    device = model_device(model)
-    batch = left_pad([[*prompt, *new] for prompt, new, _ in rows], pad_id=pad_id(model))
-    tokens, mask = batch.tokens.to(device), batch.attention_mask.to(device)
-    lengths = [len(prompt) for prompt, _, _ in rows]
-    tables = build_tables([plan for _, _, plan in rows], lengths, d_model=int(model.cfg.d_model), device=device)
-    steering = Steering(tables)
-    steering.positions = token_positions(mask)
-    with torch.inference_mode():
-        raw = model(tokens, attention_mask=mask)
-        with model.hooks(fwd_hooks=steering.hooks()):
-            steered = model(tokens, attention_mask=mask)
-    values = []
-    for place, (_, new, _) in enumerate(rows):
-        p, q = (logits[place, -len(new) - 1 : -1].float().log_softmax(-1) for logits in (steered, raw))
-        values.append(float((p.exp() * (p - q)).sum(-1).mean()))
-    return values
-
-
-def _batches(model: Any, rows: Sequence[tuple[Sequence[int], Sequence[int]]], batch_size: int) -> list[list[int]]:
-    """Places of the rows that are run together, no more of them than their logits allow."""
-    if not rows:
-        return []
-    lengths = [len(first) + len(second) for first, second in rows]
-    fitting = LOGITS_MEMORY // (4 * max(1, *lengths) * int(model.cfg.d_vocab))
-    batches = length_sorted_batches(lengths, max(1, min(batch_size, fitting)))
-    return [[index for index in batch if lengths[index]] for batch in batches if any(lengths[i] for i in batch)]
+def _batches(
+    model: Any, rows: Sequence[tuple[Sequence[int], Sequence[int], Plan]], batch_size: int
+) -> Iterator[tuple[list[int], Rows]]:
+    """Places of the rows that are run together, as many as their logits allow, and the rows; empty ones are left out."""
+    filled = [index for index, (first, second, _) in enumerate(rows) if len(first) + len(second)]
+    if not filled:
+        return
+    lengths = [len(rows[index][0]) + len(rows[index][1]) for index in filled]
+    able = abilities(model, max(lengths))
+    fitting = LOGITS_MEMORY // (4 * max(lengths) * int(model.cfg.d_vocab))
+    for batch in able.batches(lengths, max(1, min(batch_size, fitting))):
+        indices = [filled[place] for place in batch]
+        ids = [[*rows[index][0], *rows[index][1]] for index in indices]
+        prompts = [len(rows[index][0]) for index in indices]
+        yield indices, pad(ids, side=able.side, pad_id=pad_id(model), prompt_lengths=prompts)
 
 
 @cache

@@ -8,10 +8,8 @@ The two prompts of a pair share their beginning (the system prompt, then the que
 each shared prefix is run once and its keys and values are handed on. What a hook reads is unchanged by that, to rounding.
 """
 
-import copy
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any, overload
 
 import pandas as pd
@@ -26,9 +24,10 @@ from steerlens.data.pairs import InstructionPair, PairSet
 from steerlens.data.splits import query_ids
 from steerlens.errors import DataError, SteerlensError
 from steerlens.models.facts import check_layer, coordinate_frame, model_id, resid_post, versions_json
-from steerlens.models.passes import forward
+from steerlens.models.passes import Read, Runner, run_pass
+from steerlens.models.probe import Abilities, abilities, tolerance
 from steerlens.models.prompts import PromptFormat, encode_all, frame, pinned, template_digest
-from steerlens.models.rows import left_pad, length_sorted_batches, pad_id
+from steerlens.models.rows import pad, pad_id
 
 SIDES = ("without", "with")
 """The order of the `side` axis."""
@@ -292,67 +291,83 @@ def iter_activations(
     prompt_format = pinned(model, prompt_format)
     without = encode_all(model, [pair.text("none") for pair in pairs], prompt_format)
     with_ = encode_all(model, [pair.text("text") for pair in pairs], prompt_format)
-    share = share_prefixes and _prefixes_can_be_shared(model)
-    common = common_prefix(without + with_) if share else 0
-    trunk = _Trunk(model, without[0][:common])
-    lengths = [len(row) for row in with_]
+    able = abilities(model, max(map(len, without + with_), default=0))
+    sites = [resid_post(layer) for layer in layers]
+    # A pair is two rows, so where rows must be alone, so must pairs, and their sides are run one after the other.
+    batches = able.batches([len(row) for row in with_], batch_size)
     with tqdm(total=len(pairs), desc="record", unit="pair", disable=not progress) as bar:
-        for indices in length_sorted_batches(lengths, batch_size):
+        trunk = _Trunk(model, sites, without + with_) if share_prefixes and able.cache else None
+        for indices in batches:
             batch = [(without[index], with_[index]) for index in indices]
-            yield ActivationBatch(indices, trunk.last_resid(batch, layers, share=share))
+            if trunk is not None and not trunk.checked and not trunk.agrees(batch):
+                trunk = None
+            found = whole_last_resid(model, sites, batch, able) if trunk is None else trunk.last_resid(batch)
+            yield ActivationBatch(
+                indices, rearrange(found, "(pair side) layer d_model -> pair side layer d_model", side=2)
+            )
             bar.update(len(indices))
 
 
-class _Trunk:
-    """The keys and values of what all prompts share, and the passes that branch off from there."""
-
-    def __init__(self, model: Any, prefix: list[int]) -> None:
-        self.model = model
-        self.length = len(prefix)
-        self.cache = None
-        if prefix:
-            batch = left_pad([prefix])
-            with torch.inference_mode():
-                _, self.cache = forward(model, batch.tokens, batch.attention_mask)
-
-    def last_resid(
-        self, pairs: Sequence[tuple[list[int], list[int]]], layers: Sequence[int], *, share: bool
-    ) -> Float[Tensor, "pair side layer d_model"]:
-        """Residuals of both prompts of each pair: first what a pair shares, then the two endings."""
-        splits = [common_prefix(pair) if share else 0 for pair in pairs]
-        stems = [pair[0][self.length : split] for pair, split in zip(pairs, splits, strict=True)]
-        endings = [side[split:] for pair, split in zip(pairs, splits, strict=True) for side in pair]
-        with torch.inference_mode():
-            cache = copy.deepcopy(self.cache)
-            mask = torch.ones(len(pairs), self.length, dtype=torch.long)
-            if cache is not None:
-                cache.batch_repeat_interleave(len(pairs))
-            if any(stems):
-                batch = left_pad(stems, pad_id=pad_id(self.model))
-                mask = torch.cat([mask, batch.attention_mask], dim=1)
-                _, cache = forward(self.model, batch.tokens, mask, cache)
-            if cache is not None:
-                cache.batch_repeat_interleave(2)
-            batch = left_pad(endings, pad_id=pad_id(self.model))
-            mask = torch.cat([mask.repeat_interleave(2, dim=0), batch.attention_mask], dim=1)
-            resid = _read_last(self.model, batch.tokens, mask, cache, layers)
-        return rearrange(resid, "(pair side) layer d_model -> pair side layer d_model", side=2)
+Sides = tuple[list[int], list[int]]
+"""The tokens of both prompts of a pair."""
 
 
-def _read_last(
-    model: Any, tokens: Tensor, mask: Tensor, cache: Any, layers: Sequence[int]
+def whole_last_resid(
+    model: Any, sites: Sequence[str], pairs: Sequence[Sides], able: Abilities
 ) -> Float[Tensor, "row layer d_model"]:
-    """The last column's residual at each layer of one forward pass."""
-    found: dict[int, Tensor] = {}
+    """Residuals of the last token of both prompts of each pair, every prompt run whole."""
+    rows = [side for pair in pairs for side in pair]
+    parts = [rows] if able.cache or able.batch else [[row] for row in rows]
+    reads = [Read(site) for site in sites]
+    with Runner(model, sites) as runner:
+        found = [runner.run(pad(part, side=able.side, pad_id=pad_id(model)), reads=reads).reads for part in parts]
+    return torch.cat([torch.stack([reads[site] for site in sites], dim=1) for reads in found])
 
-    def keep(resid: Tensor, hook: Any, layer: int) -> None:
-        # .to() of a slice may return a view, and a view would keep the whole activation alive.
-        found[layer] = resid[:, -1].detach().to("cpu", torch.float32, copy=True)
 
-    hooks = [(resid_post(layer), partial(keep, layer=layer)) for layer in layers]
-    with model.hooks(fwd_hooks=hooks):
-        forward(model, tokens, mask, cache)
-    return torch.stack([found[layer] for layer in layers], dim=1)
+class _Trunk:
+    """What all prompts share is run once, then what each pair shares, then the two endings of each pair.
+
+    Each step is padded on the left, which leaves a hidden gap within a row. Where a model counts columns (ALiBi, a local window,
+    an attention chunk), a gap is not nothing: `agrees` finds that out on the pairs with the widest gaps.
+    """
+
+    def __init__(self, model: Any, sites: Sequence[str], prompts: Sequence[list[int]]) -> None:
+        self.model, self.sites, self.pad_id = model, sites, pad_id(model)
+        self.checked = False
+        prefix = prompts[0][: common_prefix(prompts)]
+        self.rows = pad([prefix]) if prefix else None
+        self.cache = None if self.rows is None else run_pass(model, self.rows, keep_cache=True).cache
+
+    def agrees(self, pairs: Sequence[Sides]) -> bool:
+        """Whether the pairs with the most padding come out as they do whole; batches come longest first, so one check does."""
+        stems = [common_prefix(pair) for pair in pairs]
+        tails = [max(map(len, pair)) - stem for pair, stem in zip(pairs, stems, strict=True)]
+        widest = {stems.index(min(stems)), stems.index(max(stems)), tails.index(min(tails)), tails.index(max(tails))}
+        chosen = [pairs[index] for index in sorted(widest)]
+        able = abilities(self.model, max(len(side) for pair in chosen for side in pair))
+        whole, shared = whole_last_resid(self.model, self.sites, chosen, able), self.last_resid(chosen)
+        self.checked = len(set(stems)) > 1 or len(set(tails)) > 1 or any(len(pair[0]) != len(pair[1]) for pair in pairs)
+        return bool(((shared - whole).norm(dim=-1) <= tolerance(self.model) * whole.norm(dim=-1)).all())
+
+    def last_resid(self, pairs: Sequence[Sides]) -> Float[Tensor, "row layer d_model"]:
+        """Residuals of the last token of both prompts of each pair, in rows of two."""
+        trunk = 0 if self.rows is None else int(self.rows.tokens.shape[1])
+        splits = [common_prefix(pair) for pair in pairs]
+        stems = [pair[0][trunk:split] for pair, split in zip(pairs, splits, strict=True)]
+        endings = [side[split:] for pair, split in zip(pairs, splits, strict=True) for side in pair]
+        every, twice = torch.zeros(len(pairs), dtype=torch.long), torch.arange(len(pairs)).repeat_interleave(2)
+        rows = None if self.rows is None else self.rows.select(every)
+        cache = None if self.cache is None else self.cache.copy().select(every)
+        with Runner(self.model, self.sites) as runner:
+            if any(stems):
+                new = pad(stems, pad_id=self.pad_id)
+                rows = new if rows is None else rows.then(new.tokens, new.mask)
+                cache = runner.run(rows, cache=cache, keep_cache=True).cache
+            new = pad(endings, pad_id=self.pad_id)
+            if rows is not None and cache is not None:
+                new, cache = rows.select(twice).then(new.tokens, new.mask), cache.select(twice)
+            reads = runner.run(new, cache=cache, reads=[Read(site) for site in self.sites]).reads
+        return torch.stack([reads[site] for site in self.sites], dim=1)
 
 
 def common_prefix(rows: Sequence[list[int]]) -> int:
@@ -360,14 +375,6 @@ def common_prefix(rows: Sequence[list[int]]) -> int:
     first, last = min(rows), max(rows)
     shared = next((i for i, (a, b) in enumerate(zip(first, last, strict=False)) if a != b), min(len(first), len(last)))
     return min(shared, min(map(len, rows)) - 1)
-
-
-def _prefixes_can_be_shared(model: Any) -> bool:
-    """Whether a masked gap inside a row changes nothing: not for recurrent state, nor for windows, which count columns."""
-    config: Any = getattr(getattr(model, "original_model", None), "config", None)
-    text_config = config.get_text_config() if hasattr(config, "get_text_config") else config
-    has_window = getattr(text_config, "sliding_window", None) is not None
-    return not has_window and not getattr(model.cfg, "is_stateful", False)
 
 
 def _check_layers(model: Any, layers: Iterable[WholeNumber] | None) -> tuple[int, ...]:

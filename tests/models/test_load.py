@@ -33,9 +33,7 @@ from steerlens.models.facts import (
     versions_json,
 )
 from steerlens.models.load import NAMED_MODELS, as_dtype, cache_folder, load_model, where
-from steerlens.models.passes import forward
 from steerlens.models.prompts import encode
-from steerlens.models.rows import left_pad
 from steerlens.steering.sampling import generate
 from steerlens.vectors.vector import SteeringVector
 from tests.conftest import BUILDERS, Subject
@@ -438,55 +436,6 @@ def test_the_real_model_loads_with_its_facts(smollm2: Subject) -> None:
     assert ids.count(smollm2.model.tokenizer.bos_token_id) <= ids.count(ids[0])
     assert ids[0] != ids[1]
     assert smollm2.model.tokenizer.eos_token_id in stop_ids(smollm2.model)
-
-
-# --- passes --------------------------------------------------------------------------------------------------------
-
-
-def test_a_pass_in_pieces_over_the_cache_equals_the_whole_pass(tiny: Subject) -> None:
-    ids = encode(tiny.model, "Describe rain.")
-    with torch.inference_mode():
-        whole, _ = forward(tiny.model, torch.tensor([ids]), torch.ones(1, len(ids), dtype=torch.long))
-        cache = None
-        for start, stop in [(0, 4), (4, 5), (5, len(ids))]:
-            mask = torch.ones(1, stop, dtype=torch.long)
-            pieces, cache = forward(tiny.model, torch.tensor([ids[start:stop]]), mask, cache)
-    torch.testing.assert_close(pieces, whole, rtol=1e-4, atol=1e-4)
-
-
-def test_padding_and_masked_gaps_do_not_count_as_positions(tiny: Subject) -> None:
-    ids = encode(tiny.model, "Describe rain.")
-    with torch.inference_mode():
-        alone, _ = forward(tiny.model, torch.tensor([ids]), torch.ones(1, len(ids), dtype=torch.long))
-        batch = left_pad([ids, [7] * (len(ids) + 9)], pad_id=2)
-        padded, _ = forward(tiny.model, batch.tokens, batch.attention_mask)
-        stem = left_pad([ids[:5], [7] * 8], pad_id=2)
-        _, cache = forward(tiny.model, stem.tokens, stem.attention_mask)
-        rest = left_pad([ids[5:], [9] * (len(ids) + 2)], pad_id=2)
-        mask = torch.cat([stem.attention_mask, rest.attention_mask], dim=1)
-        gap, _ = forward(tiny.model, rest.tokens, mask, cache)
-    torch.testing.assert_close(padded[0], alone[0], rtol=1e-4, atol=1e-4)
-    torch.testing.assert_close(gap[0], alone[0], rtol=1e-4, atol=1e-4)
-
-
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
-def test_a_padded_row_has_finite_logits_near_its_own_in_every_dtype(tiny: Subject, dtype: str) -> None:
-    model = load_model(tiny.folder, dtype=dtype, progress=False)
-    ids = encode(model, "Hm")
-    batch = left_pad([ids, [9] * (len(ids) + 20)], pad_id=2)
-    with torch.inference_mode():
-        padded, _ = forward(model, batch.tokens, batch.attention_mask)
-        alone, _ = forward(model, torch.tensor([ids]), torch.ones(1, len(ids), dtype=torch.long))
-    assert torch.isfinite(padded).all()
-    torch.testing.assert_close(padded[0], alone[0], rtol=0.05, atol=0.2)
-
-
-def test_only_the_last_positions_logits_are_computed(tiny: Subject) -> None:
-    shapes: list[tuple[int, ...]] = []
-    with tiny.model.hooks(fwd_hooks=[("unembed.hook_out", lambda logits, hook: shapes.append(tuple(logits.shape)))]):
-        logits, _ = forward(tiny.model, torch.tensor([[5, 6, 7]]), torch.ones(1, 3, dtype=torch.long))
-    assert shapes == [(1, 1, 260)]
-    assert logits.shape == (1, 260)
 
 
 # --- facts ---------------------------------------------------------------------------------------------------------

@@ -26,7 +26,6 @@ from steerlens.models.prompts import (
     render,
     template_digest,
 )
-from steerlens.models.rows import left_pad, length_sorted_batches, pad_id
 from tests.conftest import Subject
 from tests.tiny_models import BOS, CHAT_TEMPLATE, byte_tokenizer
 
@@ -195,52 +194,7 @@ def test_a_prompt_and_its_room_must_fit_the_context(gpt2: Subject) -> None:
         encode_all(gpt2.model, ["a", "b" * 150], room=10)
 
 
-def test_rows_are_padded_on_the_left_with_a_mask() -> None:
-    batch = left_pad([[5, 6, 7], [8], []], pad_id=2)
-    assert batch.tokens.tolist() == [[5, 6, 7], [2, 2, 8], [2, 2, 2]]
-    assert batch.attention_mask.tolist() == [[1, 1, 1], [0, 0, 1], [0, 0, 0]]
-    assert batch.tokens.dtype == batch.attention_mask.dtype == torch.long
 
-
-@pytest.mark.parametrize(("pad", "eos", "expected"), [(7, 3, 7), (None, 3, 3), (None, None, 0), (0, 3, 0)])
-def test_padding_uses_the_pad_token_or_else_any_valid_id(pad: Any, eos: Any, expected: int) -> None:
-    tokenizer = SimpleNamespace(pad_token_id=pad, eos_token_id=eos)
-    assert pad_id(SimpleNamespace(tokenizer=tokenizer)) == expected
-
-
-def test_batches_hold_every_row_once_longest_first() -> None:
-    assert length_sorted_batches([3, 9, 3, 5, 1], 2) == [[1, 3], [0, 2], [4]]
-    assert length_sorted_batches([], 4) == []
-    with pytest.raises(SteerlensError, match="batch_size must be at least 1, got 0"):
-        length_sorted_batches([1], 0)
-
-
-# --- templates as they are found ------------------------------------------------------------------------------------
-
-GENERATION = "{% if add_generation_prompt %}<turn>assistant: {% endif %}"
-LOOP = "{% for m in messages %}<turn>{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}" + GENERATION
-CHATML = (
-    "{% if messages[0]['role'] != 'system' %}<turn>system: You are helpful.\n{% endif %}"
-    "{% for m in messages %}<turn>{{ m['role'] }}: {{ m['content'] | trim }}\n{% endfor %}" + GENERATION
-)
-DATED = (
-    "{% if not date_string is defined %}{% if strftime_now is defined %}{% set date_string = strftime_now('%d %b %Y') %}"
-    "{% else %}{% set date_string = '26 Jul 2024' %}{% endif %}{% endif %}Today: {{ date_string }}\n" + LOOP
-)
-FIXED_DATE = (
-    "{% if not date_string is defined %}{% set date_string = '26 Jul 2024' %}{% endif %}Today: {{ date_string }}\n"
-    + LOOP
-)
-IGNORES_SYSTEM = "<turn>user: {{ messages[-1]['content'] }}\n" + GENERATION
-REFUSES_SYSTEM = (
-    "{% if messages[0]['role'] == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}" + LOOP
-)
-PARTS_ONLY = (
-    "{% for m in messages %}<turn>{{ m['role'] }}: {% for part in m['content'] %}{% if part['type'] == 'text' %}"
-    "{{ part['text'] }}{% endif %}{% endfor %}\n{% endfor %}" + GENERATION
-)
-STRICT_PARTS = "{% for m in messages %}{{ m['role'] + m['content'][0].text }}{% endfor %}"
-THINKING = LOOP + "{% if enable_thinking is defined and enable_thinking is false %}<think></think>{% endif %}"
 
 
 @pytest.fixture

@@ -9,11 +9,10 @@ import torch
 from steerlens.errors import ModelError, SteerlensError
 from steerlens.models.facts import resid_post
 from steerlens.models.load import load_model
-from steerlens.models.passes import forward
 from steerlens.models.prompts import encode
-from steerlens.models.rows import left_pad, token_positions
+from steerlens.models.rows import pad
 from steerlens.steering.plan import Intervention, Plan
-from steerlens.steering.residual import Steering, build_tables, steer
+from steerlens.steering.residual import residual_edits, steer
 from tests.conftest import Subject, hooks_on
 from tests.reference.plain_loop import Rule, Step, changed, is_steered, plain_logits
 from tests.steps import OPERATORS, RULES, as_plan, step, unit
@@ -21,9 +20,9 @@ from tests.steps import OPERATORS, RULES, as_plan, step, unit
 PROMPTS = ["Describe rain.", "a", "Why is the sky blue?"]
 
 
-def padded(subject: Subject, prompts: list[str] = PROMPTS) -> tuple[torch.Tensor, torch.Tensor]:
-    batch = left_pad([encode(subject.model, prompt) for prompt in prompts], pad_id=2)
-    return batch.tokens, batch.attention_mask
+def padded(subject: Subject, prompts: list[str] = PROMPTS, side: Any = "left") -> tuple[torch.Tensor, torch.Tensor]:
+    rows = pad([encode(subject.model, prompt) for prompt in prompts], side=side, pad_id=2)
+    return rows.tokens, rows.mask
 
 
 def residual(subject: Subject, tokens: torch.Tensor, layer: int, mask: torch.Tensor | None = None) -> torch.Tensor:
@@ -40,10 +39,11 @@ def residual(subject: Subject, tokens: torch.Tensor, layer: int, mask: torch.Ten
 
 @pytest.mark.parametrize("rule", RULES, ids=str)
 @pytest.mark.parametrize("operator", OPERATORS)
-def test_a_padded_batch_is_changed_at_its_rules_tokens_and_never_at_padding(
-    tiny: Subject, operator: str, rule: Rule
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_a_batch_padded_on_either_side_is_changed_at_its_rules_tokens_and_never_at_padding(
+    tiny: Subject, operator: str, rule: Rule, side: str
 ) -> None:
-    tokens, mask = padded(tiny)
+    tokens, mask = padded(tiny, side=side)
     one = step(operator, rule, seed=1)
     before = residual(tiny, tokens, 1, mask)
     with steer(tiny.model, as_plan([one]), attention_mask=mask):
@@ -51,7 +51,8 @@ def test_a_padded_batch_is_changed_at_its_rules_tokens_and_never_at_padding(
     for row in range(len(PROMPTS)):
         length = int(mask[row].sum())
         for column in range(tokens.shape[1]):
-            position = column - (tokens.shape[1] - length)
+            position = column - (tokens.shape[1] - length if side == "left" else 0)
+            position = position if position < length else -1
             h = before[row, column]
             if position >= 0 and is_steered(rule, position, length):
                 torch.testing.assert_close(after[row, column], changed(h, one), rtol=1e-4, atol=1e-3)
@@ -67,7 +68,7 @@ def test_steered_logits_equal_the_plain_passes(tiny: Subject) -> None:
         [step("ablate", "last", layer=3), step("set_projection", "prompt", layer=0)],
     ]
     with torch.inference_mode(), steer(tiny.model, [as_plan(row) for row in rows], attention_mask=mask):
-        logits, _ = forward(tiny.model, tokens, mask)
+        logits = tiny.model(tokens, attention_mask=mask)[:, -1]
     for row, steps in enumerate(rows):
         ids = encode(tiny.model, PROMPTS[row])
         expected, _ = plain_logits(tiny.hf, ids, steps, len(ids))
@@ -235,31 +236,19 @@ def test_a_pass_of_another_shape_than_announced_is_refused(
 # --- tables --------------------------------------------------------------------------------------------------------
 
 
-def test_tables_exist_only_for_layers_that_some_row_steers_and_keep_chosen_rows() -> None:
+def test_edits_exist_only_for_layers_that_some_row_steers_and_keep_chosen_rows() -> None:
     plans = [
         as_plan([step("add", "all", layer=2)]),
         Plan(),
         as_plan([step("ablate", "all", layer=0), step("add", "all", layer=0)]),
     ]
-    tables = build_tables(plans, [3, 3, 3], d_model=32)
-    assert list(tables) == [0, 2]
-    assert tables[0].read.shape == (2, 3, 32)
-    kept = tables[0].rows(torch.tensor([2, 0]))
-    assert torch.equal(kept.slope, tables[0].slope[:, [2, 0]])
-    assert torch.equal(kept.read, tables[0].read[:, [2, 0]])
-
-
-def test_steering_refuses_tokens_that_were_not_announced() -> None:
-    steering = Steering(build_tables([as_plan([step("add", "all")])], [3], d_model=32))
-    steering.positions = torch.arange(3)[None]
-    [(_, hook)] = steering.hooks()
-    with pytest.raises(SteerlensError, match=r"set up for tokens of shape \[1, 3\], and the model was run on \[1, 4\]"):
-        hook(torch.zeros(1, 4, 32), None)
-
-
-def test_positions_count_real_tokens_from_zero() -> None:
-    mask = torch.tensor([[0, 0, 1, 1], [1, 1, 1, 1]])
-    assert token_positions(mask).tolist() == [[-2, -1, 0, 1], [0, 1, 2, 3]]
+    edits = residual_edits(plans, [3, 3, 3], d_model=32)
+    assert [edit.site for edit in edits] == [resid_post(0), resid_post(2)]
+    assert edits[0].read.shape == (2, 3, 32)
+    kept = edits[0].select(torch.tensor([2, 0]))
+    assert kept.site == edits[0].site
+    assert torch.equal(kept.slope, edits[0].slope[:, [2, 0]])
+    assert torch.equal(kept.read, edits[0].read[:, [2, 0]])
 
 
 def test_the_plain_step_and_the_plan_mean_the_same() -> None:

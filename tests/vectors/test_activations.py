@@ -16,7 +16,9 @@ from steerlens.data.splits import query_ids
 from steerlens.errors import DataError, SteerlensError
 from steerlens.models.facts import stop_ids
 from steerlens.models.load import load_model
+from steerlens.models.passes import Read, run_pass
 from steerlens.models.prompts import PromptFormat, encode
+from steerlens.models.rows import pad
 from steerlens.steering.sampling import generate
 from steerlens.vectors import activations as capture
 from steerlens.vectors.activations import (
@@ -28,7 +30,7 @@ from steerlens.vectors.activations import (
     record_means,
 )
 from steerlens.vectors.estimators import fit_steering_vector
-from tests.conftest import Subject, hooks_on
+from tests.conftest import Passes, Subject, hooks_on
 from tests.near_ties import assert_same_text
 from tests.reference.plain_capture import last_residuals, mean_difference
 from tests.reference.plain_loop import Step, plain_greedy
@@ -172,24 +174,15 @@ def test_activations_are_float32_whatever_the_models_dtype(llama: Subject) -> No
     assert torch.cosine_similarity(acts.resid, exact, dim=-1).min() > 0.99
 
 
-def test_a_hook_keeps_no_view_of_the_whole_activation(tiny: Subject) -> None:
-    rows = torch.tensor([[0, 5, 6], [0, 7, 8]])
+def test_a_read_keeps_no_view_of_the_whole_activation(tiny: Subject) -> None:
+    rows = pad([[0, 5, 6], [0, 7, 8]])
     storages: list[int] = []
 
     def watch(resid: torch.Tensor, hook: Any) -> None:
         storages.append(resid.untyped_storage().data_ptr())
 
-    stacked: list[list[torch.Tensor]] = []
-    real = torch.stack
-
-    def spy(tensors: Any, *args: Any, **options: Any) -> torch.Tensor:
-        stacked.append(list(tensors))
-        return real(tensors, *args, **options)
-
-    with pytest.MonkeyPatch.context() as patch, tiny.model.hooks(fwd_hooks=[("blocks.1.hook_resid_post", watch)]):
-        patch.setattr(capture.torch, "stack", spy)
-        capture._read_last(tiny.model, rows, torch.ones_like(rows), None, [1])
-    [kept] = stacked[-1]
+    with tiny.model.hooks(fwd_hooks=[("blocks.1.hook_resid_post", watch)]):
+        (kept,) = run_pass(tiny.model, rows, reads=[Read("blocks.1.hook_resid_post")]).reads.values()
     assert kept.untyped_storage().nbytes() == 2 * 32 * 4
     assert kept.untyped_storage().data_ptr() not in storages
 
@@ -213,24 +206,23 @@ def test_running_sums_keep_one_batch_at_a_time(tiny: Subject, monkeypatch: pytes
     assert most <= 2
 
 
-def test_shared_beginnings_are_run_once(llama: Subject, monkeypatch: pytest.MonkeyPatch) -> None:
-    fed = 0
-    real = capture.forward
-
-    def counting(model: Any, tokens: torch.Tensor, *args: Any) -> Any:
-        nonlocal fed
-        fed += tokens.numel()
-        return real(model, tokens, *args)
-
-    monkeypatch.setattr(capture, "forward", counting)
+def test_shared_beginnings_are_run_once(llama: Subject, passes: Passes) -> None:
     record_activations(llama.model, PAIRS, batch_size=1)
-    rows = [[encode(llama.model, pair.text(condition)) for condition in ("none", "text")] for pair in PAIRS]
-    trunk = shared_length([row for pair in rows for row in pair])
-    expected = trunk
-    for pair in rows:
+    fed = sum(rows.tokens.numel() for rows, _ in passes)
+    pairs = [[encode(llama.model, pair.text(condition)) for condition in ("none", "text")] for pair in PAIRS]
+    trunk = shared_length([row for pair in pairs for row in pair])
+
+    def cost(pair: list[list[int]]) -> int:
         split = shared_length(pair)
-        expected += (split - trunk) + 2 * (max(map(len, pair)) - split)  # the shorter ending is padded
-    assert fed == expected < sum(len(row) for pair in rows for row in pair)
+        return (split - trunk) + 2 * (max(map(len, pair)) - split)  # the shorter ending is padded
+
+    longest = max(pairs, key=lambda pair: len(pair[1]))
+    checked = cost(longest) + 2 * len(
+        longest[1]
+    )  # once shared and once whole, to see that a gap is nothing to the model
+    shared = trunk + sum(map(cost, pairs))
+    assert shared < sum(len(row) for pair in pairs for row in pair)
+    assert fed == shared + checked
 
 
 def shared_length(rows: list[list[int]]) -> int:
@@ -241,15 +233,16 @@ def shared_length(rows: list[list[int]]) -> int:
     return length
 
 
-def test_no_hook_is_left_after_a_failure_in_the_middle(tiny: Subject, monkeypatch: pytest.MonkeyPatch) -> None:
-    def failing(*args: Any) -> Any:
-        assert hooks_on(tiny.model)
+def test_no_hook_is_left_after_a_failure_in_the_middle(tiny: Subject) -> None:
+    def failing(resid: torch.Tensor, hook: Any) -> None:
+        assert len(hooks_on(tiny.model)) > 1
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(capture, "forward", failing)
-    with pytest.raises(KeyboardInterrupt):
-        record_activations(tiny.model, PAIRS, share_prefixes=False)
-    assert hooks_on(tiny.model) == []
+    record_activations(tiny.model, PAIRS)  # the model is known from here on
+    for share_prefixes in (True, False):
+        with tiny.model.hooks(fwd_hooks=[("blocks.2.hook_resid_post", failing)]), pytest.raises(KeyboardInterrupt):
+            record_activations(tiny.model, PAIRS, share_prefixes=share_prefixes)
+        assert hooks_on(tiny.model) == []
 
 
 def test_results_name_their_pairs_and_where_they_come_from(tiny: Subject) -> None:
@@ -307,14 +300,6 @@ def test_a_vector_of_several_instructions_is_refused(tiny: Subject) -> None:
         SteerlensError, match=r"of one instruction, got activations of 2; fit each part of activations\.by_"
     ):
         fit_steering_vector(record_activations(tiny.model, pairs))
-
-
-def test_nothing_is_shared_where_attention_has_a_window(llama: Subject, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A window counts columns, and shared prefixes leave masked columns inside a row."""
-    monkeypatch.setattr(llama.model.original_model.config, "sliding_window", 8, raising=False)
-    assert not capture._prefixes_can_be_shared(llama.model)
-    monkeypatch.undo()
-    assert capture._prefixes_can_be_shared(llama.model)
 
 
 def test_a_prompt_longer_than_the_context_is_refused(tiny: Subject) -> None:

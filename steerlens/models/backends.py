@@ -1,0 +1,140 @@
+"""Backends: how each kind of model is run, and what its key-value cache is.
+
+    TransformerBridge     Hugging Face modules with Hugging Face's cache (TransformerLens 4, and 3)
+    HookedTransformer     TransformerLens' own modules with its own cache (TransformerLens 3; version 4 has dropped it)
+
+Both have the same hook names, so edits and reads do not know which one they meet.
+"""
+
+import copy
+import functools
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any, Literal, Protocol, runtime_checkable
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from steerlens.models.facts import is_hooked_transformer, model_device
+from steerlens.models.rows import Rows
+
+Columns = Literal["last", "all"]
+"""Which columns' logits are wanted: of each row's last token, or all."""
+
+
+@runtime_checkable
+class Cache(Protocol):
+    """Keys and values of the columns so far."""
+
+    def select(self, keep: Int[Tensor, " kept"]) -> "Cache":
+        """The cache of some rows, in the given order and as often as they come; this one is used up."""
+
+    def copy(self) -> "Cache":
+        """The same again, sharing nothing."""
+
+
+@runtime_checkable
+class Backend(Protocol):
+    """How one kind of model is run."""
+
+    def forward(
+        self, rows: Rows, cache: Any, *, keep_cache: bool, logits: Columns
+    ) -> tuple[Float[Tensor, "row d_vocab"] | Float[Tensor, "row pos d_vocab"], Cache | None]:
+        """Logits of the columns that are wanted, and the cache with the new columns in it, if it is to be kept."""
+
+
+def backend_of(model: Any) -> Backend:
+    """The backend of a model."""
+    return HookedTransformerBackend(model) if is_hooked_transformer(model) else BridgeBackend(model)
+
+
+@dataclass(frozen=True, eq=False)
+class BridgeCache:
+    """A Hugging Face cache."""
+
+    cache: Any
+
+    def select(self, keep: Int[Tensor, " kept"]) -> "BridgeCache":
+        self.cache.batch_select_indices(keep.cpu())  # each layer may be on another device
+        return self
+
+    def copy(self) -> "BridgeCache":
+        return BridgeCache(copy.deepcopy(self.cache))
+
+
+@dataclass(frozen=True, eq=False)
+class BridgeBackend:
+    """TransformerLens' bridge over a Hugging Face model."""
+
+    model: Any
+
+    def forward(
+        self, rows: Rows, cache: BridgeCache | None, *, keep_cache: bool, logits: Columns
+    ) -> tuple[Tensor, BridgeCache | None]:
+        options: dict[str, Any] = {"use_cache": keep_cache}
+        if rows.padding == "left":
+            # Without a hidden column before a token, no mask is what Hugging Face runs one prompt alone with.
+            options["attention_mask"] = rows.mask
+        if cache is not None:
+            options["past_key_values"] = cache.cache
+        last, columns = rows.last, None
+        if logits == "last" and _keeps_logits(type(getattr(self.model, "original_model", self.model)).forward):
+            columns = torch.unique(last)
+            options["logits_to_keep"] = 1 if columns.tolist() == [rows.tokens.shape[1] - 1] else columns
+        out, kept = self.model(rows.tokens, return_type="logits_and_cache", **options)
+        if logits == "last":
+            place = last if columns is None else torch.searchsorted(columns, last)
+            out = out[torch.arange(len(out)), place.to(out.device)]
+        return out, BridgeCache(kept) if keep_cache and kept is not None else None
+
+
+@functools.cache
+def _keeps_logits(model_forward: Callable[..., Any]) -> bool:
+    """Whether a Hugging Face model can leave out the logits of columns that are not wanted: a vocabulary is wide."""
+    return "logits_to_keep" in inspect.signature(model_forward).parameters
+
+
+@dataclass(frozen=True, eq=False)
+class HookedCache:
+    """TransformerLens' own cache."""
+
+    cache: Any
+
+    def select(self, keep: Int[Tensor, " kept"]) -> "HookedCache":
+        for entry in self.cache.entries:
+            entry.past_keys = entry.past_keys[keep.to(entry.past_keys.device)]
+            entry.past_values = entry.past_values[keep.to(entry.past_values.device)]
+        mask = self.cache.previous_attention_mask
+        self.cache.previous_attention_mask = mask[keep.to(mask.device)]
+        return self
+
+    def copy(self) -> "HookedCache":
+        # Entries are replaced when they grow and never written into, so their tensors may be shared.
+        entries = [replace(entry) for entry in self.cache.entries]
+        return HookedCache(replace(self.cache, entries=entries))
+
+
+@dataclass(frozen=True, eq=False)
+class HookedTransformerBackend:
+    """TransformerLens 3's HookedTransformer."""
+
+    model: Any
+
+    def forward(
+        self, rows: Rows, cache: HookedCache | None, *, keep_cache: bool, logits: Columns
+    ) -> tuple[Tensor, HookedCache | None]:
+        n_rows, n_columns = rows.tokens.shape
+        if keep_cache and cache is None:
+            from transformer_lens.cache.key_value_cache import TransformerLensKeyValueCache
+
+            fresh = TransformerLensKeyValueCache.init_cache(self.model.cfg, model_device(self.model), n_rows)
+            cache = HookedCache(fresh)
+        # The cache remembers the mask of its columns. Without a mask, the model would guess one from the padding token.
+        mask = rows.mask[:, -n_columns:]
+        past = None if cache is None else cache.cache
+        out = self.model(rows.tokens, attention_mask=mask, past_kv_cache=past, return_type="logits", prepend_bos=False)
+        if logits == "last":
+            out = out[torch.arange(len(out)), rows.last.to(out.device)]
+        return out, cache if keep_cache else None
