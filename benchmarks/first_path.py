@@ -31,12 +31,12 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from steerlens import sampling as sampling_module
 from steerlens.data.load import load_pairs
 from steerlens.data.pairs import PairSet
 from steerlens.models.load import load_model
 from steerlens.models.prompts import encode
-from steerlens.models.rows import left_pad, pad_id
+from steerlens.models.rows import pad, pad_id
+from steerlens.steering import sampling as sampling_module
 from steerlens.steering.residual import steer
 from steerlens.steering.sampling import generate
 from steerlens.vectors.activations import record_activations, record_means
@@ -95,7 +95,7 @@ def sampling_contestants(model: Any, hf: Any, pairs: PairSet, n_tokens: int) -> 
         return sum(len(row.tokens) for row in rows)
 
     def unsteered(batch: int) -> int:
-        ids = left_pad([encode(model, prompt) for prompt in prompts[:batch]], pad_id=pad_id(model))
+        ids = pad([encode(model, prompt) for prompt in prompts[:batch]], pad_id=pad_id(model))
         options = {
             "max_new_tokens": n_tokens,
             "min_new_tokens": n_tokens,
@@ -103,7 +103,7 @@ def sampling_contestants(model: Any, hf: Any, pairs: PairSet, n_tokens: int) -> 
             "pad_token_id": pad_id(model),
         }
         with torch.inference_mode():
-            out = hf.generate(ids.tokens, attention_mask=ids.attention_mask, **options)
+            out = hf.generate(ids.tokens, attention_mask=ids.mask, **options)
         return (out.shape[1] - ids.tokens.shape[1]) * batch
 
     return {

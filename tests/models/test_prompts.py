@@ -4,13 +4,11 @@ import datetime
 import json
 import shutil
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pandas as pd
 import pytest
-import torch
 from transformers import AutoTokenizer
 
 from steerlens.errors import ModelError, SteerlensError
@@ -194,7 +192,32 @@ def test_a_prompt_and_its_room_must_fit_the_context(gpt2: Subject) -> None:
         encode_all(gpt2.model, ["a", "b" * 150], room=10)
 
 
+# --- templates as they are found ------------------------------------------------------------------------------------
 
+GENERATION = "{% if add_generation_prompt %}<turn>assistant: {% endif %}"
+LOOP = "{% for m in messages %}<turn>{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}" + GENERATION
+CHATML = (
+    "{% if messages[0]['role'] != 'system' %}<turn>system: You are helpful.\n{% endif %}"
+    "{% for m in messages %}<turn>{{ m['role'] }}: {{ m['content'] | trim }}\n{% endfor %}" + GENERATION
+)
+DATED = (
+    "{% if not date_string is defined %}{% if strftime_now is defined %}{% set date_string = strftime_now('%d %b %Y') %}"
+    "{% else %}{% set date_string = '26 Jul 2024' %}{% endif %}{% endif %}Today: {{ date_string }}\n" + LOOP
+)
+FIXED_DATE = (
+    "{% if not date_string is defined %}{% set date_string = '26 Jul 2024' %}{% endif %}Today: {{ date_string }}\n"
+    + LOOP
+)
+IGNORES_SYSTEM = "<turn>user: {{ messages[-1]['content'] }}\n" + GENERATION
+REFUSES_SYSTEM = (
+    "{% if messages[0]['role'] == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}" + LOOP
+)
+PARTS_ONLY = (
+    "{% for m in messages %}<turn>{{ m['role'] }}: {% for part in m['content'] %}{% if part['type'] == 'text' %}"
+    "{{ part['text'] }}{% endif %}{% endfor %}\n{% endfor %}" + GENERATION
+)
+STRICT_PARTS = "{% for m in messages %}{{ m['role'] + m['content'][0].text }}{% endfor %}"
+THINKING = LOOP + "{% if enable_thinking is defined and enable_thinking is false %}<think></think>{% endif %}"
 
 
 @pytest.fixture

@@ -101,21 +101,7 @@ CHECKS: dict[str, Callable[[Subject], None]] = {
     "activations": activations,
 }
 
-TEXTS = ("text", "steered text", "steered trials")
-NO_GAPS = "prompts share a prefix, and a masked gap is counted by its "
-ROUNDED_UP = "the longest row of a batch, padding included, picks the rotary frequencies of all"
-KEPT_STATE = "the cache of a recurrent state cannot drop or repeat rows: a raw AttributeError or RuntimeError"
-NO_CACHE = "the model gives back no cache: a raw AttributeError, or what went before is lost without a word"
-KNOWN_WRONG: dict[tuple[str, str], str] = {
-    ("gpt-neo", "activations"): NO_GAPS + "local window",
-    ("mpt", "activations"): NO_GAPS + "linear biases",
-    ("llama4-chunked", "activations"): NO_GAPS + "attention chunks",
-    **{("phi3-longrope", check): ROUNDED_UP for check in CHECKS},
-    **{(name, check): NO_CACHE for name in ("mamba", "mamba2", "recurrent-gemma") for check in TEXTS},
-    ("recurrent-gemma", "activations"): NO_CACHE,
-    **{("bamba", check): KEPT_STATE for check in TEXTS},
-    **{(name, check): KEPT_STATE for name in ("jamba", "falcon-h1", "lfm2", "qwen3-next") for check in CHECKS},
-}
+KNOWN_WRONG: dict[tuple[str, str], str] = {}
 """What is neither right nor refused today, and how."""
 
 REFUSED: dict[tuple[str, str], str] = {}
