@@ -1,17 +1,16 @@
 """Every architecture of the zoo is right or refused: it gives what Hugging Face gives for one prompt alone, or a sentence."""
 
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import replace
 from functools import cached_property, partial
-from itertools import product
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from steerlens.data.pairs import InstructionPair, PairSet
-from steerlens.errors import ModelError, SteerlensError
+from steerlens.errors import ModelError
 from steerlens.models.load import load_model
 from steerlens.models.prompts import encode
 from steerlens.steering.sampling import generate
@@ -101,36 +100,15 @@ CHECKS: dict[str, Callable[[Subject], None]] = {
     "activations": activations,
 }
 
-KNOWN_WRONG: dict[tuple[str, str], str] = {}
-"""What is neither right nor refused today, and how."""
 
-REFUSED: dict[tuple[str, str], str] = {}
-"""What is refused, with a part of the sentence, which names the architecture."""
-
-
-def cases(names: Iterable[str], checks: Iterable[str]) -> list[Any]:
-    """Every name with every check; what is known to be wrong must fail until it is mended."""
-    return [
-        pytest.param(name, check, id=f"{name}, {check}", marks=_known(KNOWN_WRONG.get((name, check))))
-        for name, check in product(names, checks)
-    ]
-
-
-def _known(reason: str | None) -> Any:
-    return () if reason is None else pytest.mark.xfail(reason=reason, strict=True)
-
-
-@pytest.mark.parametrize(("name", "check"), cases(ZOO, CHECKS))
-def test_an_architecture_gives_what_hugging_face_gives_for_one_prompt_alone_or_a_sentence(
+@pytest.mark.parametrize("check", CHECKS)
+@pytest.mark.parametrize("name", ZOO)
+def test_an_architecture_gives_what_hugging_face_gives_for_one_prompt_alone(
     name: str, check: str, subjects: dict[str, Subject]
 ) -> None:
     subject = subjects[name]
     before = hooks_on(subject.model)  # TransformerLens keeps some of its own on some models
-    if (name, check) in REFUSED:
-        with pytest.raises(SteerlensError, match=REFUSED[name, check]):
-            CHECKS[check](subject)
-    else:
-        CHECKS[check](subject)
+    CHECKS[check](subject)
     assert hooks_on(subject.model) == before
 
 
