@@ -316,10 +316,10 @@ class _Job:
     def __init__(
         self,
         model: Any,
-        prompts: Sequence[str],
-        steering: Plan | Sequence[Plan] | None,
+        prompts: Iterable[str],
+        steering: Any,
         sampling: SamplingConfig,
-        seed: int | Sequence[int],
+        seed: WholeNumber | Iterable[WholeNumber],
         batch_size: int,
         prompt_format: PromptFormat,
     ) -> None:
