@@ -39,14 +39,24 @@ def set_projection(
     target: float,
     coeff: float = 1.0,
 ) -> Float[Tensor, "*batch d_model"]:
-    """The residual whose projection on the unit `direction` moved `coeff` of the way to `target`."""
+    """The residual whose projection on the unit `direction` moved `coeff` of the way to `target`.
+
+    >>> import torch
+    >>> set_projection(torch.tensor([1.0, 2.0]), torch.tensor([0.0, 1.0]), target=5.0)
+    tensor([1., 5.])
+    """
     return rank_one(resid, direction, direction, *affine("set_projection", coeff=coeff, target=target))
 
 
 def ablate(
     resid: Float[Tensor, "*batch d_model"], direction: Float[Tensor, " d_model"], *, coeff: float = 1.0
 ) -> Float[Tensor, "*batch d_model"]:
-    """The residual without `coeff` of its component along the unit `direction`."""
+    """The residual without `coeff` of its component along the unit `direction`.
+
+    >>> import torch
+    >>> ablate(torch.tensor([1.0, 2.0]), torch.tensor([0.0, 1.0]))
+    tensor([1., 0.])
+    """
     return rank_one(resid, direction, direction, *affine("ablate", coeff=coeff))
 
 

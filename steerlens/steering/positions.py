@@ -24,7 +24,11 @@ FOREVER = 2**31 - 1
 
 @dataclass(frozen=True)
 class Window:
-    """The half-open window `[start, stop)` of positions; None leaves that end open."""
+    """The half-open window `[start, stop)` of positions; None leaves that end open.
+
+    >>> as_window("generated") == Window(0, None, "generation")
+    True
+    """
 
     start: WholeNumber | None = None
     stop: WholeNumber | None = None
