@@ -155,6 +155,25 @@ ZOO: dict[str, Animal] = {
             "chunk_size": 16,
         },
     ),
+    "falcon-mamba": Animal("falcon_mamba", {"hidden_size": WIDTH, "num_hidden_layers": DEPTH, "state_size": 8}),
+    "rwkv": Animal(
+        "rwkv",
+        {"hidden_size": WIDTH, "num_hidden_layers": DEPTH, "attention_hidden_size": WIDTH, "context_length": LONGEST},
+    ),
+    "zamba2": Animal(
+        "zamba2",
+        SIZES
+        | {
+            "mamba_d_state": 8,
+            "n_mamba_heads": 8,
+            "mamba_headdim": 8,
+            "mamba_ngroups": 1,
+            "chunk_size": 16,
+            "num_mem_blocks": 1,
+            "hybrid_layer_ids": [1, 3],
+            "layers_block_type": ["mamba", "hybrid", "mamba", "hybrid"],
+        },
+    ),
     "recurrent-gemma": Animal(
         "recurrent_gemma", SIZES | {"num_key_value_heads": 1, "lru_width": WIDTH, "attention_window_size": WINDOW}
     ),
@@ -225,17 +244,12 @@ OTHERS: dict[str, Animal] = {
 """Not decoders, so that no text goes on from a prompt alone; or decoders that TransformerLens cannot bridge."""
 
 
-def save_animal(name: str, folder: Path) -> Path:
-    """The model of that name, the same one every time, as a Hugging Face folder."""
+def save_animal(name: str, folder: Path, **settings: Any) -> Path:
+    """The model of that name, with other settings perhaps, the same one every time, as a Hugging Face folder."""
     animal = (ZOO | OTHERS)[name]
     tokenizer = byte_tokenizer()
-    config = AutoConfig.for_model(
-        animal.model_type,
-        vocab_size=len(tokenizer),
-        tie_word_embeddings=animal.tied,
-        **special_ids(tokenizer),
-        **animal.settings,
-    )
+    common = {"vocab_size": len(tokenizer), "tie_word_embeddings": animal.tied} | special_ids(tokenizer)
+    config = AutoConfig.for_model(animal.model_type, **(common | animal.settings | settings))
     with torch.random.fork_rng(devices=()):
         torch.manual_seed(animal.seed)  # some architectures draw the decay of their states
         model = animal.auto.from_config(config)

@@ -24,8 +24,9 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor
 
+from steerlens.errors import ModelError, SteerlensError
 from steerlens.models.backends import Cache
-from steerlens.models.facts import resid_post
+from steerlens.models.facts import model_id, resid_post
 from steerlens.models.passes import PassResult, Read, Runner
 from steerlens.models.rows import Side, length_sorted_batches, pad, pad_id
 
@@ -62,7 +63,7 @@ def abilities(model: Any, width: int) -> Abilities:
     """What the model may do for rows of up to `width` tokens.
 
     Raises:
-        ModelError: if even a row alone gives no finite logits.
+        ModelError: if even a row alone does not run, or gives no finite logits.
     """
     if width > _rotary_limit(model):
         return Abilities(cache=False, batch=False)
@@ -109,7 +110,15 @@ def _probe(model: Any, lengths: tuple[int, int]) -> Abilities:
     rows = [torch.randint(limit, (length,), generator=generator).tolist() for length in lengths]
     sites = [resid_post(layer) for layer in range(int(model.cfg.n_layers))]
     with _without_callers_hooks(model), Runner(model, sites) as runner:
-        alone = [_whole(runner, [row])[0] for row in rows]
+        try:
+            alone = [_whole(runner, [row])[0] for row in rows]
+        except SteerlensError:
+            raise
+        except Exception as error:  # whatever an architecture raises
+            raise ModelError(
+                f"a model must run with hooks on its residual stream, and {model_id(model)} does not: "
+                f"{type(error).__name__}: {error}; TransformerLens may bridge its architecture only in part"
+            ) from error
         return Abilities(
             cache=_holds(lambda: _cached(runner, rows), alone, tolerance(model)),
             batch=_holds(lambda: _whole(runner, rows), alone, tolerance(model)),

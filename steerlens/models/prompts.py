@@ -234,6 +234,52 @@ def encode_all(
     return encoded
 
 
+def token_span(
+    model: Any, prompt: str, span: tuple[int, int], prompt_format: PromptFormat = PromptFormat()
+) -> tuple[int, int]:
+    """The positions [start, stop) of the tokens, as fed, that hold the prompt's characters [start, end).
+
+    Found by the tokenizer's character offsets, never by searching for ids: a word has other tokens in other places. A token
+    that reaches over an end of the span belongs to it.
+
+    Raises:
+        SteerlensError: if the span holds no character of the prompt, or the template changes the prompt.
+        ModelError: if the tokenizer gives no offsets.
+
+    Example:
+        >>> start, stop = token_span(model, "Describe rain. Use capitals.", (15, 28))
+        >>> model.tokenizer.decode(encode(model, "Describe rain. Use capitals.")[start:stop])
+        ' Use capitals.'
+    """
+    low, high = span
+    if not 0 <= low < high <= len(prompt) or not prompt[low:high].strip():
+        raise SteerlensError(
+            f"a span must hold characters of the prompt, got [{low}, {high}) of the {len(prompt)} of {prompt[:60]!r}"
+        )
+    text = render(model, prompt, prompt_format)
+    before, _, after = frame(model, prompt_format).partition("{prompt}")
+    written = next((form for form in (prompt, prompt.strip()) if text == before + form + after), None)
+    if written is None:
+        raise SteerlensError(
+            f"a span needs a chat template that writes the prompt as it is, and this one changes {prompt[:60]!r}; "
+            'use style="plain", or another prompt'
+        )
+    if not getattr(model.tokenizer, "is_fast", False):
+        raise ModelError(
+            "a span needs a tokenizer that gives character offsets (a fast one), and this model's does not"
+        )
+    fed = model.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+    shift = len(encode(model, prompt, prompt_format)) - len(
+        fed["input_ids"]
+    )  # tokens before the text, or one taken off
+    trimmed = prompt.index(written)
+    start, stop = (len(before) + place - trimmed for place in (low, high))
+    inside = [place for place, (a, b) in enumerate(fed["offset_mapping"]) if a < stop and b > start and b > a]
+    if not inside:
+        raise SteerlensError(f"no token holds {prompt[low:high]!r} of {prompt[:60]!r}; the template may trim it")
+    return inside[0] + shift, inside[-1] + 1 + shift
+
+
 # --- chat templates -------------------------------------------------------------------------------------------------
 
 MARK = "PromptStandsHere"

@@ -9,7 +9,7 @@ Positions count tokens and never columns, so they are the same alone, beside lon
 and while a cache is decoded.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, Literal
@@ -18,7 +18,9 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
+from steerlens.data.pairs import InstructionPair
 from steerlens.errors import SteerlensError
+from steerlens.models.prompts import PromptFormat, encode_all, token_span
 
 Side = Literal["left", "right"]
 Span = tuple[int, int]
@@ -113,6 +115,26 @@ def pad(
         prompt_lengths=tuple(lengths if prompt_lengths is None else prompt_lengths),
         spans={name: tuple(found) for name, found in (spans or {}).items()},
     )
+
+
+def pair_rows(
+    model: Any, pairs: Iterable[InstructionPair], prompt_format: PromptFormat = PromptFormat(), *, side: Side = "left"
+) -> Rows:
+    """The prompts with their instructions, one row each; the span "instruction" holds the instruction's tokens.
+
+    Raises:
+        DataError: naming the pair whose instruction stands nowhere in its prompt, or is woven into the query.
+        SteerlensError: if a prompt does not fit the context, or the template changes it.
+
+    Example:
+        >>> rows = pair_rows(model, pairs[:2])
+        >>> len(rows.spans["instruction"])
+        2
+    """
+    pairs = list(pairs)
+    ids = encode_all(model, [pair.text("text") for pair in pairs], prompt_format)
+    spans = [token_span(model, pair.prompt, pair.instruction_span, prompt_format) for pair in pairs]
+    return pad(ids, side=side, pad_id=pad_id(model), spans={"instruction": spans})
 
 
 def token_positions(mask: Int[Tensor, "row pos"]) -> Int[Tensor, "row pos"]:

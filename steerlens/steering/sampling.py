@@ -25,7 +25,7 @@ from tqdm import tqdm
 from steerlens._typing import RealNumber, WholeNumber, plain, real, whole, whole_numbers
 from steerlens.errors import SteerlensError
 from steerlens.models.backends import Cache
-from steerlens.models.facts import model_device, resid_post, stop_ids
+from steerlens.models.facts import forbidden_ids, model_device, resid_post, stop_ids
 from steerlens.models.passes import Edit, Runner
 from steerlens.models.probe import abilities
 from steerlens.models.prompts import PromptFormat, encode_all, text_list
@@ -334,6 +334,8 @@ class _Job:
         check_stop_ids(model, sampling.stop_ids)
         encoded = encode_all(model, prompts, prompt_format, room=sampling.max_new_tokens)
         self.model, self.sampling = model, sampling
+        # A vocabulary may be padded beyond its tokenizer, and what is no token is no text.
+        self.forbidden = torch.tensor(forbidden_ids(model), dtype=torch.long, device=model_device(model))
         self.rows = [_Row(i, ids, plans[i], seeds[i], sampling) for i, ids in enumerate(encoded)]
         lengths = [len(row.prompt) for row in self.rows]
         self.able = abilities(model, max(lengths, default=0) + sampling.max_new_tokens) if lengths else None
@@ -351,7 +353,7 @@ class _Job:
         """Decode, inside the runner's block, until at least one row stops; those rows leave their batch."""
         if self.batch is None:
             kind = _CachedBatch if self.able and self.able.cache else _WholeBatch
-            self.batch = kind(self.runner, self.waiting.pop(), self.sampling)
+            self.batch = kind(self.runner, self.waiting.pop(), self.sampling, self.forbidden)
         finished: list[Generation] = []
         while not finished:
             bar.step(len(self.batch.rows))
@@ -366,7 +368,8 @@ class _Job:
 class _Batch:
     """Rows that are decoded together."""
 
-    def __init__(self, runner: Runner, rows: list[_Row], sampling: SamplingConfig) -> None:
+    def __init__(self, runner: Runner, rows: list[_Row], sampling: SamplingConfig, forbidden: Tensor) -> None:
+        self.forbidden = forbidden
         self.runner, self.model, self.rows, self.sampling = runner, runner.model, rows, sampling
         self.stops = stop_ids(self.model)
         self.edits: Sequence[Edit] = self.edits_of(rows)
@@ -379,6 +382,8 @@ class _Batch:
     def step(self) -> list[Generation]:
         """One token more for every row; rows that stop leave the batch."""
         logits = self.logits()
+        if len(self.forbidden):
+            logits = logits.index_fill(-1, self.forbidden, float("-inf"))
         chosen = choose(logits, self.sampling, _draws(self.rows, logits.device)).tolist()
         outcomes = []
         for row, token in zip(self.rows, chosen, strict=True):
@@ -418,8 +423,8 @@ class _WholeBatch(_Batch):
 class _CachedBatch(_Batch):
     """Rows padded on the left; after their prompts, one token a step, with a key-value cache."""
 
-    def __init__(self, runner: Runner, rows: list[_Row], sampling: SamplingConfig) -> None:
-        super().__init__(runner, rows, sampling)
+    def __init__(self, runner: Runner, rows: list[_Row], sampling: SamplingConfig, forbidden: Tensor) -> None:
+        super().__init__(runner, rows, sampling, forbidden)
         self.cache: Cache | None = None
         self.fed = pad([row.prompt for row in rows], pad_id=pad_id(self.model)).to(model_device(self.model))
         stems = _stems(rows)

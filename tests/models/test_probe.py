@@ -6,9 +6,11 @@ from typing import Any
 import pytest
 import torch
 
+from steerlens.errors import ModelError
 from steerlens.models import probe
 from steerlens.models.load import load_model
 from steerlens.models.probe import Abilities, abilities
+from steerlens.steering.sampling import generate
 from tests.conftest import Subject, hooks_on
 from tests.zoo import save_animal
 
@@ -90,4 +92,18 @@ def test_the_callers_hooks_neither_see_a_probe_nor_change_it(tiny: Subject) -> N
         assert hooks_on(model) == before
         model(torch.tensor([[5, 6]]))
     assert len(seen) == 1
+    assert hooks_on(model) == []
+
+
+def test_a_model_that_does_not_run_is_refused_by_name_and_reason(
+    tiny: Subject, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = load_model(tiny.folder, progress=False)
+
+    def broken(*args: Any, **options: Any) -> Any:
+        raise AttributeError("no attribute 'rotary_emb'")
+
+    monkeypatch.setattr(model.original_model, "forward", broken)
+    with pytest.raises(ModelError, match=rf"{tiny.folder.name} does not: AttributeError: no attribute 'rotary_emb'"):
+        generate(model, ["a"], max_new_tokens=1)
     assert hooks_on(model) == []

@@ -23,6 +23,7 @@ from steerlens.models.prompts import (
     pinned,
     render,
     template_digest,
+    token_span,
 )
 from tests.conftest import Subject
 from tests.tiny_models import BOS, CHAT_TEMPLATE, byte_tokenizer
@@ -457,3 +458,57 @@ def test_what_only_a_chat_template_reads_is_refused_without_one(gpt2: Subject, s
         PromptFormat(style="plain", **setting)
     with pytest.raises(ModelError, match=f"{name} needs a tokenizer with a chat template"):
         encode(gpt2.model, "Hi", PromptFormat(**setting))
+
+
+# --- spans -----------------------------------------------------------------------------------------------------------
+
+SPANNED = "Describe rain. Use capitals."
+
+
+@pytest.mark.parametrize(
+    "prompt_format",
+    [PromptFormat(), PromptFormat(system="Be brief."), PromptFormat(style="plain"), PromptFormat(bos=False)],
+    ids=str,
+)
+def test_a_span_of_a_prompt_is_its_tokens_as_they_are_fed(tiny: Subject, prompt_format: PromptFormat) -> None:
+    if tiny.name == "gpt2" and prompt_format.system:
+        pytest.skip("this model has no chat template to carry a system message")
+    ids = encode(tiny.model, SPANNED, prompt_format)
+    start, stop = token_span(tiny.model, SPANNED, (15, 28), prompt_format)
+    assert tiny.model.tokenizer.decode(ids[start:stop]) == "Use capitals."
+    start, stop = token_span(tiny.model, SPANNED, (0, 8), prompt_format)
+    assert tiny.model.tokenizer.decode(ids[start:stop]) == "Describe"
+
+
+def test_the_span_of_a_text_that_stands_twice_is_the_one_asked_for(llama: Subject) -> None:
+    prompt = "rain rain rain"
+    spans = [token_span(llama.model, prompt, (place, place + 4)) for place in (0, 5, 10)]
+    assert [start - spans[0][0] for start, _ in spans] == [0, 5, 10]  # a token a byte
+
+
+def test_a_span_counts_characters_also_where_they_are_several_bytes(llama: Subject) -> None:
+    prompt = "Café ☂ rain"
+    ids = encode(llama.model, prompt)
+    start, stop = token_span(llama.model, prompt, (5, 6))
+    assert llama.model.tokenizer.decode(ids[start:stop]) == "☂"
+
+
+def test_a_template_that_trims_a_prompt_moves_its_spans(llama: Subject, monkeypatch: pytest.MonkeyPatch) -> None:
+    template = CHAT_TEMPLATE.replace("m['content']", "m['content'] | trim")
+    monkeypatch.setattr(llama.model.tokenizer, "chat_template", template)
+    ids = encode(llama.model, "  rain today ")
+    start, stop = token_span(llama.model, "  rain today ", (2, 6))
+    assert llama.model.tokenizer.decode(ids[start:stop]) == "rain"
+
+
+@pytest.mark.parametrize("span", [(3, 3), (5, 99), (-1, 4), (8, 9)], ids=str)
+def test_a_span_without_characters_of_the_prompt_is_refused(llama: Subject, span: tuple[int, int]) -> None:
+    with pytest.raises(SteerlensError, match=r"a span must hold characters of the prompt, got \["):
+        token_span(llama.model, "Describe rain.", span)
+
+
+def test_a_template_that_rewrites_a_prompt_has_no_spans(llama: Subject, monkeypatch: pytest.MonkeyPatch) -> None:
+    template = CHAT_TEMPLATE.replace("m['content']", "m['content'] | replace(' ', '  ')")
+    monkeypatch.setattr(llama.model.tokenizer, "chat_template", template)
+    with pytest.raises(SteerlensError, match=r"writes the prompt as it is, and this one changes 'Describe rain\.'"):
+        token_span(llama.model, "Describe rain.", (0, 8))

@@ -6,8 +6,10 @@ from typing import Any
 import pytest
 import torch
 
-from steerlens.errors import SteerlensError
-from steerlens.models.rows import length_sorted_batches, pad, pad_id, token_positions
+from steerlens.data.pairs import InstructionPair
+from steerlens.errors import DataError, SteerlensError
+from steerlens.models.rows import length_sorted_batches, pad, pad_id, pair_rows, token_positions
+from tests.conftest import Subject
 
 
 def test_rows_are_padded_on_the_left_with_a_mask() -> None:
@@ -82,3 +84,22 @@ def test_batches_hold_every_row_once_longest_first() -> None:
     assert length_sorted_batches([], 4) == []
     with pytest.raises(SteerlensError, match="batch_size must be at least 1, got 0"):
         length_sorted_batches([1], 0)
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_rows_of_pairs_know_the_tokens_of_their_instructions(tiny: Subject, side: Any) -> None:
+    pairs = [
+        InstructionPair("Describe rain.", "Use capitals."),
+        InstructionPair("Why is rain wet?", "Be brief.", "a:b", prompt="Be brief. Why is rain wet?"),
+    ]
+    rows = pair_rows(tiny.model, pairs, side=side)
+    for row, pair in enumerate(pairs):
+        start, stop = rows.spans["instruction"][row]
+        inside = (rows.positions[row] >= start) & (rows.positions[row] < stop)
+        assert tiny.model.tokenizer.decode(rows.tokens[row][inside]) == pair.instruction
+
+
+def test_a_pair_whose_instruction_is_woven_into_the_query_has_no_span(llama: Subject) -> None:
+    woven = InstructionPair("Describe rain.", "", "a:b", prompt="In capitals, describe rain.")
+    with pytest.raises(DataError, match=woven.prompt_id):
+        pair_rows(llama.model, [woven])

@@ -80,6 +80,7 @@ LAYER_LISTS = (
     "backbone.layers",
     "transformer.h",
     "transformer.blocks",
+    "rwkv.blocks",
 )
 """Where Hugging Face's decoders keep their blocks."""
 

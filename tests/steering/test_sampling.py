@@ -3,6 +3,7 @@
 import copy
 import random
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,6 +13,7 @@ import torch
 
 from steerlens.errors import ModelError, SteerlensError
 from steerlens.models.facts import stop_ids
+from steerlens.models.load import load_model
 from steerlens.models.prompts import PromptFormat, encode
 from steerlens.models.rows import Rows
 from steerlens.models.stops import before_stop, decode
@@ -26,6 +28,7 @@ from tests.reference.plain_loop import PlainText, Rule, Step, plain_greedy
 from tests.steps import OPERATORS, RULES, as_plan, step, unit
 from tests.tiny_models import byte_tokenizer
 from tests.unchecked import unchecked
+from tests.zoo import save_animal
 
 PROMPTS = [
     "a",
@@ -583,6 +586,18 @@ def test_a_plan_that_does_not_fit_is_refused_before_any_hook_is_set(
         generate(tiny.model, PROMPTS[:2], steering=[as_plan([step("add", "all")]), plan], max_new_tokens=2)
     assert hooks_on(tiny.model) == []
     assert passes == []
+
+
+def test_ids_that_are_no_tokens_are_never_said(tmp_path: Path) -> None:
+    """A vocabulary padded beyond its tokenizer, with the largest logits there."""
+    folder = save_animal("llama", tmp_path, vocab_size=300)
+    model = load_model(folder, progress=False)
+    with torch.no_grad():
+        model.original_model.get_output_embeddings().weight[260:] = 9.0
+    greedy, sampled = (
+        generate(model, PROMPTS[:4], max_new_tokens=6, temperature=heat, seed=range(4)) for heat in (0.0, 3.0)
+    )
+    assert max(token for row in (*greedy, *sampled) for token in row.tokens) < 260
 
 
 # --- requests ------------------------------------------------------------------------------------------------------
