@@ -130,6 +130,17 @@ def models_are_clean() -> Iterator[None]:
     assert not left, f"hooks are left on {left}"
 
 
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """A worker hands its ledger to the process that prints."""
+    if hasattr(session.config, "workeroutput"):
+        session.config.workeroutput["ledger"] = [LEDGER.rows, LEDGER.tokens, LEDGER.ties]
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node: Any) -> None:
+    LEDGER.add(*getattr(node, "workeroutput", {}).get("ledger", (0, 0, ())))
+
+
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     if LEDGER.rows:
         terminalreporter.write_line(f"greedy rows against the plain loop: {LEDGER}")

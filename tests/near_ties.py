@@ -20,6 +20,10 @@ class Ledger:
     tokens: int = 0
     ties: list[float] = field(default_factory=list)
 
+    def add(self, rows: int, tokens: int, ties: Sequence[float]) -> None:
+        """Count more rows, those of another process perhaps."""
+        self.rows, self.tokens, self.ties = self.rows + rows, self.tokens + tokens, [*self.ties, *ties]
+
     def __str__(self) -> str:
         return f"{self.rows} compared, {self.tokens} tokens; {len(self.ties)} rows cut at a gap below {NEAR_TIE:g}"
 
@@ -43,7 +47,6 @@ def assert_same_text(expected: Sequence[PlainText], got: Sequence[Sequence[int]]
             assert list(tokens) == plain.tokens, f"{what}, row {row}: another length"
         else:
             cut.append(plain.gaps[clear])
-        LEDGER.rows += 1
-        LEDGER.tokens += clear
-    LEDGER.ties += cut
+        LEDGER.add(1, clear, [])
+    LEDGER.add(0, 0, cut)
     assert len(cut) <= max(1, len(expected) // 10), f"{what}: {len(cut)} of {len(expected)} rows have a near tie"
