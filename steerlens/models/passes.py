@@ -48,7 +48,12 @@ class Edit(Protocol):
 
 @dataclass(frozen=True, eq=False)
 class Read:
-    """What is kept of one site's activation: float32 copies on the CPU."""
+    """What is kept of one site's activation: float32 copies on the CPU.
+
+    Example:
+        >>> Read("blocks.3.hook_resid_post").at
+        'last'
+    """
 
     site: str
     at: Literal["last", "all"] | Int[Tensor, "row n"] = "last"
@@ -101,6 +106,14 @@ def run_pass(
     Raises:
         ModelError: if the logits of a row's token are not finite, or a hook point does not exist or did not fire.
         SteerlensError: inside a block of `steer`, where a pass would be steered twice.
+
+    Example:
+        >>> from steerlens.models.prompts import encode_all
+        >>> from steerlens.models.rows import pad
+        >>> rows = pad(encode_all(model, queries))
+        >>> result = run_pass(model, rows, reads=[Read("blocks.3.hook_resid_post")])
+        >>> result.logits.shape[0], list(result.reads["blocks.3.hook_resid_post"].shape)
+        (3, [3, 160])
     """
     with Runner(model, {edit.site for edit in edits} | {read.site for read in reads}) as runner:
         return runner.run(rows, edits=edits, reads=reads, cache=cache, keep_cache=keep_cache, logits=logits)

@@ -64,6 +64,10 @@ def abilities(model: Any, width: int) -> Abilities:
 
     Raises:
         ModelError: if even a row alone does not run, or gives no finite logits.
+
+    Example:
+        >>> abilities(model, 100)
+        Abilities(cache=True, batch=True)
     """
     if width > _rotary_limit(model):
         return Abilities(cache=False, batch=False)

@@ -29,7 +29,13 @@ Span = tuple[int, int]
 
 @dataclass(frozen=True, eq=False)
 class Rows:
-    """What one pass feeds: new columns, and the mask of these and of all columns before them."""
+    """What one pass feeds: new columns, and the mask of these and of all columns before them.
+
+    Example:
+        >>> rows = pad([[5, 6, 7], [8]])
+        >>> rows.then(torch.tensor([[9], [9]])).positions.tolist()
+        [[3], [1]]
+    """
 
     tokens: Int[Tensor, "row pos"]
     mask: Int[Tensor, "row past_and_pos"]
@@ -98,8 +104,9 @@ def pad(
         pad_id: What stands in padded columns; the mask hides it, so any id of the vocabulary does.
         prompt_lengths: Default: every token belongs to the prompt.
 
-    >>> pad([[5, 6, 7], [8]]).tokens.tolist()
-    [[5, 6, 7], [0, 0, 8]]
+    Example:
+        >>> pad([[5, 6, 7], [8]]).tokens.tolist()
+        [[5, 6, 7], [0, 0, 8]]
     """
     lengths = [len(row) for row in ids]
     width = max(lengths)
