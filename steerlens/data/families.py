@@ -153,11 +153,14 @@ def _pairs(
     **words: Any,
 ) -> PairSet:
     def one(query: str) -> InstructionPair:
+        # Of the text alone, so that a query keeps its phrasing when others come or go.
         rng = random.Random(derived_seed(seed, query, phrasings[0], *words.values()))
         return InstructionPair(query, rng.choice(phrasings).format(**words), ids, kwargs, source="families")
 
-    first_spellings = {query_key(query): query for query in reversed(list(queries))}
-    return PairSet(one(query) for query in reversed(first_spellings.values()))
+    first_spellings: dict[str, str] = {}
+    for query in queries:
+        first_spellings.setdefault(query_key(query), query)
+    return PairSet(map(one, first_spellings.values()))
 
 
 def _known(value: str, known: Iterable[str], what: str) -> None:

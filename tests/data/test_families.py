@@ -52,6 +52,11 @@ def test_keyword_pairs_check_their_word_and_leave_out_queries_that_hold_it():
             assert check_all(text, pair.instruction_ids, pair.kwargs)[0].strict == wanted
 
 
+def test_pairs_stand_in_the_order_in_which_their_queries_first_come():
+    spelled = ["Describe rain.", "Describe snow.", "describe  RAIN."]
+    assert [pair.query for pair in length_pairs(spelled, "short")] == spelled[:2]
+
+
 def test_a_pairs_wording_depends_on_its_query_and_seed_alone():
     assert keyword_pairs(QUERIES[:3], "bird") == keyword_pairs(QUERIES, "bird")[:3]
     assert keyword_pairs(QUERIES, "bird", seed=1) != keyword_pairs(QUERIES, "bird")
