@@ -1,6 +1,6 @@
 """One self-contained HTML page about a run: what followed its instruction, beside the controls, and the texts.
 
-The page is a string template filled with tables, figures of `steerlens.plot` and sample texts. It holds
+The page is a string template filled with tables, figures of this room and sample texts. It holds
 plotly.js once and refers to nothing outside itself (its content security policy forbids every request). It is
 written to a temporary file that then takes the final name, so that a reader never sees half a page. Every
 sentence of the summary is computed from the scores.
@@ -38,6 +38,7 @@ _NEEDED = (
 
 
 _EXACT_WORDS = 300
+"""Up to this many words two texts are compared exactly; see `mark_changes`."""
 
 
 _IN_WORDS = {
@@ -276,6 +277,7 @@ def _samples_section(scores: pd.DataFrame, table: pd.DataFrame, order: list[str]
 
 def _sample(rows: pd.DataFrame) -> str:
     """One prompt with the response of each condition beside the others; the first trial where there are several."""
+    # In reverse, so that of several trials the first is the one that stays.
     first = {row["condition"]: row for row in reversed(rows.to_dict("records"))}
     shown = [name for name in CONDITION_COLORS if name in first]
     bare = next((first[name]["prompt"] for name in ("none", "vector", "random") if name in first), None)

@@ -3,7 +3,7 @@
     activation at a site = edit_n(... edit_1(what the model computed)), and reads see the edited activation
 
 A site is the name of a hook point, such as `blocks.3.hook_resid_post`. An edit is a value: it knows its site, what it does to a
-row, and a digest of both. Capture is a pass with reads, steering a pass with edits, patching a pass whose edits were read before.
+row, and a digest of both. Recording is a pass with reads, steering one with edits, patching one whose edits were read before.
 
 `run_pass` is one pass; a `Runner` keeps its hooks on the model for many, as sampling does. Hooks of the caller's stay and fire
 before ours. A model in training mode is in evaluation mode for the pass: with dropout no result could be had twice.
@@ -167,9 +167,7 @@ class Runner:
         self._rows, self._found = rows, {}
         try:
             with torch.inference_mode():
-                out, cache = self.backend.forward(
-                    rows, cache, keep_cache=keep_cache or cache is not None, logits=logits
-                )
+                out, cache = self.backend.forward(rows, cache, keep_cache=keep_cache, logits=logits)
         finally:
             self._rows = None
         if silent := [site for site in self._reads if site not in self._found]:
@@ -193,7 +191,7 @@ class Runner:
                 activation = edit(activation, rows)
             if site in self._reads:
                 self._found[site] = self._reads[site](activation, rows)
-            return activation if edits else None
+            return activation if edits else None  # None leaves a hook point's output alone
 
         return hook
 
@@ -225,6 +223,8 @@ def hooks_on(model: Any, functions: Mapping[str, Callable[..., Any]]) -> Iterato
 @contextmanager
 def evaluation_mode(model: Any) -> Iterator[None]:
     """Dropout off inside the block; every module's mode is as it was afterwards."""
+    # The bridge keeps the Hugging Face model outside its own submodules (TransformerLens 4.3), so its modules are named, too.
+    # Each by itself: eval() and train() would give a module's children one mode, and a caller may have given them several.
     roots = [model, getattr(model, "original_model", model)]
     training = {module for root in roots for module in root.modules() if module.training}
     for module in training:
@@ -242,6 +242,7 @@ def check_finite(model: Any, logits: Tensor, rows: Rows) -> None:
     Raises:
         ModelError: if the largest logit of any token is not finite.
     """
+    # The largest says it all: nan prevails in it, and a single logit of minus infinity only rules a token out.
     largest = logits.amax(-1)
     padding = rows.positions < 0 if logits.ndim == 3 else (rows.positions < 0).all(1)
     largest = largest.masked_fill(padding.to(largest.device), 0.0)

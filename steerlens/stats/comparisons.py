@@ -148,10 +148,12 @@ def tango_interval(n: int, gained: int, lost: int, confidence: float = 0.95) -> 
 
     def keeps(t: float) -> bool:
         b = t * (2 * n - gained + lost) - (gained + lost)
+        # Zero under the root at t = -1 with every pair lost, and rounding can take it just below.
         q = (math.sqrt(max(b * b + 8 * n * lost * t * (1 - t), 0.0)) - b) / (4 * n)
         return (gained - lost - n * t) ** 2 <= z2 * n * (2 * q + t - t * t)
 
     difference = (gained - lost) / n
+    # What is kept is one interval around the observed difference, so each end of it can be bisected for.
     return _last_kept(keeps, difference, -1.0), _last_kept(keeps, difference, 1.0)
 
 
@@ -270,7 +272,7 @@ def bootstrap_mean(
 
 
 def mean_intervals(scores: pd.DataFrame, by: Sequence[str]) -> pd.DataFrame:
-    """Bootstrap intervals of the means in `metrics.quality_table`, over base queries: columns `by`, then low and high of each.
+    """Bootstrap intervals of the means in `rates.quality_table`, over base queries: columns `by`, then low and high of each.
 
     For words, repetition and distinct bigrams, and for divergence and reward where they were measured.
 
@@ -460,7 +462,7 @@ def _check_distinct(scores: pd.DataFrame, keys: list[str], *, shown: list[str]) 
 
 
 def _verdicts(values: Collection[Any], *, what: str) -> NDArray[np.bool_]:
-    column = pd.Series(values, dtype=None if len(values) else bool)
+    column = pd.Series(values)
     wrong = column[~column.isin([True, False])]
     if len(wrong):
         raise DataError(
@@ -470,7 +472,7 @@ def _verdicts(values: Collection[Any], *, what: str) -> NDArray[np.bool_]:
 
 
 def _numbers(values: Collection[Any]) -> NDArray[np.float64]:
-    column = pd.to_numeric(pd.Series(values, dtype=None if len(values) else float))
+    column = pd.to_numeric(pd.Series(values))
     return np.asarray(column.astype("Float64").to_numpy(dtype=float, na_value=np.nan), dtype=np.float64)
 
 
@@ -483,6 +485,7 @@ def _z(confidence: float) -> float:
 def _binomial_p(gained: int, lost: int) -> float:
     discordant = gained + lost
     tail = sum(math.comb(discordant, k) for k in range(min(gained, lost) + 1))
+    # Both tails, which share the middle where gained == lost; in whole numbers up to here, so that nothing is rounded twice.
     return min(1.0, math.ldexp(tail, 1 - discordant))
 
 

@@ -33,6 +33,7 @@ def pareto_front(frame: pd.DataFrame, *, maximize: Sequence[str] = (), minimize:
     require_columns(frame, columns, what="the table")
     kept = frame.dropna(subset=columns)
     values = kept[columns].to_numpy(dtype=float) * np.array([1.0] * len(maximize) + [-1.0] * len(minimize))
+    # [i, j]: row i beside row j.
     as_good = (values[:, None] >= values[None]).all(-1)
     better = (values[:, None] > values[None]).any(-1)
     dominated = (as_good & better).any(0)

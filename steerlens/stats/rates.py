@@ -1,4 +1,4 @@
-"""Rates with their intervals, and how a response reads: arrays and tables only.
+"""Rates with their intervals, and tables of them: what a study shows of each group of responses.
 
 For `k` of `n` responses that follow their instruction, the rate is `p = k / n`. Its Wilson score interval is
 the set of rates `q` that the data do not reject at the given confidence,
@@ -9,12 +9,16 @@ the set of rates `q` that the data do not reject at the given confidence,
 with `z` the normal quantile of (1 + confidence) / 2. It stays inside [0, 1] and has a width even at `k = 0` or
 `k = n` (Wilson 1927, "Probable inference, the law of succession, and statistical inference").
 
-Repetition is the share of word n-grams that occurred before in the same text, `1 - distinct / all`;
-distinct-n is `distinct / all`. Words are compared without regard to case.
+Several samples of one prompt are not independent. Where a table is told which of the `n` responses belong together, in `m`
+clusters with `k_j` of `n_j` that follow, the interval is that of the same rate among `effective_n` responses,
 
-Several samples of one prompt are not independent; where a table is told which responses belong together, intervals count
-`effective_n` of them. What these do not show: a text can be free of repetition and still be nonsense, and short texts
-repeat less than long ones.
+    deff = m / (m - 1) sum_j (k_j - n_j p)^2 / (n p (1 - p))        kept in [1, n / m]
+    effective_n = n / deff
+
+(Korn & Graubard 1998, "Confidence intervals for proportions with small expected number of positive counts").
+
+What these do not show: an interval is about other prompts of the same kind, and says nothing about other kinds; and a response
+that follows its instruction may still be a bad answer. Words and repetition are explained in `words`.
 """
 
 from collections.abc import Sequence
@@ -29,9 +33,6 @@ from steerlens.errors import DataError, SteerlensError
 from steerlens.files import query_key
 
 RATE_COLUMNS = ("n", "followed", "rate", "low", "high")
-
-
-QUALITY_COLUMNS = ("mean_words", "mean_repetition", "mean_distinct_2", "median_perplexity", "cut")
 
 
 @overload
@@ -74,6 +75,7 @@ def wilson_interval(successes: Any, n: Any, confidence: float = 0.95) -> tuple[A
     with np.errstate(invalid="ignore", divide="ignore"):
         centre = np.where(total > 0, (k + z2 / 2) / (total + z2), np.nan)
         half = np.sqrt(z2 * (k * (total - k) / total + z2 / 4)) / (total + z2)
+    # Rounding leaves some 1e-17 of these two ends, which are zero and one.
     low = np.where((k == 0) & (total > 0), 0.0, centre - half)
     high = np.where((k == total) & (total > 0), 1.0, centre + half)
     return (low, high) if low.ndim else (float(low), float(high))
@@ -118,6 +120,7 @@ def rate_table(
         groups = _grouped(frame.assign(_verdict=verdict, _cluster=unit_labels(frame, clusters)), by)
         effective = groups[["_verdict", "_cluster"]].apply(lambda g: effective_n(g["_verdict"], g["_cluster"]))
         effective = effective.reset_index(drop=True)
+    # The same rate, of as many responses as these are worth.
     low, high = wilson_interval(table["followed"] * effective / table["n"], effective)
     return table.assign(rate=table["followed"] / table["n"], low=low, high=high)
 
@@ -132,8 +135,8 @@ def unit_labels(frame: pd.DataFrame, column: str) -> "pd.Series[Any]":
 def effective_n(verdicts: "pd.Series[Any]", clusters: "pd.Series[Any]") -> float:
     """How many independent responses the responses of some clusters (the trials of prompts) are worth, for an interval.
 
-    `n / deff`, where deff is the variance of the rate between clusters over what it would be without clusters (Korn and
-    Graubard 1998), kept in [1, mean cluster size]. With equal verdicts throughout, nothing tells the trials of a prompt apart,
+    `n / deff`, where deff is the variance of the rate between clusters over what it would be without clusters, kept in
+    [1, mean cluster size]; see the module's equation. With equal verdicts throughout, nothing tells the trials of a prompt apart,
     and each prompt counts once.
 
     Args:
@@ -265,6 +268,7 @@ def require_columns(frame: pd.DataFrame, columns: Sequence[str], *, what: str) -
 
 
 def _grouped(frame: pd.DataFrame, by: Sequence[str]) -> Any:
-    # groupby refuses an empty list of keys; a constant key makes the whole frame one group.
+    # groupby refuses an empty list of keys; a constant key makes the whole frame one group. `dropna` would drop the unsteered
+    # rows, whose layer is missing, and without `observed` a categorical column makes groups of categories that no row has.
     keys = list(by) or np.zeros(len(frame), dtype=int)
     return frame.groupby(keys, sort=False, dropna=False, observed=True)

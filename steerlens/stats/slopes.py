@@ -155,7 +155,7 @@ def pair_cosines(
         raise SteerlensError(f"agreement needs {1 + leave_one_out} pairs or more, got {len(rows)}")
     if not np.isfinite(rows).all():
         raise SteerlensError("differences must be finite, got nan or inf; drop those pairs")
-    # The sum has the direction of the mean.
+    # The sum has the direction of the mean, and leaving one out of it is a subtraction.
     total = rows.sum(axis=0)
     centre = total - rows if leave_one_out else np.broadcast_to(total, rows.shape)
     length, centre_length = np.linalg.norm(rows, axis=1), np.linalg.norm(centre, axis=1)
@@ -213,6 +213,7 @@ def d_prime(
     plus, minus = projections_with.astype(np.float64), projections_without.astype(np.float64)
     if not (np.isfinite(plus).all() and np.isfinite(minus).all()):
         raise SteerlensError("projections must be finite, got nan or inf; drop those activations")
+    # By their range, since rounding gives equal values a variance that is not quite zero.
     if min(len(plus), len(minus)) < 2 or not (np.ptp(plus) or np.ptp(minus)):
         return math.nan
     return float((plus.mean() - minus.mean()) / math.sqrt((plus.var(ddof=1) + minus.var(ddof=1)) / 2))

@@ -42,7 +42,7 @@ class Window:
             if getattr(self, name) is not None:
                 object.__setattr__(self, name, whole(getattr(self, name), name))
         # One spelling per rule: a window from the first token on is open at its start, and one open at both ends has no anchor.
-        if self.anchor == "start" and self.start == 0 and self.stop != 0:
+        if self.anchor == "start" and self.start == 0:
             object.__setattr__(self, "start", None)
         if self.start is None and self.stop is None:
             object.__setattr__(self, "anchor", "start")

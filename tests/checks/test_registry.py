@@ -411,14 +411,14 @@ import os, random, socket, sys
 def refuse(*args, **kwargs):
     raise AssertionError("network")
 socket.getaddrinfo = socket.socket.connect = refuse
-import steerlens.checks.registry as instructions
+from steerlens.checks import registry
 assert not {"lm_eval", "nltk", "torch", "transformers"} & set(sys.modules)
-instructions.check_arguments("punctuation:no_comma")
+registry.check_arguments("punctuation:no_comma")
 assert "lm_eval" not in sys.modules
 random.seed(3); state = random.getstate()
 rank = os.environ.get("LOCAL_RANK")
-assert instructions.check("One day.", "change_case:capital_word_frequency",
-                          {"capital_frequency": 1, "capital_relation": "less than"}).strict
+assert registry.check("One day.", "change_case:capital_word_frequency",
+                      {"capital_frequency": 1, "capital_relation": "less than"}).strict
 import nltk, langdetect
 assert os.environ.get("LOCAL_RANK") == rank and random.getstate() == state
 assert langdetect.DetectorFactory.seed is None and not hasattr(nltk.word_tokenize, "keywords")

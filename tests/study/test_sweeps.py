@@ -13,7 +13,7 @@ from steerlens.errors import DataError, ModelError, SteerlensError
 from steerlens.steering.candidates import Candidate, draws, grid
 from steerlens.steering.positions import Window
 from steerlens.steering.sampling import generate
-from steerlens.study import responses as evaluation
+from steerlens.study import responses
 from steerlens.study.quality import Quality
 from steerlens.study.sweeps import Best, Sweep, candidate_layers, choose, grid_spec, search, sweep
 from steerlens.vectors.vector import SteeringVector
@@ -271,7 +271,7 @@ def test_a_search_that_cannot_be_chosen_from_is_refused_before_anything_is_gener
     llama, vector, pairs, bad, message, monkeypatch
 ):
     monkeypatch.setattr("steerlens.study.responses.stream", None)
-    sampler = evaluation.Sampler(llama.model)
+    sampler = responses.Sampler(llama.model)
     with pytest.raises(SteerlensError, match=message):
         search(sampler, vector, pairs, [Candidate(1)], **bad)
 
@@ -324,7 +324,7 @@ def test_trials_are_rows_of_their_own_and_their_spread_is_reported(llama, vector
 def test_a_sweep_with_a_folder_goes_on_where_it_was_cut_short(llama, vector, pairs, tmp_path, monkeypatch):
     options = {"layers": [1, 3], "coeffs": [1.0, 2.0], "max_new_tokens": 6, "batch_size": 4}
     whole = sweep(llama.model, vector, pairs, out=tmp_path / "whole", **options)
-    original, calls = evaluation.answer, []
+    original, calls = responses.answer, []
 
     def dies(*args, **kwargs):
         calls.append(1)

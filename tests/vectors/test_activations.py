@@ -20,7 +20,7 @@ from steerlens.models.passes import Read, run_pass
 from steerlens.models.prompts import PromptFormat, encode
 from steerlens.models.rows import pad
 from steerlens.steering.sampling import generate
-from steerlens.vectors import activations as capture
+from steerlens.vectors import activations
 from steerlens.vectors.activations import (
     SIDES,
     Activations,
@@ -190,7 +190,7 @@ def test_a_read_keeps_no_view_of_the_whole_activation(tiny: Subject) -> None:
 def test_running_sums_keep_one_batch_at_a_time(tiny: Subject, monkeypatch: pytest.MonkeyPatch) -> None:
     alive: list[weakref.ref] = []
     most = 0
-    real = capture.iter_activations
+    real = activations.iter_activations
 
     def watched(*args: Any, **options: Any) -> Any:
         nonlocal most
@@ -200,7 +200,7 @@ def test_running_sums_keep_one_batch_at_a_time(tiny: Subject, monkeypatch: pytes
             yield batch
             del batch
 
-    monkeypatch.setattr(capture, "iter_activations", watched)
+    monkeypatch.setattr(activations, "iter_activations", watched)
     record_means(tiny.model, PAIRS, batch_size=1)
     assert len(alive) == len(PAIRS)
     assert most <= 2

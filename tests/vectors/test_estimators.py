@@ -197,6 +197,17 @@ def test_the_callers_estimator_is_left_alone(estimator: Any) -> None:
     assert vars(estimator) == before
 
 
+def test_an_estimator_that_is_not_scikit_learns_is_fitted_and_left_alone() -> None:
+    class Plain:
+        def fit(self, samples: Any, labels: Any) -> None:
+            self.direction_ = samples[labels == 1].mean(0) - samples[labels == 0].mean(0)
+
+    acts, plain = activations(n_pairs=10), Plain()
+    found = fit_steering_vector(acts, estimator=plain)
+    torch.testing.assert_close(found[5], fit_steering_vector(acts)[5])
+    assert not vars(plain)
+
+
 class TwoDirections(BaseEstimator):
     def fit(self, X: Any, y: Any) -> "TwoDirections":  # noqa: N803
         self.direction_ = X[:2]
