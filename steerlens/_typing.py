@@ -23,11 +23,13 @@ UNITS: tuple[Unit, ...] = get_args(Unit)
 Style = Literal["auto", "chat", "plain"]
 """How a prompt becomes what the model reads; see `prompts.PromptFormat`."""
 Gate = Literal["degenerate", "low_perplexity", "no_low_perplexity"]
+"""What makes a candidate of a search too broken to be chosen; see `sweeps`."""
 
 if TYPE_CHECKING:
     WholeNumber: TypeAlias = int
     RealNumber: TypeAlias = float
 else:
+    # Signatures are checked against these while tests run, and NumPy's integers are no `int`.
     WholeNumber = RealNumber = SupportsFloat
 """What is kept as an int or a float, and may come as a number of NumPy, pandas or PyTorch."""
 
@@ -47,6 +49,7 @@ def whole(value: Any, name: str) -> int:
     3
     """
     number = plain(value)
+    # A bool is an int to Python. Nan and infinity differ from what `// 1` leaves of them.
     if isinstance(number, bool) or not isinstance(number, int | float) or number != number // 1:
         raise SteerlensError(f"{name} must be a whole number, got {value!r}; give an integer such as 3")
     return int(number)
@@ -59,9 +62,9 @@ def real(value: Any, name: str) -> float:
         SteerlensError: for what is no number, a truth value among it, and for nan and infinity.
     """
     number = plain(value)
-    if isinstance(number, bool) or not isinstance(number, int | float) or not abs(number) < float("inf"):
+    if isinstance(number, bool) or not isinstance(number, int | float) or not abs(number) < float("inf"):  # nor nan
         raise SteerlensError(f"{name} must be a finite number, got {value!r}; give one such as 1.5")
-    return float(number) + 0.0
+    return float(number) + 0.0  # -0.0 equals 0.0, but is written, and so hashed, in another way
 
 
 def several(values: Any) -> list[Any]:

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 def content_key(content: Any) -> str:
     """16 hex digits of plain data (numbers, NumPy's too, strings, lists, dicts), whatever the order of its keys."""
     text = json.dumps(content, sort_keys=True, ensure_ascii=False, default=_plain_number)
+    # A text may hold half of a surrogate pair, which strict UTF-8 refuses: it must have a key of its own all the same.
     return hashlib.sha256(text.encode(errors="surrogatepass")).hexdigest()[:16]
 
 
@@ -52,7 +53,7 @@ def query_key(text: str) -> str:
     folded = unicodedata.normalize("NFKC", text).casefold().translate(_QUOTES)
     # Folding can undo a composed form; format characters (a soft hyphen, a byte order mark) are not seen.
     seen = "".join(sign for sign in unicodedata.normalize("NFKC", folded) if unicodedata.category(sign) != "Cf")
-    return " ".join(seen.split()) or text
+    return " ".join(seen.split()) or text  # a text of nothing that is seen is like no other
 
 
 def file_name(name: str, suffix: str) -> str:
@@ -86,7 +87,7 @@ def writable_folder(path: str | Path) -> Path:
     folder = user_path(path)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
+        with tempfile.TemporaryFile(dir=folder):  # permission bits alone do not say: not to root, nor of a mount
             pass
     except OSError as error:
         reason = error.strerror or type(error).__name__
@@ -100,6 +101,7 @@ def start_folder(folder: Path, identity: str, settings: Mapping[str, Any], resul
     Results of another identity are removed, so that they are never read as those of these settings.
     """
     path = user_path(folder) / "config.json"
+    # Results go first. A kill in between then leaves settings without results, not results under others' settings.
     before = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
     if before.get("identity") != identity:
         for name in results:
@@ -112,6 +114,7 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
     """A scratch path beside `path`, whose file takes its place if the block succeeds and is gone if it does not."""
     path = user_path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
+    # Beside the file, since a name is only replaced in one step within a file system; by process, since two may write at once.
     scratch = path.with_name(f".{path.name[:200]}.{os.getpid()}.tmp")
     try:
         yield scratch
@@ -146,8 +149,10 @@ class Journal:
     def __init__(self, path: str | Path) -> None:
         self.path = user_path(path)
         self.records: dict[str, dict[str, Any]] = {}
+        # Unbuffered, so that a batch is one write to the system.
         self._file = open(self.path, "ab", buffering=0)  # noqa: SIM115 (closed by close)
         try:
+            # The lock comes first: what looks like a line cut short may be one that another process is writing.
             self._take()
             self._recover()
         except BaseException:

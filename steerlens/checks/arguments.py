@@ -56,6 +56,7 @@ def _texts(value: Any) -> list[str] | None:
 
 
 def _character(value: Any) -> str | None:
+    # The checker lowers the letter, and some become two then, as the Turkish capital dotted I does.
     return value if isinstance(value, str) and len(value.strip()) == len(value.lower()) == 1 else None
 
 

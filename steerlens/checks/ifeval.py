@@ -74,7 +74,7 @@ _IMPORT_LOCK = threading.Lock()
 
 
 def _registry() -> Mapping[str, Any]:
-    with _IMPORT_LOCK:
+    with _IMPORT_LOCK:  # a cache alone lets two threads that come at once both import and patch
         return _import_registry()
 
 
@@ -83,17 +83,19 @@ def _import_registry() -> Mapping[str, Any]:
     with warnings.catch_warnings(), _random_state():  # importing nltk draws from the global generator
         warnings.simplefilter("ignore")
         import langdetect.detector_factory
-        import pysbd  # noqa: F401
+        import pysbd  # noqa: F401 (here, since its patterns warn of bad escapes where Python first compiles them)
 
         # Ranks other than 0 leave it to rank 0 to download punkt_tab, when they import instructions_util.
         with _environment("LOCAL_RANK", "1"):
             from lm_eval.tasks.ifeval import instructions, instructions_registry, instructions_util
+        # Its profiles, which `_detect_language` takes for loaded: langdetect shows other threads a factory that it still fills.
         langdetect.detector_factory.init_factory()
     # Only names inside lm-eval's two IFEval modules are replaced; nltk, langdetect and logging stay as they are.
     instructions.langdetect = types.SimpleNamespace(
         detect=_detect_language, LangDetectException=langdetect.LangDetectException
     )
     instructions.logger = logging.Logger("steerlens.ifeval", level=logging.CRITICAL + 1)
+    # What NLTK's RegexpTokenizer did before 3.10.
     instructions_util.count_words = lambda text: len(re.findall(r"\w+", text))
     if not has_punkt():
         nltk = instructions_util.nltk
@@ -134,6 +136,7 @@ def _random_state() -> Iterator[None]:
 def _detect_language(text: str) -> str:
     from langdetect import detector_factory
 
+    # A detector of our own, since its seed is otherwise that of the whole process: DetectorFactory.seed.
     detector = detector_factory._factory.create()
     detector.seed = 0
     detector.append(text)

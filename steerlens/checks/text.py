@@ -38,6 +38,7 @@ def split_sentences(text: str) -> list[str]:
     import pysbd
 
     # A new segmenter each time, since it keeps the text. Line breaks end a sentence in pysbd, but not in Punkt.
+    # It may change or drop signs, so only its places are taken, and a stand-in is one sign for one.
     line = " ".join(text.split())
     found = pysbd.Segmenter(language="en", clean=False, char_span=True).segment(line.translate(_STAND_INS))
     ends = [*(sentence.start for sentence in found[1:]), len(line)]

@@ -16,6 +16,7 @@ Text = str | float | None
 
 def absent(value: Any) -> bool:
     """Whether a cell of a table is empty: None, nan, or pandas' NA."""
+    # pandas' types by their names: a set of pairs is made without importing pandas.
     return (
         value is None
         or type(value).__name__ in ("NAType", "NaTType")

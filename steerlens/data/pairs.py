@@ -299,6 +299,7 @@ class PairSet(Sequence[InstructionPair]):
         if not fractions or min(fractions) <= 0 or not math.isclose(sum(fractions), 1):
             raise DataError(f"fractions must be positive and sum to 1, got {fractions}")
         queries = ranked({pair.query_key for pair in self}, seed)
+        # Ends are rounded, not sizes, so that the parts add up to all queries.
         ends = [round(sum(fractions[:i]) * len(queries)) for i in range(len(fractions) + 1)]
         parts = [set(queries[start:end]) for start, end in pairwise(ends)]
         if not all(parts):
@@ -418,6 +419,11 @@ def ranked(names: Iterable[str], seed: WholeNumber) -> list[str]:
 
 
 def known_ids(wanted: str | Iterable[str], known: Iterable[str]) -> set[str]:
+    """The ids that are wanted.
+
+    Raises:
+        DataError: if there is none, or one that is not known.
+    """
     ids = [wanted] if isinstance(wanted, str) else list(wanted)
     known = list(known)
     if not ids:
@@ -428,6 +434,7 @@ def known_ids(wanted: str | Iterable[str], known: Iterable[str]) -> set[str]:
 
 
 def digest(*values: Any) -> str:
+    """64 hex digits of the values' content; see `_plain` for what is equal content."""
     return hashlib.sha256(json.dumps(_plain(values), sort_keys=True).encode()).hexdigest()
 
 

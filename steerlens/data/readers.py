@@ -61,6 +61,7 @@ def read_lines(path: Path, queries: str | os.PathLike[str] | None = None) -> Ite
     joined = None if queries is None else _queries_by_key(existing(queries))
     for number, row in _rows(path):
         with at_line(path, number):
+            # A file's name need not be Unicode: Python keeps its odd bytes as halves of surrogate pairs, which no pair may hold.
             line = _line(number, row, path.name.encode(errors="replace").decode(), joined)
         yield line
 
@@ -182,7 +183,7 @@ def _rows(path: Path) -> Iterator[tuple[int, _Row]]:
         yield from _parquet_rows(path)
         return
     try:
-        with path.open(encoding="utf-8-sig") as file:
+        with path.open(encoding="utf-8-sig") as file:  # editors on Windows begin a file with a byte order mark
             lines = [(number, line) for number, line in enumerate(file, start=1) if line.strip()]
     except UnicodeDecodeError as error:
         raise DataError(f"{path} must be UTF-8 text, and byte {error.start} is not; save it as UTF-8") from error

@@ -78,7 +78,7 @@ def _draw_bars(fig: go.Figure, cell: Cell, rows: pd.DataFrame, shown: Sequence[s
         )
         fig.add_trace(bar, **cell.place)
     in_words = go.Scatter(
-        x=[1.03] * len(present),
+        x=[1.03] * len(present),  # beyond 100 %
         y=present,
         mode="text",
         text=[
@@ -95,7 +95,7 @@ def _draw_bars(fig: go.Figure, cell: Cell, rows: pd.DataFrame, shown: Sequence[s
         type="category",
         categoryorder="array",
         categoryarray=list(shown),
-        range=[len(shown) - 0.5, -0.5],
+        range=[len(shown) - 0.5, -0.5],  # downwards, so that the first condition is on top
         showgrid=False,
         showticklabels=cell.col == 1,
         ticksuffix=" ",

@@ -31,7 +31,7 @@ def cosine_heatmap(matrix: np.ndarray | pd.DataFrame, labels: Sequence[str], *, 
     values = np.asarray(matrix, dtype=float)
     if values.shape != (len(labels), len(labels)):
         raise DataError(f"matrix must have a row and a column for each of {len(labels)} labels, got {values.shape}")
-    if (np.abs(values) > 1 + 1e-4).any():
+    if (np.abs(values) > 1 + 1e-4).any():  # cosines in float32 may round to a little more than one
         raise DataError(f"cosines must be in [-1, 1], got {np.nanmax(np.abs(values)):.3g}; use unit directions")
     names = [short_label(label) for label in labels]
     cells = go.Heatmap(
@@ -54,5 +54,6 @@ def cosine_heatmap(matrix: np.ndarray | pd.DataFrame, labels: Sequence[str], *, 
     )
     fig = go.Figure(cells, layout={"template": theme(), "height": max(320, 44 * len(labels) + 140)})
     fig.update_xaxes(tickangle=-40, showgrid=False, title_text="instruction")
+    # Plotly counts rows from below, and a matrix is read from above.
     fig.update_yaxes(autorange="reversed", showgrid=False, title_text="instruction")
     return fig.update_layout(title_text=title or "How alike the steering directions are (cosine similarity)")

@@ -65,6 +65,7 @@ def small_multiples(
             lowest = level == depth - 1
             cell = Cell(block * depth + level + 1, col + 1, last=lowest and index + columns >= len(instructions))
             axes = fig.get_subplot(**cell.place)
+            # Rounding must not take the last panel below zero, which plotly refuses.
             axes.yaxis.domain = [max(0.0, 1 - (top + height) / total), 1 - top / total]
             axes.xaxis.showticklabels = lowest
             if level == 0 and name:

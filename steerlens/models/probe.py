@@ -31,7 +31,7 @@ from steerlens.models.passes import PassResult, Read, Runner
 from steerlens.models.rows import Side, length_sorted_batches, pad, pad_id
 
 LENGTHS = (13, 6)
-"""Tokens of the two rows, where no window asks for more."""
+"""Tokens of the two rows, where no window asks for more: unequal, so that one is padded, and few, since a probe costs passes."""
 
 
 @dataclass(frozen=True)
@@ -95,7 +95,7 @@ def _rotary_limit(model: Any) -> float:
     config = _config(model)
     scaling = config.get("rope_parameters") or config.get("rope_scaling") or {}
     kinds = {scaling.get("rope_type"), scaling.get("type")}
-    if not kinds & {"longrope", "dynamic", "su", "yarn_dynamic"}:
+    if not kinds & {"longrope", "dynamic", "su", "yarn_dynamic"}:  # su: longrope's name in its first checkpoints
         return float("inf")
     own = scaling.get("original_max_position_embeddings") or config.get("original_max_position_embeddings")
     return float(own or config.get("max_position_embeddings") or float("inf"))
@@ -104,7 +104,7 @@ def _rotary_limit(model: Any) -> float:
 def _windows(model: Any) -> set[int]:
     """Numbers of columns after which attention may look elsewhere: whatever the configuration calls a window or a chunk."""
     named = {name: value for name, value in _config(model).items() if "window" in name or "chunk" in name}
-    return {value for value in named.values() if type(value) is int and value > 0}
+    return {value for value in named.values() if type(value) is int and value > 0}  # use_sliding_window is a bool
 
 
 def _probe(model: Any, lengths: tuple[int, int]) -> Abilities:
@@ -116,7 +116,7 @@ def _probe(model: Any, lengths: tuple[int, int]) -> Abilities:
     with _without_callers_hooks(model), Runner(model, sites) as runner:
         try:
             alone = [_whole(runner, [row])[0] for row in rows]
-        except SteerlensError:
+        except SteerlensError:  # logits that are not finite: said already
             raise
         except Exception as error:  # whatever an architecture raises
             raise ModelError(
@@ -144,6 +144,7 @@ def _cached(runner: Runner, rows: Sequence[list[int]]) -> list[Fingerprint]:
     now = start.select(swap).then(torch.tensor([row[-2:-1] for row in reversed(rows)]))
     cache = _kept(runner.run(now, cache=cache, keep_cache=True))
     last = torch.tensor([row[-1:] for row in reversed(rows)])
+    # Going on uses a cache up, and this one is gone on from twice.
     both = runner.run(now.then(last), reads=reads, cache=cache.copy(), keep_cache=True)
     one = runner.run(now.select(first).then(last[:1]), reads=reads, cache=cache.select(first), keep_cache=True)
     return [_fingerprints(both)[1], *_fingerprints(one)]

@@ -66,6 +66,7 @@ class PromptFormat:
         if "{prompt}" not in self.plain_template:
             raise SteerlensError(f"plain_template must contain {{prompt}}, got {self.plain_template!r}")
         for name, value in self.template_vars.items():
+            # To a template the text "false" is true, as any text that is not empty.
             if type(value) not in get_args(Scalar) or value in ("true", "false"):
                 raise SteerlensError(
                     f"a template variable must be True, False, a number or a text, got {name}={value!r}"
@@ -151,7 +152,7 @@ def render(model: Any, prompt: str, prompt_format: PromptFormat = PromptFormat()
         ModelError: if the chat style is asked of a tokenizer without a chat template, or the template does not do its work.
     """
     if not is_chat(model, prompt_format):
-        return prompt_format.plain_template.replace("{prompt}", prompt)
+        return prompt_format.plain_template.replace("{prompt}", prompt)  # format() would read the frame's other braces
     turns = [("user", prompt)] if prompt_format.system is None else [("system", prompt_format.system), ("user", prompt)]
     text = fill_template(model.tokenizer, turns, prompt_format)
     for role, content in turns:
@@ -269,9 +270,8 @@ def token_span(
             "a span needs a tokenizer that gives character offsets (a fast one), and this model's does not"
         )
     fed = model.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
-    shift = len(encode(model, prompt, prompt_format)) - len(
-        fed["input_ids"]
-    )  # tokens before the text, or one taken off
+    # Tokens that are fed before the text; below zero where one of the text's own, the first, is taken off.
+    shift = len(encode(model, prompt, prompt_format)) - len(fed["input_ids"])
     trimmed = prompt.index(written)
     start, stop = (len(before) + place - trimmed for place in (low, high))
     inside = [place for place, (a, b) in enumerate(fed["offset_mapping"]) if a < stop and b > start and b > a]

@@ -23,6 +23,7 @@ def before_stop(tokenizer: Any, tokens: Sequence[int], stops: Sequence[str]) -> 
     cut, whole = min(found), len(tokens)
     while len(said := decode(tokenizer, tokens[:whole], specials=True)) > cut:
         whole -= 1  # whole tokens before the stop text; the next one may begin before it, too
+    # Special tokens among the whole ones are left out; what is said of the next token, before the cut, is text of its own.
     return decode(tokenizer, tokens[:whole]) + text[len(said) : cut]
 
 

@@ -20,6 +20,7 @@ from steerlens.steering.operators import affine
 from steerlens.steering.positions import Window, as_window
 
 UNIT_TOLERANCE = 1e-3
+"""How far a unit vector's norm may be from one; rounding to bfloat16 moves it less than this from about 100 coordinates on."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -188,6 +189,7 @@ class Plan:
         if not self.interventions:
             return self
         directions = torch.stack([step.direction for step in self], dim=1)
+        # float64: what is left of rounding is far below the float32 that a step keeps, so processors agree on the control.
         writes = random_directions(directions.double(), seed=whole(seed, "seed"))
         return Plan(tuple(replace(step, write=write) for step, write in zip(self, writes.T, strict=True)))
 

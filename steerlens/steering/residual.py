@@ -165,6 +165,7 @@ class _SinglePass:
         self.edits: dict[str, ResidualEdit] = {}
 
     def edit(self, resid: Tensor, hook: Any, site: str) -> Tensor:
+        # The first hook of a pass meets its shape; the layers after it, and passes of one shape, share the tables.
         if self.rows is None or self.rows.tokens.shape != resid.shape[:2]:
             self._set_up(resid)
         assert self.rows is not None

@@ -307,6 +307,7 @@ class _Row:
 
 
 def _uniforms(seed: int, count: int) -> Float[Tensor, " count"]:
+    """A row's random numbers, all drawn before it begins, on the CPU: neither its companions nor the device change them."""
     return torch.rand(count, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
@@ -340,6 +341,7 @@ class _Job:
         lengths = [len(row.prompt) for row in self.rows]
         self.able = abilities(model, max(lengths, default=0) + sampling.max_new_tokens) if lengths else None
         batches = self.able.batches(lengths, batch_size) if self.able else []
+        # Taken from the end: the longest first.
         self.waiting = [[self.rows[index] for index in indices] for indices in reversed(batches)]
         self.batch: _Batch | None = None
         sites = {resid_post(step.layer) for plan in plans for step in plan.active}
@@ -435,6 +437,7 @@ class _CachedBatch(_Batch):
         """Run what rows have in common, their prompts up to the last token, once per stem, and hand it to each of its rows."""
         first = list(dict.fromkeys(stems))
         rows = [self.rows[place] for place in first]
+        # Windows count from the whole prompt's end, though its last token comes later.
         lengths = [len(row.prompt) for row in rows]
         begun = pad([row.prompt[:-1] for row in rows], pad_id=pad_id(self.model), prompt_lengths=lengths)
         cache = self.runner.run(begun, edits=self.edits_of(rows), keep_cache=True).cache
@@ -484,12 +487,15 @@ def choose(
     """
     if sampling.temperature == 0 or uniforms is None:
         return logits.argmax(-1)
+    # In float32 the rarest of a wide vocabulary add nothing to a cumulative sum, and could not be drawn.
     ordered, order = (logits.double() / sampling.temperature).sort(dim=-1, descending=True, stable=True)
     if sampling.top_k is not None:
         ordered, order = ordered[:, : sampling.top_k], order[:, : sampling.top_k]
     probabilities = ordered.softmax(-1)
+    # A token stays while those before it fall short of p: the one that reaches p is the last, and the first always stays.
     before = probabilities.cumsum(-1) - probabilities
     probabilities = probabilities * (before < sampling.top_p)
+    # What is left sums to less than one, so the row's number is scaled to it; rounding may bring that up to the sum itself.
     cumulative = probabilities.cumsum(-1)
     picked = (cumulative <= uniforms[:, None] * cumulative[:, -1:]).sum(-1).clamp(max=order.shape[1] - 1)
     chosen: Tensor = order.gather(-1, picked[:, None])[:, 0]

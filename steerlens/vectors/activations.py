@@ -355,6 +355,7 @@ class _Trunk:
         splits = [common_prefix(pair) for pair in pairs]
         stems = [pair[0][trunk:split] for pair, split in zip(pairs, splits, strict=True)]
         endings = [side[split:] for pair, split in zip(pairs, splits, strict=True) for side in pair]
+        # The trunk's one row is handed to every pair, and a pair's row to both of its sides.
         every, twice = torch.zeros(len(pairs), dtype=torch.long), torch.arange(len(pairs)).repeat_interleave(2)
         rows = None if self.rows is None else self.rows.select(every)
         cache = None if self.cache is None else self.cache.copy().select(every)
@@ -372,7 +373,7 @@ class _Trunk:
 
 def common_prefix(rows: Sequence[list[int]]) -> int:
     """How many first tokens all rows share, leaving each at least one of its own."""
-    first, last = min(rows), max(rows)
+    first, last = min(rows), max(rows)  # what the first and the last in order share, all between them share
     shared = next((i for i, (a, b) in enumerate(zip(first, last, strict=False)) if a != b), min(len(first), len(last)))
     return min(shared, min(map(len, rows)) - 1)
 

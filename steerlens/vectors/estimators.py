@@ -57,7 +57,7 @@ class MeanDifference(ClassifierMixin, TransformerMixin, BaseEstimator):
         check_classification_targets(labels)
         kind = type_of_target(labels, input_name="y")
         self.classes_ = np.unique(labels)
-        if kind != "binary":
+        if kind != "binary":  # in the words that scikit-learn's check_classifier_not_supporting_multiclass asks for
             raise ValueError(f"Only binary classification is supported. The type of the target is {kind}.")
         if len(self.classes_) < 2:
             raise ValueError(f"MeanDifference needs two classes, got one class, {self.classes_[0]!r}")
@@ -88,7 +88,7 @@ class MeanDifference(ClassifierMixin, TransformerMixin, BaseEstimator):
 
     def __sklearn_tags__(self) -> Any:
         tags = super().__sklearn_tags__()
-        tags.classifier_tags.multi_class = False
+        tags.classifier_tags.multi_class = False  # its conformance suite then tests that three classes are refused
         return tags
 
 
@@ -148,7 +148,7 @@ def _fitted(estimator: Any, samples: NDArray[Any], labels: NDArray[Any]) -> Any:
         raise SteerlensError(
             f"an estimator must be an object with fit(X, y), got {estimator!r}; make one, such as LinearSVC()"
         )
-    copy = clone(estimator, safe=False)
+    copy = clone(estimator, safe=False)  # what has fit, but not scikit-learn's get_params, is copied whole
     copy.fit(samples, labels)
     return copy
 

@@ -131,6 +131,7 @@ def fit_ridge_map(
         # A bare query stands once per instruction: leaving one copy out would leave nothing out.
         once = _distinct(x)
         x, y = x[once], y[once]
+        # |X|^2 grows with the rows and with the residuals' units; a penalty in these units is as strong in every model.
         scale = float(x.var(axis=0).mean()) * len(x)
         ridge = RidgeCV(alphas=[alpha * scale for alpha in ALPHAS]).fit(x, y)
         weights[layer] = torch.as_tensor(ridge.coef_.T).float()
@@ -143,6 +144,7 @@ def matched_layers(layers: Sequence[int], source: Activations, target: Activatio
     """For each target layer the recorded source layer whose share of its model's depth is nearest."""
     depths = [int(one.metadata.get("n_layers", max(one.layers) + 1)) for one in (source, target)]
     return {
+        # The output of block l is l + 1 blocks deep.
         layer: min(source.layers, key=lambda one: abs((one + 1) / depths[0] - (layer + 1) / depths[1]))
         for layer in layers
     }

@@ -11,6 +11,7 @@ data) stands in "parts", one entry each with the factor it came with.
 
 import html
 import json
+import math
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -241,7 +242,7 @@ class SteeringVector:
                 raise SteerlensError(
                     f'unit="resid_norm" scales the step of operator="add"; {operator!r} takes a share, without unit'
                 )
-            if norm != norm:
+            if math.isnan(norm):
                 raise SteerlensError(
                     f'unit="resid_norm" needs the mean residual norm of layer {layer}, and this vector has none'
                 )
@@ -315,7 +316,7 @@ class SteeringVector:
             SteerlensError: for what is no finite number.
         """
         factor = real(factor, "factor")
-        sign = -1.0 if factor < 0 else 1.0
+        sign = -1.0 if factor < 0 else 1.0  # projections are along the unit direction, which only a sign can turn
         known = {} if factor == 0 else {name: getattr(self, name) for name in PROJECTIONS[:-1]}  # zero has no direction
         for name in ("proj_with", "proj_without"):
             known |= {name: {layer: sign * value for layer, value in known.get(name, {}).items()}}
