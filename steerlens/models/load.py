@@ -22,14 +22,17 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
+import transformers
 from platformdirs import user_cache_dir
 from transformer_lens.model_bridge import TransformerBridge
-from transformer_lens.model_bridge.sources._hf_format import determine_architecture_from_hf_config
-from transformer_lens.model_bridge.sources.transformers import source as bridge_source
-from transformer_lens.model_bridge.sources.transformers.helpers import get_hf_model_class_for_architecture
+from transformer_lens.model_bridge.sources.transformers import (
+    determine_architecture_from_hf_config,
+    get_hf_model_class_for_architecture,
+)
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
@@ -311,12 +314,12 @@ def _check_causal(bridge: TransformerBridge) -> None:
 def _without_processors() -> Iterator[None]:
     """Keep the bridge from loading what reads images: nobody here needs it, and where torchvision is missing it runs pip."""
     with _LOADING:
-        real = bridge_source.load_modality_processor
-        bridge_source.load_modality_processor = lambda *_: None
+        real = transformers.AutoProcessor  # every version of TransformerLens looks it up there when it is wanted
+        transformers.AutoProcessor = SimpleNamespace(from_pretrained=lambda *_, **__: None)
         try:
             yield
         finally:
-            bridge_source.load_modality_processor = real
+            transformers.AutoProcessor = real
 
 
 _LOADING = threading.RLock()

@@ -215,7 +215,16 @@ def steered_by_caller(model: Any, functions: Mapping[str, Callable[..., Any]]) -
 
 @contextmanager
 def hooks_on(model: Any, functions: Mapping[str, Callable[..., Any]]) -> Iterator[None]:
-    """A hook `(tensor, hook)` at each named point inside the block, and none of them after it."""
+    """A hook `(tensor, hook)` at each named point inside the block, and none of them after it.
+
+    Raises:
+        ModelError: if the model has no hook point of such a name; not every TransformerLens says so itself.
+    """
+    points = model.hook_dict
+    if missing := [site for site in functions if site not in points]:
+        raise ModelError(
+            f"a hook point must be one of the model's {len(points)}, got {missing[0]!r}; model.hook_dict names them"
+        )
     with model.hooks(fwd_hooks=list(functions.items())):
         yield
 
