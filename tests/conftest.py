@@ -21,6 +21,7 @@ from steerlens.models import probe as probing
 from steerlens.models.load import load_model
 from steerlens.models.passes import PassResult, Runner
 from steerlens.models.rows import Rows
+from tests.hooked import hooked_transformer
 from tests.near_ties import LEDGER
 from tests.tiny_models import save_tiny_gpt2, save_tiny_llama
 
@@ -42,8 +43,16 @@ class Subject:
         return AutoModelForCausalLM.from_pretrained(self.folder, local_files_only=True).eval()
 
 
-def _subject(name: str, folder: Path, **options: Any) -> Subject:
-    subject = Subject(name, folder, load_model(folder, **options))
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--hooked",
+        action="store_true",
+        help="run tests of the tiny models on HookedTransformers, under TransformerLens 3",
+    )
+
+
+def _subject(name: str, folder: Path, *, hooked: bool) -> Subject:
+    subject = Subject(name, folder, hooked_transformer(folder) if hooked else load_model(folder))
     LOADED.append(subject.model)
     return subject
 
@@ -55,8 +64,9 @@ def tiny_folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 
 @pytest.fixture(scope="session")
-def subjects(tiny_folders: dict[str, Path]) -> dict[str, Subject]:
-    return {name: _subject(name, folder) for name, folder in tiny_folders.items()}
+def subjects(tiny_folders: dict[str, Path], request: pytest.FixtureRequest) -> dict[str, Subject]:
+    hooked = request.config.getoption("--hooked")
+    return {name: _subject(name, folder, hooked=hooked) for name, folder in tiny_folders.items()}
 
 
 @pytest.fixture(params=BUILDERS)

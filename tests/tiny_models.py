@@ -93,6 +93,7 @@ def save_tiny_gpt2(folder: Path, *, seed: int = 0) -> Path:
         n_layer=N_LAYERS,
         n_head=4,
         n_positions=N_CTX,
+        n_ctx=N_CTX,  # as in the hub's own files; TransformerLens 3 reads it
         tie_word_embeddings=False,
         **special_ids(tokenizer),
     )

@@ -3,7 +3,9 @@
     TransformerBridge     Hugging Face modules with Hugging Face's cache (TransformerLens 4, and 3)
     HookedTransformer     TransformerLens' own modules with its own cache (TransformerLens 3; version 4 has dropped it)
 
-Both have the same hook names, so edits and reads do not know which one they meet.
+Both have the same hook names, so edits and reads do not know which one they meet. A HookedTransformer has no Hugging Face model
+inside: what a bridge is asked there (what stops a text, windows, the settings of the weights) is asked of its `cfg` and its
+tokenizer's files, and `facts.coordinate_frame` tells whether its weights were folded or centred.
 """
 
 import copy
@@ -134,7 +136,9 @@ class HookedTransformerBackend:
         # The cache remembers the mask of its columns. Without a mask, the model would guess one from the padding token.
         mask = rows.mask[:, -n_columns:]
         past = None if cache is None else cache.cache
-        out = self.model(rows.tokens, attention_mask=mask, past_kv_cache=past, return_type="logits", prepend_bos=False)
-        if logits == "last":
-            out = out[torch.arange(len(out)), rows.last.to(out.device)]
-        return out, cache if keep_cache else None
+        n_layers = int(self.model.cfg.n_layers)
+        resid = self.model(rows.tokens, attention_mask=mask, past_kv_cache=past, stop_at_layer=n_layers)
+        if logits == "last":  # a vocabulary is wide: the other columns go no further
+            resid = resid[torch.arange(n_rows), rows.last.to(resid.device)][:, None]
+        out = self.model(resid, start_at_layer=n_layers, return_type="logits")
+        return out[:, 0] if logits == "last" else out, cache if keep_cache else None

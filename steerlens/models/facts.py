@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from jaxtyping import Float
+from torch import Tensor
 
 from steerlens._typing import WholeNumber, whole
 from steerlens.errors import ModelError, SteerlensError
@@ -37,6 +39,8 @@ def check_layer(model: Any, layer: WholeNumber) -> int:
 def model_id(model: Any) -> str:
     """A name for the model that is the same on every machine: its hub id, or its folder's name."""
     name = str(model.cfg.model_name)
+    if is_hooked_transformer(model) and Path(str(model.cfg.tokenizer_name)).name == name:
+        name = str(model.cfg.tokenizer_name)  # the whole hub id, of which its name is the last part
     return Path(name).name if Path(name).is_absolute() or Path(name).is_dir() else name
 
 
@@ -69,8 +73,20 @@ def is_hooked_transformer(model: Any) -> bool:
 
 
 def coordinate_frame(model: Any) -> str:
-    """ "raw" for Hugging Face weights as they are, "compatibility" once TransformerLens has folded or centred them."""
+    """ "raw" for Hugging Face weights as they are, "compatibility" once TransformerLens has folded or centred them.
+
+    The bridge says so itself. A HookedTransformer does not, and it is told by its weights: with norms folded into them its
+    `normalization_type` ends in "Pre", and centring leaves no row of its embedding a mean, which no raw embedding lacks.
+    """
+    if is_hooked_transformer(model):
+        folded = str(model.cfg.normalization_type).endswith("Pre")
+        return "compatibility" if folded or _is_centred(model.W_E[:1000].detach().float()) else "raw"
     return "compatibility" if getattr(model, "compatibility_mode", False) else "raw"
+
+
+def _is_centred(embedding: Float[Tensor, "token d_model"]) -> bool:
+    """Whether no row has a mean, but for rounding; those of random rows are about their deviation / sqrt(d_model)."""
+    return bool(embedding.mean(-1).norm() <= 1e-3 * embedding.norm() / embedding.shape[-1] ** 0.5)
 
 
 def model_device(model: Any) -> torch.device:
@@ -80,10 +96,31 @@ def model_device(model: Any) -> torch.device:
 
 def stop_ids(model: Any) -> tuple[int, ...]:
     """Token ids that end a generation: the tokenizer's, and all that the model's generation settings name."""
-    settings = getattr(getattr(model, "original_model", None), "generation_config", None)
+    tokenizer = model.tokenizer
+    if is_hooked_transformer(model):
+        settings = _settings_on_disk(str(getattr(tokenizer, "name_or_path", "")))
+    else:
+        settings = getattr(getattr(model, "original_model", None), "generation_config", None)
     named = getattr(settings, "eos_token_id", None)
-    ids = {model.tokenizer.eos_token_id, *(named if isinstance(named, list) else [named])}
-    return tuple(sorted(token for token in ids if token is not None))
+    ids = {tokenizer.eos_token_id, *(named if isinstance(named, list) else [named])}
+    # HookedTransformer names an end-of-sequence token where a tokenizer has none; what is unknown stands for many things.
+    made_up = tokenizer.unk_token_id if tokenizer.eos_token != tokenizer.unk_token else None
+    return tuple(sorted(token for token in ids if token is not None and token != made_up))
+
+
+def _settings_on_disk(name: str) -> Any:
+    """The generation settings beside a tokenizer's files, as Hugging Face reads them; None where there are none."""
+    from transformers import AutoConfig, GenerationConfig
+
+    try:
+        return GenerationConfig.from_pretrained(name, local_files_only=True)
+    except (OSError, ValueError):
+        pass
+    try:
+        config = AutoConfig.from_pretrained(name, local_files_only=True, trust_remote_code=False)
+        return GenerationConfig.from_model_config(config)
+    except (OSError, ValueError, KeyError):  # no files, or those of a tokenizer alone
+        return None
 
 
 def forbidden_ids(model: Any) -> tuple[int, ...]:
@@ -113,13 +150,16 @@ def model_digest(model: Any) -> str:
     Of each parameter the sums of every row and of every column of its bits are hashed, as whole numbers, so that they come out
     the same on every device: only an edit that keeps all of them goes unnoticed.
     """
-    return weights_digest(model, getattr(getattr(model, "original_model", None), "config", None), stop_ids(model))
+    config = (
+        model.cfg if is_hooked_transformer(model) else getattr(getattr(model, "original_model", None), "config", None)
+    )
+    return weights_digest(model, config, stop_ids(model))
 
 
 def weights_digest(model: Any, config: Any, *more: Any) -> str:
     """`model_digest` of any module: of its parameters, its transformers configuration, and what more there is."""
-    settings = config.to_dict() if config is not None else {}
-    for name in ("_name_or_path", "transformers_version", "architectures"):  # these do not change a number
+    settings = dict(config.to_dict()) if config is not None else {}  # a HookedTransformer gives its own away
+    for name in NO_NUMBER:
         settings.pop(name, None)
     digest = hashlib.sha256(json.dumps([settings, *more], sort_keys=True, default=str).encode())
     for name, parameter in sorted(model.named_parameters()):
@@ -130,6 +170,17 @@ def weights_digest(model: Any, config: Any, *more: Any) -> str:
             digest.update(table.sum(axis, dtype=torch.int64).cpu().numpy().tobytes())
     return digest.hexdigest()[:16]
 
+
+NO_NUMBER = (
+    "_name_or_path",
+    "transformers_version",
+    "architectures",
+    "model_name",
+    "tokenizer_name",
+    "device",
+    "n_devices",
+)
+"""Settings of a transformers configuration, or of a HookedTransformer's, that change no number."""
 
 _BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 """The whole numbers of each size in bytes."""

@@ -26,7 +26,7 @@ from torch import Tensor
 
 from steerlens.errors import ModelError, SteerlensError
 from steerlens.models.backends import Cache
-from steerlens.models.facts import model_id, resid_post
+from steerlens.models.facts import is_hooked_transformer, model_id, resid_post
 from steerlens.models.passes import PassResult, Read, Runner
 from steerlens.models.rows import Side, length_sorted_batches, pad, pad_id
 
@@ -85,6 +85,8 @@ def tolerance(model: Any) -> float:
 
 
 def _config(model: Any) -> dict[str, Any]:
+    if is_hooked_transformer(model):
+        return dict(model.cfg.to_dict())
     config: Any = getattr(getattr(model, "original_model", None), "config", None)
     config = config.get_text_config() if hasattr(config, "get_text_config") else config
     return config.to_dict() if config is not None else {}
@@ -93,6 +95,8 @@ def _config(model: Any) -> dict[str, Any]:
 def _rotary_limit(model: Any) -> float:
     """The length from which on rotary scaling depends on the width of the batch; infinite where it never does."""
     config = _config(model)
+    if config.get("use_dynamic_ntk_rope") or config.get("use_logn_attn"):  # HookedTransformer's names
+        return float(config.get("train_seq_length") or config["n_ctx"])
     scaling = config.get("rope_parameters") or config.get("rope_scaling") or {}
     kinds = {scaling.get("rope_type"), scaling.get("type")}
     if not kinds & {"longrope", "dynamic", "su", "yarn_dynamic"}:  # su: longrope's name in its first checkpoints

@@ -165,7 +165,15 @@ def render(model: Any, prompt: str, prompt_format: PromptFormat = PromptFormat()
 
 
 def is_chat(model: Any, prompt_format: PromptFormat) -> bool:
-    """Whether prompts go through the tokenizer's chat template."""
+    """Whether prompts go through the tokenizer's chat template.
+
+    Raises:
+        ModelError: if the model has no tokenizer, as a HookedTransformer may not, or the template that is asked for is not there.
+    """
+    if model.tokenizer is None:
+        raise ModelError(
+            "text needs a model with a tokenizer, and this one has none; give it one with model.set_tokenizer(...)"
+        )
     has_template = bool(getattr(model.tokenizer, "chat_template", None))
     asked = 'style="chat"' if prompt_format.style == "chat" else prompt_format._for_chat()
     if asked and not has_template:

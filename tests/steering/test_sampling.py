@@ -462,6 +462,7 @@ def test_a_stop_id_outside_the_vocabulary_is_refused(tiny: Subject) -> None:
         generate(tiny.model, ["a"], stop_ids=[3, 260])
 
 
+@pytest.mark.bridge
 def test_every_stop_id_of_the_model_ends_a_row_and_its_text_leaves_it_out(
     tiny: Subject, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -160,6 +160,7 @@ def test_a_template_that_changes_the_tokens_changes_the_key(llama, pairs, plan, 
     assert Sampler(llama.model).key(request) != before
 
 
+@pytest.mark.bridge
 def test_another_stopping_token_changes_the_key(llama, pairs, plan, monkeypatch):
     request = requests_for(pairs[:1], plan)[0]
     before = Sampler(llama.model).key(request)
@@ -232,6 +233,7 @@ def test_scores_hold_verdict_quality_and_place(llama, pairs, plan):
     assert (overall["n"] == len(pairs)).all()
 
 
+@pytest.mark.bridge
 def test_perplexity_is_that_of_the_plain_model_over_the_whole_text(llama, gpt2):
     for model in (llama.model, gpt2.model):
         rows = [(encode(model, text), new) for text, new in (("a", [70, 71, 72]), ("longer text", [80]), ("b", []))]

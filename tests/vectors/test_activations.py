@@ -144,6 +144,7 @@ def test_running_sums_equal_the_kept_examples(tiny: Subject) -> None:
     assert summed.metadata == kept.metadata
 
 
+@pytest.mark.bridge
 def test_a_planted_direction_is_recovered(tiny: Subject) -> None:
     """Every token that reads the mark, which only instructions hold, gets a known direction added at layer 1."""
     planted, strength = unit(77), 400.0
@@ -233,6 +234,7 @@ def shared_length(rows: list[list[int]]) -> int:
     return length
 
 
+@pytest.mark.bridge
 def test_no_hook_is_left_after_a_failure_in_the_middle(tiny: Subject) -> None:
     def failing(resid: torch.Tensor, hook: Any) -> None:
         assert len(hooks_on(tiny.model)) > 1
