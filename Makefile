@@ -1,5 +1,6 @@
 # make demo: set up, run the main job on the default model, write runs/demo/report.html
 # make test: set up, then lint, types and tests
+# make compat: the tests of what differs with TransformerLens 3.9, on its HookedTransformer and on its bridge
 
 PYTHON ?= python3
 VENV := .venv
@@ -7,9 +8,11 @@ BIN := $(VENV)/bin
 # Test processes, of one thread each: more threads than cores make torch many times slower.
 WORKERS ?= 2
 READY := $(VENV)/.ready
+COMPAT := $(CURDIR)/.compat
+ON_3 = HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 PYTHONPATH=$(COMPAT) $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet
 
-.PHONY: demo test setup lint types unit clean
+.PHONY: demo test compat setup lint types unit clean
 
 setup: $(READY)
 
@@ -37,5 +40,14 @@ types: $(READY)
 unit: $(READY)
 	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal --durations=15
 
+$(COMPAT)/.ready: tests/compat/requirements.txt $(READY)
+	rm -rf $(COMPAT)
+	$(PIP) --no-deps --target $(COMPAT) -r tests/compat/requirements.txt
+	@touch $@
+
+compat: $(COMPAT)/.ready
+	$(ON_3) -m 'not smollm2' tests/compat tests/models/test_load.py tests/models/test_passes.py
+	$(ON_3) -m 'not smollm2 and not bridge' --hooked tests/models/test_passes.py tests/steering tests/vectors/test_activations.py tests/study/test_scores.py
+
 clean:
-	rm -rf $(VENV) runs .mypy_cache .pytest_cache .ruff_cache
+	rm -rf $(VENV) $(COMPAT) runs .mypy_cache .pytest_cache .ruff_cache
