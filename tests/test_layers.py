@@ -17,13 +17,13 @@ ROOMS = {
     "checks": "arguments catalogue text ifeval registry",
     "data": "cells conditions readers pairs splits load families",
     "models": "facts load prompts stops rows backends passes probe",
-    "steering": "operators positions plan residual candidates sampling",
+    "steering": "operators positions plan residual candidates settings sampling",
     "vectors": "formats vector activations estimators transfer",
     "study": "config quality responses scores judge calibration sweeps engines job",
 }
 ORDER = [f"{room}.{name}".lstrip(".") for room, names in ROOMS.items() for name in names.split()] + ["cli"]
 LOADS_NO_TORCH = [name for name in ORDER if name.startswith(("stats", "figures", "checks", "data")) or "." not in name]
-LOADS_NO_TORCH += ["steering.candidates", "study.config", "study.judge"]
+LOADS_NO_TORCH += ["steering.candidates", "steering.settings", "study.config", "study.judge"]
 
 
 def imports_of(module: str) -> set[str]:

@@ -13,9 +13,9 @@ if TYPE_CHECKING:
     from steerlens.steering.sampling import (
         Generation as Generation,
         Generations as Generations,
-        SamplingConfig as SamplingConfig,
         generate as generate,
         stream as stream,
     )
+    from steerlens.steering.settings import SamplingConfig as SamplingConfig
 
 __getattr__, __dir__, __all__ = lazy_exports(__name__, __file__)

@@ -14,7 +14,7 @@ tokens are nearly tied (about 1e-4 in logits) the texts can part.
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, overload
+from typing import Any, Literal, Unpack, overload
 
 import pandas as pd
 import torch
@@ -22,7 +22,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from tqdm import tqdm
 
-from steerlens._typing import RealNumber, WholeNumber, plain, real, whole, whole_numbers
+from steerlens._typing import WholeNumber, plain, whole
 from steerlens.errors import SteerlensError
 from steerlens.models.backends import Cache
 from steerlens.models.facts import forbidden_ids, model_device, resid_post, stop_ids
@@ -33,50 +33,9 @@ from steerlens.models.rows import pad, pad_id
 from steerlens.models.stops import before_stop, check_stop_ids, decode
 from steerlens.steering.plan import Plan, as_plan
 from steerlens.steering.residual import check_plan, residual_edits
+from steerlens.steering.settings import SamplingConfig, SamplingSettings, sampling_with
 
 FinishReason = Literal["eos", "stop", "length"]
-
-
-@dataclass(frozen=True)
-class SamplingConfig:
-    """How tokens are chosen and when a row stops.
-
-    Example:
-        >>> SamplingConfig(stop="\\n").stop == ("\\n",)
-        True
-    """
-
-    max_new_tokens: WholeNumber = 128
-    temperature: RealNumber = 0.0
-    """0 is greedy: the most likely token, the first of equals."""
-    top_k: WholeNumber | None = None
-    """Sample among the k most likely tokens."""
-    top_p: RealNumber = 1.0
-    """Sample among the fewest tokens whose probabilities reach p (Holtzman et al. 2020); at least one."""
-    stop: str | tuple[str, ...] = ()
-    """Texts that end a row, special tokens among them; a row's text ends before them, its tokens hold them."""
-    stop_ids: tuple[int, ...] = ()
-    """Token ids that end a row, besides those that the model names itself."""
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "stop", (self.stop,) if isinstance(self.stop, str) else tuple(self.stop))
-        object.__setattr__(self, "stop_ids", tuple(whole_numbers(self.stop_ids, "stop_ids")))
-        for name, number in (("max_new_tokens", whole), ("top_k", whole), ("temperature", real), ("top_p", real)):
-            if getattr(self, name) is not None:
-                object.__setattr__(self, name, number(getattr(self, name), name))
-        rules = {
-            "max_new_tokens must be at least 1": self.max_new_tokens >= 1,
-            "temperature must be 0 (greedy) or above": self.temperature >= 0,
-            "top_k must be at least 1, or None": self.top_k is None or self.top_k >= 1,
-            "top_p must be in (0, 1]": 0 < self.top_p <= 1,
-            "a stop text must be a text, and not empty": all(isinstance(stop, str) and stop for stop in self.stop),
-            "a stop id must be a whole number from 0 on": all(
-                type(stop) is int and stop >= 0 for stop in self.stop_ids
-            ),
-        }
-        for rule, holds in rules.items():
-            if not holds:
-                raise SteerlensError(f"{rule}, got {self}")
 
 
 @dataclass(frozen=True)
@@ -158,26 +117,23 @@ def generate(
     prompts: Iterable[str],
     *,
     steering: Plan | Sequence[Plan] | None = None,
-    max_new_tokens: WholeNumber = 128,
-    temperature: RealNumber = 0.0,
-    top_k: WholeNumber | None = None,
-    top_p: RealNumber = 1.0,
-    stop: str | Sequence[str] = (),
-    stop_ids: Sequence[int] = (),
+    sampling: SamplingConfig = SamplingConfig(),
     seed: WholeNumber | Iterable[WholeNumber] = 0,
     batch_size: int = 16,
     prompt_format: PromptFormat = PromptFormat(),
     progress: bool = False,
+    **settings: Unpack[SamplingSettings],
 ) -> Generations:
     """One continuation per prompt, in the prompts' order.
 
     Args:
         steering: One plan for all prompts, or one per prompt; None is no steering.
-        stop, stop_ids: Texts, special tokens among them, and token ids that end a row, besides the model's own.
+        sampling: How tokens are chosen, and when a row stops.
         seed: One seed for all rows, or one per row: it decides the random number of each of the row's tokens, and nothing
             where decoding is greedy. Rows with the same prompt, plan and seed get the same text.
         prompt_format: Chat template or plain; see `PromptFormat`.
         progress: Show tokens per second and the time left.
+        settings: Fields of `sampling` by name: max_new_tokens, temperature, top_k, top_p, stop, stop_ids.
 
     Raises:
         SteerlensError: if a prompt does not fit the context, a setting is out of range, or a plan does not fit the model.
@@ -187,14 +143,7 @@ def generate(
         'length'
     """
     prompts = text_list(prompts)
-    sampling = SamplingConfig(
-        max_new_tokens,
-        temperature,
-        top_k,
-        top_p,
-        stop if isinstance(stop, str) else tuple(stop),
-        tuple(stop_ids),
-    )
+    sampling = sampling_with(sampling, settings)
     job = _Job(model, prompts, steering, sampling, seed, batch_size, prompt_format)
     finished: list[Generation] = []
     with Progress(len(job.rows), sampling.max_new_tokens, disable=not progress) as bar, job.runner:
@@ -213,6 +162,7 @@ def stream(
     batch_size: int = 16,
     prompt_format: PromptFormat = PromptFormat(),
     progress: bool = False,
+    **settings: Unpack[SamplingSettings],
 ) -> Iterator[Generation]:
     """Continuations as they finish, in no fixed order; `generate` with results handed out early.
 
@@ -220,8 +170,7 @@ def stream(
     between two results, and stopping early, an exception or Ctrl-C leave nothing behind.
 
     Args:
-        steering, seed, prompt_format, progress: As in `generate`.
-        sampling: How tokens are chosen, and when a row stops.
+        steering, sampling, seed, prompt_format, progress, settings: As in `generate`.
 
     Returns:
         An iterator of rows; `index` is each row's place in the prompts.
@@ -230,9 +179,10 @@ def stream(
         SteerlensError: as for `generate`.
 
     Example:
-        >>> sorted(row.index for row in stream(model, queries, sampling=SamplingConfig(max_new_tokens=4)))
+        >>> sorted(row.index for row in stream(model, queries, max_new_tokens=4))
         [0, 1, 2]
     """
+    sampling = sampling_with(sampling, settings)
     job = _Job(model, prompts, steering, sampling, seed, batch_size, prompt_format)
     with Progress(len(job.rows), sampling.max_new_tokens, disable=not progress) as bar:
         while job.left:

@@ -20,7 +20,8 @@ from steerlens.models.stops import before_stop, decode
 from steerlens.steering import sampling
 from steerlens.steering.plan import Intervention, Plan
 from steerlens.steering.residual import ResidualEdit, steer
-from steerlens.steering.sampling import Generation, SamplingConfig, choose, generate, stream
+from steerlens.steering.sampling import Generation, choose, generate, stream
+from steerlens.steering.settings import SamplingConfig, sampling_with
 from steerlens.vectors.vector import SteeringVector
 from tests.conftest import Passes, Subject, hooks_on
 from tests.near_ties import assert_same_text
@@ -726,3 +727,17 @@ def test_a_vector_in_the_place_of_a_plan_is_told_how_to_become_one(llama: Subjec
             list(unchecked(stream)(llama.model, ["a"] * n, steering=steering))
         with pytest.raises(SteerlensError, match=message):
             next(unchecked(steer)(llama.model, steering))
+
+
+def test_a_setting_of_a_call_takes_the_place_of_the_configurations_and_nothing_else_does(llama: Subject) -> None:
+    config = SamplingConfig(max_new_tokens=5, temperature=1.0, top_k=7)
+    merged = sampling_with(config, {"top_k": None, "stop": ["e", "x"], "stop_ids": range(2, 4)})
+    assert merged == SamplingConfig(max_new_tokens=5, temperature=1.0, stop=("e", "x"), stop_ids=(2, 3))
+    whole = generate(llama.model, PROMPTS[:2], sampling=SamplingConfig(max_new_tokens=4, temperature=1.0, top_k=7))
+    assert generate(llama.model, PROMPTS[:2], sampling=config, max_new_tokens=4) == whole
+    assert (
+        sorted(stream(llama.model, PROMPTS[:2], sampling=config, max_new_tokens=4), key=lambda row: row.index) == whole
+    )
+    for call in (generate, stream):
+        with pytest.raises(TypeError, match="unexpected keyword argument 'max_tokens'"):
+            list(unchecked(call)(llama.model, PROMPTS[:1], max_tokens=3))
