@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 from steerlens.data.pairs import PairSet
 from steerlens.errors import SteerlensError
-from steerlens.files import content_key, user_path
+from steerlens.files import content_key, file_name, user_path
 from steerlens.models.facts import model_digest
 from steerlens.models.prompts import PromptFormat, pinned, template_digest
 from steerlens.vectors.activations import ActivationMeans, Activations, record_activations
@@ -179,18 +179,21 @@ def fit_vectors(
     sets: Mapping[str, PairSet],
     *,
     folder: str | Path | None = None,
+    metadata: Mapping[str, str] | None = None,
     batch_size: int = 32,
     prompt_format: PromptFormat = PromptFormat(),
     progress: bool = False,
 ) -> dict[str, SteeringVector]:
     """One mean-difference vector per named set of pairs; those that the folder holds already are read from there.
 
-    A file is named by a hash of the model's weights, the prompt format and the pairs, so a vector is found again exactly when it
-    would come out the same, under whatever name. Each set is recorded on its own: a vector does not depend on the others.
+    A file's name ends in a hash of the model's weights, the prompt format, the batch size (another batch rounds differently), the
+    metadata and the pairs, so a vector is found again exactly when it would come out the same, under whatever name. Each set is
+    recorded on its own: a vector does not depend on the others.
 
     Args:
         sets: Name -> pairs, as `PairSet.by_instruction` gives them.
         folder: Where vectors are kept; None fits all anew.
+        metadata: What each vector's metadata says besides.
         batch_size: Pairs per batch.
 
     Returns:
@@ -203,25 +206,29 @@ def fit_vectors(
         >>> list(fit_vectors(model, {word: sl.keyword_pairs(queries, word) for word in ("harbor", "tree")}))
         ['harbor', 'tree']
     """
+    prompt_format, about = pinned(model, prompt_format), dict(metadata or {})
+    template = template_digest(model, prompt_format)
+    settings = [model_digest(model), str(model.cfg.dtype), template, batch_size, about]
     found: dict[str, SteeringVector] = {}
-    prompt_format = pinned(model, prompt_format)
-    settings = [model_digest(model), str(model.cfg.dtype), template_digest(model, prompt_format)]
     for name, pairs in tqdm(sets.items(), desc="fit", unit="vector", disable=not progress):
-        path = (
-            None
-            if folder is None
-            else user_path(folder) / f"{content_key([*settings, pairs.content_hash])}.safetensors"
-        )
-        if path is not None and path.is_file():
-            found[name] = SteeringVector.load(path).with_metadata(name=name)
+        ending = f"-{content_key([*settings, pairs.content_hash])}.safetensors"
+        path = None if folder is None else user_path(folder) / file_name(name, ending)
+        kept = [] if path is None else sorted(path.parent.glob(f"*{ending}"))
+        if kept:
+            found[name] = _named(SteeringVector.load(kept[0]), name)
             continue
         activations = record_activations(model, pairs, batch_size=batch_size, prompt_format=prompt_format)
         # A set is one instruction here, also where its pairs differ in their ids.
-        vector = fit_steering_vector(replace(activations, instructions=(name,) * len(pairs)))
-        found[name] = vector.with_metadata(name=name)
+        vector = fit_steering_vector(replace(activations, instructions=(name,) * len(pairs))).with_metadata(**about)
+        found[name] = _named(vector, name)
         if path is not None:
             found[name].save(path)
     return found
+
+
+def _named(vector: SteeringVector, name: str) -> SteeringVector:
+    """The vector under a set's name; an instruction's own vector is named as one that is fitted alone, with its arguments."""
+    return vector if name == vector.metadata.get("instruction") else vector.with_metadata(name=name)
 
 
 def projection_statistics(

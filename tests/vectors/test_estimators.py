@@ -238,3 +238,24 @@ def test_two_words_make_vectors_of_two_names_also_when_they_are_found_again(llam
         assert {word: vector.name for word, vector in found.items()} == {"tea": "tea", "dog": "dog"}
     alone = fit_steering_vector(record_activations(llama.model, sets["tea"]))
     assert alone.name == "keywords:existence tea"
+
+
+def test_a_vector_is_found_again_only_where_it_would_come_out_the_same(llama, tmp_path):
+    sets = {"tea": keyword_pairs(["Describe rain.", "Describe snow.", "Describe a long and winding road."], "tea")}
+    first = fit_vectors(llama.model, sets, folder=tmp_path, batch_size=2)["tea"]
+    others = ({"batch_size": 3}, {"batch_size": 2, "metadata": {"seed": "1"}})
+    for n_files, options in enumerate(others, start=2):
+        fit_vectors(llama.model, sets, folder=tmp_path, **options)
+        assert len(list(tmp_path.iterdir())) == n_files
+    again = fit_vectors(llama.model, sets, folder=tmp_path, batch_size=2)["tea"]
+    assert len(list(tmp_path.iterdir())) == 3
+    assert all(torch.equal(again[layer], first[layer]) for layer in first.layers)
+    assert first.metadata.items() <= again.metadata.items()
+
+
+def test_an_instructions_own_vector_is_named_as_one_that_is_fitted_alone(llama, tmp_path):
+    pairs = keyword_pairs(["Describe rain.", "Describe snow."], "tea")
+    alone = fit_steering_vector(record_activations(llama.model, pairs))
+    (name,) = pairs.instructions
+    for _ in range(2):
+        assert fit_vectors(llama.model, {name: pairs}, folder=tmp_path)[name].name == alone.name
