@@ -31,7 +31,7 @@ from steerlens.stats.slopes import agreement, d_prime, steerability_summary
 from steerlens.steering.candidates import grid
 from steerlens.study.calibration import calibrate
 from steerlens.study.quality import Quality
-from steerlens.study.sweeps import search
+from steerlens.study.sweeps import sweep
 from steerlens.vectors.activations import Activations, record_activations
 from steerlens.vectors.estimators import fit_vectors
 
@@ -59,14 +59,16 @@ def measure(settings: Settings) -> Frames:
         rows = grid(
             layers=[layer], coeffs=settings.coeffs, operators="add", positions=best.positions, unit="resid_norm"
         )
-        swept = search(here.sampler, vectors, test, rows, quality=quality)
+        swept = sweep(here.sampler, vectors, test, candidates=rows, quality=quality)
         before = [record_activations(here.model, pairs, layers=[layer]).by_instruction() for pairs in (train, valid)]
         calibrated = []
         for target in settings.target_kl:
             options = {"target_kl": target, "layers": list(here.layers), "positions": best.positions}
             prompts = list(dict.fromkeys(valid.prompts("none")))[: settings.n_valid]
             found = [
-                search(here.sampler, vector, test.filter(name), steps, quality=quality).scores.dropna(subset=["layer"])
+                sweep(here.sampler, vector, test.filter(name), candidates=steps, quality=quality).scores.dropna(
+                    subset=["layer"]
+                )
                 for name, vector in vectors.items()
                 if (steps := calibrate(here.model, vector, prompts, **options))
             ]

@@ -21,12 +21,11 @@ from steerlens.data.families import length_pairs, sentence_pairs
 from steerlens.data.pairs import InstructionPair, PairSet
 from steerlens.figures.theme import short_label
 from steerlens.stats.rates import rate_table
-from steerlens.steering.candidates import grid
 from steerlens.steering.plan import Plan
 from steerlens.study.quality import Quality
 from steerlens.study.responses import requests_for
 from steerlens.study.scores import score
-from steerlens.study.sweeps import search
+from steerlens.study.sweeps import sweep
 from steerlens.vectors.estimators import fit_vectors
 
 CONCISE = "conciseness"
@@ -46,7 +45,7 @@ def measure(settings: Settings) -> Frames:
     with lab(settings) as here:
         train, valid, test = here.format_pairs()
         vectors = fit_vectors(here.model, train.by_instruction(), progress=True)
-        found = search(here.sampler, vectors, valid, grid(layers=here.layers, positions=list(settings.positions)))
+        found = sweep(here.sampler, vectors, valid, layers=here.layers, positions=list(settings.positions))
         plans = {name: vector.at(found.best(name)) for name, vector in vectors.items()}
         concise = fit_vectors(here.model, {CONCISE: length_pairs(here.train, "extremely_short")})[CONCISE]
         brief = sentence_pairs(here.valid, "at_most", 1)

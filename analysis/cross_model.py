@@ -29,7 +29,7 @@ from steerlens.steering.candidates import grid
 from steerlens.study.quality import Quality
 from steerlens.study.responses import requests_for
 from steerlens.study.scores import score
-from steerlens.study.sweeps import search
+from steerlens.study.sweeps import sweep
 from steerlens.vectors.activations import Activations, record_activations
 from steerlens.vectors.estimators import fit_steering_vector
 from steerlens.vectors.transfer import fit_ridge_map
@@ -62,7 +62,7 @@ def measure(settings: Settings) -> Frames:
         for kind, parts in fits.items():
             vectors = {name: fit_steering_vector(part) for name, part in parts.items()}
             candidates = grid(layers=here.layers, positions=list(settings.positions))
-            found = search(here.sampler, vectors, valid, candidates)
+            found = sweep(here.sampler, vectors, valid, candidates=candidates)
             plans = {name: vector.at(found.best(name)) for name, vector in vectors.items()}
             requests = requests_for(test, plans, conditions=["none", "vector", "random"], seed=settings.seed)
             scores = score(here.sampler, requests, quality=quality).assign(vectors=kind)

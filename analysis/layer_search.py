@@ -19,7 +19,7 @@ from study import FormatStudy, Frames, conduct, lab, line
 from steerlens.figures.theme import CONDITION_COLORS
 from steerlens.stats.rates import rate_table
 from steerlens.steering.candidates import grid
-from steerlens.study.sweeps import CANDIDATE, search
+from steerlens.study.sweeps import CANDIDATE, sweep
 from steerlens.vectors.estimators import fit_vectors
 
 
@@ -36,7 +36,7 @@ def measure(settings: Settings) -> Frames:
         layers = settings.layers or range(int(here.model.cfg.n_layers))
         candidates = grid(layers=layers, positions=list(settings.positions))
         for condition in ("vector", "text+vector"):
-            found = search(here.sampler, vectors, valid, candidates, condition=condition)
+            found = sweep(here.sampler, vectors, valid, candidates=candidates, condition=condition)
             tables.append(found.configurations.assign(condition=condition))
             others = found.nested(folds=min(4, settings.n_valid))
             winners = found.table.loc[found.table["chosen"], ["instruction", *CANDIDATE]]

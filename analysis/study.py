@@ -27,12 +27,12 @@ from steerlens.models.facts import library_versions
 from steerlens.models.load import load_model
 from steerlens.steering.candidates import Candidate, grid
 from steerlens.steering.plan import Plan
-from steerlens.steering.sampling import SamplingConfig
+from steerlens.steering.settings import SamplingConfig
 from steerlens.study.config import RunConfig, pairs_for
 from steerlens.study.job import run
 from steerlens.study.responses import Sampler, requests_for
 from steerlens.study.scores import Evaluation
-from steerlens.study.sweeps import Best, choose, search
+from steerlens.study.sweeps import Best, choose, sweep
 from steerlens.vectors.vector import SteeringVector
 
 Frames = dict[str, pd.DataFrame]
@@ -103,7 +103,7 @@ class Lab:
         self.model = load_model(settings.model, dtype=settings.dtype)
         self.sampler = Sampler(
             self.model,
-            sampling=SamplingConfig(settings.max_new_tokens),
+            max_new_tokens=settings.max_new_tokens,
             batch_size=settings.batch_size,
             journal=journal,
             progress=True,
@@ -159,7 +159,9 @@ class Lab:
 
         `strict`: by the strict verdicts. The loose ones may drop a line, which is not what a count or a forbidden word is about.
         """
-        found = [search(self.sampler, vector, pairs, candidates, condition=condition) for vector, pairs in groups]
+        found = [
+            sweep(self.sampler, vector, pairs, candidates=candidates, condition=condition) for vector, pairs in groups
+        ]
         scores = pd.concat([one.scores for one in found]).assign(instruction="all")
         scores["followed"] = scores["followed_strict" if strict else "followed"]
         (row,) = choose(scores).query("chosen").to_dict("records")
@@ -184,7 +186,7 @@ def run_cells(settings: FormatStudy, **more: Any) -> Evaluation:
         n_test=settings.n_test,
         layers=settings.layers,
         positions=settings.positions,  # type: ignore[arg-type]
-        max_new_tokens=settings.max_new_tokens,
+        sampling=SamplingConfig(settings.max_new_tokens),
         search_tokens=settings.max_new_tokens,
         batch_size=settings.batch_size,
         seed=settings.seed,

@@ -34,11 +34,10 @@ from steerlens.files import Journal
 from steerlens.models.load import load_model
 from steerlens.steering.candidates import Candidate, grid
 from steerlens.steering.plan import Plan
-from steerlens.steering.sampling import SamplingConfig
 from steerlens.study.quality import Quality
 from steerlens.study.responses import Request, Sampler, requests_for
 from steerlens.study.scores import score
-from steerlens.study.sweeps import search
+from steerlens.study.sweeps import sweep
 from steerlens.vectors.activations import record_activations
 from steerlens.vectors.estimators import fit_steering_vector
 from steerlens.vectors.vector import SteeringVector
@@ -115,7 +114,7 @@ def searched(
     tables, plans = [], {}
     for name, vector in vectors.items():
         valid, _ = pairs_of("train", name, 12, settings.n_valid)
-        found = search(sampler, vector, valid, candidates)
+        found = sweep(sampler, vector, valid, candidates=candidates)
         tables.append(found.table.assign(instruction=name))
         plans[name] = vector.at(found.best())
     return pd.concat(tables, ignore_index=True), plans
@@ -124,9 +123,14 @@ def searched(
 def measure(model: Any, vectors: Mapping[str, SteeringVector], settings: Settings) -> tuple[pd.DataFrame, ...]:
     """Search table and test scores of one model with the given vectors, and scores with closing phrases and marks unseen."""
     journal = Journal(settings.out / "generations.jsonl")
-    sampling = SamplingConfig(settings.max_new_tokens)
     with journal:
-        sampler = Sampler(model, sampling=sampling, batch_size=settings.batch_size, journal=journal, progress=True)
+        sampler = Sampler(
+            model,
+            journal=journal,
+            max_new_tokens=settings.max_new_tokens,
+            batch_size=settings.batch_size,
+            progress=True,
+        )
         table, plans = searched(sampler, vectors, settings)
         requests, found = {}, {}
         for name in vectors:

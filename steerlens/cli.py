@@ -9,16 +9,18 @@ import os
 import shlex
 import sys
 from collections.abc import Callable
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
-from steerlens._typing import Gate, Operator, RuleName
+from steerlens._typing import Operator, RuleName, Unit
 from steerlens.errors import SteerlensError
 from steerlens.files import user_path, writable_folder
 from steerlens.models.prompts import PromptFormat
-from steerlens.study.config import RunConfig, pairs_for
+from steerlens.steering.settings import SamplingConfig
+from steerlens.study.config import ModelConfig, PairsConfig, RunConfig, SweepConfig, pairs_for
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -27,6 +29,27 @@ if TYPE_CHECKING:
 
 Prompts = Annotated[PromptFormat, tyro.conf.arg(name="")]
 """Options for how a prompt's text becomes what the model reads."""
+
+Sampling = Annotated[SamplingConfig, tyro.conf.arg(name="")]
+Model = Annotated[ModelConfig, tyro.conf.arg(name="")]
+Pairs = Annotated[PairsConfig, tyro.conf.arg(name="")]
+
+
+@dataclass(frozen=True)
+class Step:
+    """How a vector is applied at its layer."""
+
+    coeff: float = 1.0
+    """Share of the full change, or for add the length of the step."""
+    operator: Operator = "set_projection"
+    """set_projection, add, or ablate."""
+    positions: RuleName = "all"
+    """Which tokens to steer."""
+    unit: Unit = "absolute"
+    """Of the coefficient of add: absolute, or the layer's mean residual norm."""
+
+
+Steering = Annotated[Step, tyro.conf.arg(name="")]
 
 OUT = "Folder of the run; made if need be, gone on with if it was cut short."
 
@@ -50,132 +73,32 @@ def run(
 
 
 def sweep(
+    config: Annotated[SweepConfig, tyro.conf.arg(name="")],
     out: Annotated[Path, tyro.conf.arg(help=OUT)] = Path("runs/sweep"),
-    model: str = "tiny",
-    pairs: str = "auto",
-    instructions: tuple[str, ...] = (),
-    layers: tuple[int, ...] = (),
-    coeffs: tuple[float, ...] = (1.0,),
-    operators: tuple[Operator, ...] = ("set_projection",),
-    positions: tuple[RuleName, ...] = ("all",),
-    unit: Literal["absolute", "resid_norm"] = "absolute",
-    n_random: int | None = None,
-    condition: Literal["vector", "text+vector"] = "vector",
-    gate: Gate = "degenerate",
-    quality_model: str | None = None,
-    n_train: int = 48,
-    n_valid: int = 8,
-    trials: int = 1,
-    temperature: float = 0.0,
-    max_new_tokens: int = 64,
-    seed: int = 0,
-    batch_size: int = 64,
-    engine: Literal["local", "ray"] = "local",
-    ray_address: str | None = None,
-    n_workers: int | None = None,
-    prompt_format: Prompts = PromptFormat(),
 ) -> None:
     """Try layers, coefficients, operators and positions on validation prompts; keep every response, pick the best.
 
     For example:
       steerlens sweep --layers 1 3 5 7 --coeffs 0.5 1 1.5 --out runs/sweep
       steerlens sweep --operators add --unit resid_norm --coeffs 0.25 2 --n-random 40 --trials 3 --temperature 1
-
-    Args:
-        model: A local folder, a named model, or a hub id.
-        pairs: "tiny" or "format" (bundled), or a JSONL file; auto is tiny for the tiny models, else format.
-        instructions: Instruction ids; default all of the pairs.
-        layers: Layers to try; default all.
-        coeffs: Coefficients to try; with --n-random, the lowest and the highest.
-        operators: set_projection, add, or ablate; several are tried.
-        positions: Which tokens to steer; several rules are tried.
-        unit: Of the coefficients of add: absolute, or the layer's mean residual norm.
-        n_random: Draw this many candidates at random, instead of every combination.
-        condition: With the bare query, or with the instruction in the prompt.
-        gate: What bars a candidate: more degenerate texts than without steering, more of low perplexity, or any of those.
-        quality_model: Whose perplexity the gate goes by: a name, folder or hub id; default the model itself.
-        n_train: Training pairs per instruction, at most.
-        n_valid: Validation prompts per instruction, at most.
-        trials: Responses per prompt and candidate; more than one needs a temperature.
-        temperature: 0 is greedy.
-        max_new_tokens: At most this many new tokens for each response.
-        seed: For splits, phrasings, draws and samples.
-        batch_size: Rows per batch.
-        engine: In this process, or on a Ray cluster.
-        ray_address: Of a running Ray cluster; default: one is started here.
-        n_workers: Ray workers; default: as many as the cluster's processors allow.
     """
-    from steerlens.figures.layers import layer_curve
-    from steerlens.files import write_atomically
-    from steerlens.models.load import load_model
-    from steerlens.models.prompts import pinned
-    from steerlens.steering.candidates import draws, grid
-    from steerlens.study.job import engine_for, select_pairs
-    from steerlens.study.quality import Quality
-    from steerlens.study.sweeps import sweep as run_sweep
-    from steerlens.vectors.estimators import fit_vectors
+    from steerlens.study.job import run_sweep
 
-    config = RunConfig(
-        model=model,
-        pairs=pairs_for(pairs, model),
-        instructions=instructions,
-        n_train=n_train,
-        n_valid=n_valid,
-        seed=seed,
-        engine=engine,
-        ray_address=ray_address,
-        n_workers=n_workers,
-    )
-    folder = writable_folder(out)
-    quality = Quality(gate != "degenerate" or quality_model is not None, quality_model)
-    quality.load()
-    train, valid, _, _ = select_pairs(config)
-    loaded = load_model(model)
-    chosen = layers or range(int(loaded.cfg.n_layers))
-    options: dict[str, Any] = {"layers": chosen, "operators": operators, "positions": positions, "unit": unit}
-    if n_random is None:
-        candidates = grid(coeffs=coeffs, **options)
-    else:
-        candidates = draws(n_random, coeff_range=(min(coeffs), max(coeffs)), seed=seed, **options)
-    prompt_format = pinned(loaded, prompt_format, folder)
-    vectors = fit_vectors(
-        loaded, train.by_instruction(), folder=folder / "vectors", prompt_format=prompt_format, progress=True
-    )
-    with engine_for(config) as workers:
-        found = run_sweep(
-            loaded,
-            vectors,
-            valid,
-            candidates=candidates,
-            condition=condition,
-            gate=gate,
-            quality=quality,
-            trials=trials,
-            max_new_tokens=max_new_tokens,
-            temperature=temperature,
-            seed=seed,
-            batch_size=batch_size,
-            prompt_format=prompt_format,
-            out=folder,
-            engine=workers,
-            progress=True,
-        )
-    write_atomically(folder / "sweep.html", layer_curve(found.table).to_html())
+    found = run_sweep(config, out)
     place = ["layer", "operator", "positions", "coeff", "unit"]
     columns = ["instruction", *place, "n", "rate", "low", "high", "degenerate"]
     _show(found.table.loc[found.table["chosen"], columns])
     print(
-        f"\n{len(found.configurations)} candidates, {len(found.scores)} responses: {folder / 'table.csv'}, sweep.html"
+        f"\n{len(found.configurations)} candidates, {len(found.scores)} responses: {user_path(out) / 'table.csv'}, sweep.html"
     )
 
 
 def fit(
     instruction: str,
     out: Path,
-    model: str = "tiny",
-    pairs: str = "auto",
-    n_pairs: int | None = None,
-    seed: int = 0,
+    model: Model = ModelConfig(),
+    pairs: Pairs = PairsConfig(),
+    n_train: int | None = None,
     batch_size: int = 32,
     prompt_format: Prompts = PromptFormat(),
 ) -> None:
@@ -186,45 +109,35 @@ def fit(
 
     Args:
         instruction: An instruction id; see `steerlens instructions`.
-        out: The vector file to write.
-        model: A local folder, a named model, or a hub id.
-        pairs: "tiny" or "format" (bundled), or a JSONL file; auto is tiny for the tiny models, else format.
-        n_pairs: Use this many of the training pairs; default all.
-        seed: For phrasings and the split; `evaluate` tests on the test part of the same split.
+        out: The vector file to write. `evaluate` tests on the test part of the same split.
+        n_train: Training pairs, at most; default all.
         batch_size: Pairs per batch.
     """
     from steerlens.data.load import load_pairs
-    from steerlens.data.splits import query_ids, three_parts
-    from steerlens.models.load import load_model
-    from steerlens.vectors.activations import record_activations
-    from steerlens.vectors.estimators import fit_steering_vector
+    from steerlens.data.splits import at_most, query_ids, three_parts
+    from steerlens.vectors.estimators import fit_vectors
 
     writable_folder(out.parent)
-    pairs = pairs_for(pairs, model)
-    train, valid, _ = three_parts(load_pairs(pairs, instructions=[instruction], seed=seed), seed=seed)
-    chosen = train if n_pairs is None else train.sample(n_pairs, seed=seed)
-    activations = record_activations(
-        load_model(model), chosen, batch_size=batch_size, prompt_format=prompt_format, progress=True
+    name, seed = pairs_for(pairs.pairs, model.model), pairs.seed
+    train, valid, _ = three_parts(load_pairs(name, instructions=[instruction], seed=seed), seed=seed)
+    vectors = fit_vectors(
+        _load(model),
+        {instruction: train if n_train is None else at_most(train, n_train, seed)},
+        metadata={"pairs": name, "seed": str(seed), "queries": " ".join(sorted(query_ids(train + valid)))},
+        batch_size=batch_size,
+        prompt_format=prompt_format,
+        progress=True,
     )
-    not_tested = " ".join(sorted(query_ids(train + valid)))
-    vector = fit_steering_vector(activations).with_metadata(pairs=pairs, seed=str(seed), queries=not_tested)
-    print(f"{vector.save(out)}: {vector!r}")
+    print(f"{vectors[instruction].save(out)}: {vectors[instruction]!r}")
 
 
 def generate(
     prompt: tuple[str, ...],
-    model: str = "tiny",
+    model: Model = ModelConfig(),
     vector: Path | None = None,
     layer: int | None = None,
-    coeff: float = 1.0,
-    operator: Operator = "set_projection",
-    positions: RuleName = "all",
-    max_new_tokens: int = 128,
-    temperature: float = 0.0,
-    top_p: float = 1.0,
-    top_k: int | None = None,
-    stop: tuple[str, ...] = (),
-    stop_ids: tuple[int, ...] = (),
+    step: Steering = Step(),
+    sampling: Sampling = SamplingConfig(),
     seed: int = 0,
     prompt_format: Prompts = PromptFormat(),
 ) -> None:
@@ -235,36 +148,20 @@ def generate(
 
     Args:
         prompt: One prompt or more.
-        model: A local folder, a named model, or a hub id.
-        vector: A file made by `steerlens fit`; without it nothing is steered.
+        vector: A vector file; without it nothing is steered.
         layer: Where to steer; needed with a vector.
-        coeff: Share of the full change, or for add the length of the step.
-        operator: set_projection, add, or ablate.
-        positions: Which tokens to steer.
-        max_new_tokens: At most this many new tokens for each prompt.
-        temperature: 0 is greedy.
-        top_p: Sample among the fewest tokens whose probabilities reach this.
-        top_k: Sample among this many most likely tokens.
-        stop: Texts, special tokens among them, that end an answer, besides the model's own stop tokens.
-        stop_ids: Token ids that do so.
         seed: Of the first prompt; the next ones count on from it.
     """
-    from steerlens.models.load import load_model
     from steerlens.steering.plan import Plan
     from steerlens.steering.sampling import generate as sample
 
-    loaded = load_model(model)
-    plan = Plan() if vector is None else _plan(loaded, vector, layer, coeff, operator, positions)
+    loaded = _load(model)
+    plan = Plan() if vector is None else _plan(loaded, vector, layer, step)
     for row in sample(
         loaded,
         list(prompt),
         steering=plan,
-        max_new_tokens=max_new_tokens,
-        temperature=temperature,
-        top_p=top_p,
-        top_k=top_k,
-        stop=stop,
-        stop_ids=stop_ids,
+        sampling=sampling,
         prompt_format=prompt_format,
         seed=[seed + index for index in range(len(prompt))],
         progress=True,
@@ -275,13 +172,12 @@ def generate(
 def evaluate(
     vector: Path,
     layer: int,
-    model: str = "tiny",
+    model: Model = ModelConfig(),
     data: str = "auto",
-    coeff: float = 1.0,
-    operator: Operator = "set_projection",
-    positions: RuleName = "all",
+    step: Steering = Step(),
     n_test: int | None = None,
-    max_new_tokens: int = 128,
+    trials: int = 1,
+    sampling: Sampling = SamplingConfig(),
     batch_size: int = 16,
     prompt_format: Prompts = PromptFormat(),
 ) -> None:
@@ -291,21 +187,16 @@ def evaluate(
       steerlens evaluate --vector lowercase.safetensors --layer 4 --n-test 8
 
     Args:
-        vector: A file made by `steerlens fit`.
+        vector: A vector file, of `steerlens fit` or from the folder of a run or sweep.
         layer: Where to steer.
-        model: The model that the vector was fitted in.
         data: Test prompts of the vector's instruction: "tiny" or "format" (bundled), or a JSONL file; auto is the set that the
             vector was fitted on. Queries that it was fitted on are left out, whatever the file.
-        coeff: Share of the full change, or for add the length of the step.
-        operator: set_projection, add, or ablate.
-        positions: Which tokens to steer.
         n_test: At most this many prompts; default all.
-        max_new_tokens: At most this many new tokens for each response.
+        trials: Responses per prompt and condition; more than one needs a temperature.
         batch_size: Rows per batch.
     """
     from steerlens.data.load import load_pairs
     from steerlens.data.splits import at_most, without_queries
-    from steerlens.models.load import load_model
     from steerlens.study.scores import evaluate as run_evaluation
     from steerlens.vectors.vector import SteeringVector
 
@@ -316,7 +207,7 @@ def evaluate(
             "evaluate a sum in Python, on pairs that you choose: sl.evaluate(model, vector.at(layer), pairs)"
         )
     seed = int(metadata.get("seed", 0))
-    data = metadata.get("pairs", pairs_for(data, model)) if data == "auto" else data
+    data = metadata.get("pairs", pairs_for(data, model.model)) if data == "auto" else data
     loaded_pairs = load_pairs(data, instructions=[metadata.get("instruction", "")], seed=seed)
     pairs = without_queries(loaded_pairs, metadata.get("queries", "").split())
     if len(pairs) == 0:
@@ -326,14 +217,14 @@ def evaluate(
     if len(pairs) < len(loaded_pairs):
         print(f"{len(loaded_pairs) - len(pairs)} of {len(loaded_pairs)} prompts left out: fitted on", file=sys.stderr)
     pairs = pairs if n_test is None else at_most(pairs, n_test, seed)
-    loaded = load_model(model)
-    plan = _plan(loaded, vector, layer, coeff, operator, positions)
+    loaded = _load(model)
     found = run_evaluation(
         loaded,
-        plan,
+        _plan(loaded, vector, layer, step),
         pairs,
-        max_new_tokens=max_new_tokens,
+        trials=trials,
         seed=seed,
+        sampling=sampling,
         batch_size=batch_size,
         prompt_format=prompt_format,
         progress=True,
@@ -433,11 +324,17 @@ def _show(table: "pd.DataFrame") -> None:
     print(table.to_string(index=False, float_format="{:.3f}".format))
 
 
-def _plan(model: Any, path: Path, layer: int | None, coeff: float, operator: Operator, positions: RuleName) -> "Plan":
+def _load(config: ModelConfig) -> Any:
+    from steerlens.models.load import load_model
+
+    return load_model(config.model, dtype=config.dtype, device=config.device)
+
+
+def _plan(model: Any, path: Path, layer: int | None, step: Step) -> "Plan":
     from steerlens.vectors.vector import SteeringVector
 
     vector = SteeringVector.load(path)
     vector.check_fits(model)
     if layer is None:
         raise SteerlensError(f"steering with a vector needs --layer, one of {list(vector.layers)}")
-    return vector.at(layer, coeff=coeff, operator=operator, positions=positions)
+    return vector.at(layer, **asdict(step))

@@ -62,6 +62,20 @@ def test_every_command_explains_itself(steerlens, command):
     assert "usage: steerlens" in done.stdout
 
 
+SHARED = {
+    "model": ("--model", "--dtype", "--device"),
+    "sampling": ("--max-new-tokens", "--temperature", "--top-k", "--top-p", "--stop", "--stop-ids"),
+    "format": ("--style", "--system", "--date"),
+}
+
+
+@pytest.mark.parametrize("command", ["run", "sweep", "fit", "generate", "evaluate"])
+def test_options_have_one_name_on_every_command(steerlens, command):
+    words = set(steerlens(command, "--help").stdout.split())
+    for group, flags in SHARED.items():
+        assert (command == "fit" and group == "sampling") or words >= set(flags)
+
+
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
@@ -70,6 +84,7 @@ def test_every_command_explains_itself(steerlens, command):
         (["info", "nothing.safetensors"], "a vector file must exist, got 'nothing.safetensors'"),
         (["generate", "--prompt", "Hi", "--model", "./nowhere"], "a model path must be a folder"),
         (["run", "--pairs", "nothing.jsonl"], "nothing.jsonl"),
+        (["generate", "--prompt", "Hi", "--temperature", "-1"], "temperature must be 0 (greedy) or above"),
         (["fly"], "fly"),
     ],
 )
@@ -207,6 +222,10 @@ def test_a_sweep_keeps_its_responses_and_prints_what_it_chose(steerlens, tiny_fo
     assert {path.name for path in tmp_path.iterdir()} == {
         *("vectors", "config.json", "generations.jsonl", "scores.jsonl", "table.csv", "sweep.html"),
     }
+    vectors = list((tmp_path / "vectors").iterdir())
+    assert [path.name.split("-")[0] for path in vectors] == ["punctuation.no_comma"]
+    steering = ("--model", tiny_folders["llama"], "--vector", vectors[0], "--layer", 1, "--max-new-tokens", 2)
+    assert "6 of 8 prompts left out: fitted on" in steerlens("evaluate", *steering, "--stop", "e").stderr
     drawn = steerlens(*common, "--n-random", 3, "--coeffs", 0.5, 2, "--temperature", 1, "--trials", 2)
     assert "4 candidates, 8 responses" in drawn.stdout
     refused = steerlens(*common, "--trials", 2)

@@ -6,9 +6,9 @@ from steerlens._lazy import lazy_exports
 
 if TYPE_CHECKING:
     from steerlens.study.calibration import calibrate as calibrate
-    from steerlens.study.config import RunConfig as RunConfig
+    from steerlens.study.config import RunConfig as RunConfig, SweepConfig as SweepConfig
     from steerlens.study.engines import ray_engine as ray_engine
-    from steerlens.study.job import RunResult as RunResult, run as run
+    from steerlens.study.job import RunResult as RunResult, run as run, run_sweep as run_sweep
     from steerlens.study.judge import Judge as Judge, Judgement as Judgement, judge_frame as judge_frame
     from steerlens.study.quality import Quality as Quality
     from steerlens.study.responses import Sampler as Sampler, requests_for as requests_for
@@ -17,7 +17,6 @@ if TYPE_CHECKING:
         Best as Best,
         Sweep as Sweep,
         candidate_layers as candidate_layers,
-        search as search,
         sweep as sweep,
     )
 

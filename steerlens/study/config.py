@@ -1,28 +1,66 @@
-"""What a run depends on: one frozen dataclass, shared by the command line and the job; imports nothing heavy."""
+"""What jobs depend on: frozen dataclasses, each setting declared once, shared by the command line and the jobs.
+
+    ModelConfig, PairsConfig, EngineConfig      groups that several commands have
+    SearchConfig                                all of them, and what a search tries and measures
+    RunConfig, SweepConfig                      the two jobs
+
+Imports nothing heavy.
+"""
 
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from steerlens._typing import Gate, Operator, RuleName, Unit, real, real_numbers, whole, whole_numbers
+from steerlens._typing import Gate, Operator, RuleName, Unit, real_numbers, whole, whole_numbers
 from steerlens.models.prompts import PromptFormat
+from steerlens.steering.settings import SamplingConfig
 
 
 @dataclass(frozen=True)
-class RunConfig:
-    """Everything that a run depends on, besides the model's weights and the prompts themselves.
+class ModelConfig:
+    """Which model, and where it runs.
 
     Example:
-        >>> RunConfig(model="tiny", n_test=4).seed
-        0
+        >>> ModelConfig("smollm2-135m").dtype
+        'float32'
     """
 
     model: str = "tiny"
     """A local folder, a named model (see `steerlens models`), or a hub id."""
+    dtype: str = "float32"
+    """Of the weights: float32, bfloat16 or float16."""
+    device: str | None = None
+    """As in PyTorch; default: the best one present."""
+
+
+@dataclass(frozen=True)
+class PairsConfig:
+    """Which pairs vectors are fitted on, and how they are split."""
+
     pairs: str = "auto"
     """Where vectors come from: "tiny" or "format" (bundled), or a JSONL file; auto is tiny for the tiny models, else format."""
+    seed: int = 0
+    """Decides splits, phrasings, samples, random candidates and the random directions of the control."""
+
+
+@dataclass(frozen=True)
+class EngineConfig:
+    """Where responses are generated."""
+
+    engine: Literal["local", "ray"] = "local"
+    """Where responses are generated: in this process, or on a Ray cluster, with the same results."""
+    ray_address: str | None = None
+    """Of a running Ray cluster; default: one is started on this machine."""
+    n_workers: int | None = None
+    """Ray workers; default: as many as the cluster's processors allow."""
+
+
+@dataclass(frozen=True)
+class SearchConfig(EngineConfig, PairsConfig, ModelConfig):
+    """A search of layers and more on validation prompts, with vectors fitted on others."""
+
     data: str | None = None
-    """A JSONL file of test prompts; default: the test split of `pairs`."""
+    """A JSONL file of test prompts, which nothing is fitted or searched on; default: the test split of `pairs`."""
     queries: str | None = None
     """For official IFEval files, a JSONL file of base queries: `key`, and `model_output` without the instructions."""
     instructions: tuple[str, ...] = ()
@@ -31,8 +69,6 @@ class RunConfig:
     """Training pairs per instruction, at most."""
     n_valid: int = 8
     """Validation prompts per instruction, at most (the paper uses 8 to 10)."""
-    n_test: int | None = None
-    """Test prompts per instruction, at most; default: all."""
     layers: tuple[int, ...] = ()
     """Layers to search; default: the paper's, every second one from a fifth of the depth on."""
     coeffs: tuple[float, ...] = (1.0,)
@@ -48,46 +84,62 @@ class RunConfig:
     of perplexity below 2.5 under the quality model), or no_low_perplexity (any such text)."""
     quality_model: str | None = None
     """The causal LM whose perplexity is measured: a name, folder or hub id; default: the unsteered model itself."""
-    kl: bool = False
-    """Also measure how far steering moves the next-token distribution, in nats."""
-    reward_model: str | None = None
-    """Also score each response with this reward model: a folder or hub id of a sequence classifier."""
-    max_new_tokens: int = 128
-    """At most this many new tokens for each test response."""
-    search_tokens: int = 64
-    """max_new_tokens of the search."""
-    temperature: float = 0.0
-    """0 is greedy."""
-    stop: tuple[str, ...] = ()
-    """Texts, special tokens among them, that end a response, besides the model's own stop tokens."""
-    stop_ids: tuple[int, ...] = ()
-    """Token ids that do so."""
     trials: int = 1
     """Responses per prompt and condition; more than one needs a temperature."""
-    seed: int = 0
-    """Decides splits, phrasings, samples and the random directions of the control."""
     batch_size: int = 16
     """Rows per batch; pairs per batch when recording."""
+    sampling: SamplingConfig = SamplingConfig()
+    """How responses are sampled, and when they stop."""
     prompt_format: PromptFormat = PromptFormat()
     """How a prompt's text becomes what the model reads."""
-    dtype: str = "float32"
-    """Of the weights: float32, bfloat16 or float16."""
-    device: str | None = None
-    """As in PyTorch; default: the best one present."""
-    engine: Literal["local", "ray"] = "local"
-    """Where responses are generated: in this process, or on a Ray cluster, with the same results."""
-    ray_address: str | None = None
-    """Of a running Ray cluster; default: one is started on this machine."""
-    n_workers: int | None = None
-    """Ray workers; default: as many as the cluster's processors allow."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "layers", tuple(whole_numbers(self.layers, "layer")))
         object.__setattr__(self, "coeffs", tuple(real_numbers(self.coeffs, "coeff")))
-        object.__setattr__(self, "temperature", real(self.temperature, "temperature"))
-        for name in ("n_train", "n_valid", "n_test", "max_new_tokens", "search_tokens", "trials", "seed", "batch_size"):
-            if getattr(self, name) is not None:
+        for name in COUNTS:
+            if getattr(self, name, None) is not None:
                 object.__setattr__(self, name, whole(getattr(self, name), name))
+
+
+COUNTS = ("n_train", "n_valid", "n_test", "n_random", "search_tokens", "trials", "seed", "batch_size")
+
+
+@dataclass(frozen=True)
+class RunConfig(SearchConfig):
+    """Everything that a run depends on, besides the model's weights and the prompts themselves.
+
+    Example:
+        >>> RunConfig(model="tiny", n_test=4).seed
+        0
+    """
+
+    n_test: int | None = None
+    """Test prompts per instruction, at most; default: all."""
+    search_tokens: int = 64
+    """max_new_tokens of the search."""
+    kl: bool = False
+    """Also measure how far steering moves the next-token distribution, in nats."""
+    reward_model: str | None = None
+    """Also score each response with this reward model: a folder or hub id of a sequence classifier."""
+
+
+@dataclass(frozen=True)
+class SweepConfig(SearchConfig):
+    """Everything that a sweep in a folder depends on, besides the model's weights and the prompts themselves.
+
+    Example:
+        >>> SweepConfig(layers=(1, 3)).sampling.max_new_tokens
+        64
+    """
+
+    n_random: int | None = None
+    """Draw this many candidates at random, with coefficients between the lowest and the highest, instead of every combination."""
+    condition: Literal["vector", "text+vector"] = "vector"
+    """With the bare query, or with the instruction in the prompt."""
+    batch_size: int = 64
+    """Rows per batch; pairs per batch when recording."""
+    sampling: SamplingConfig = SamplingConfig(max_new_tokens=64)
+    """How responses are sampled, and when they stop."""
 
 
 PLACE = ("device", "engine", "ray_address", "n_workers")

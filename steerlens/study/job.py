@@ -24,22 +24,23 @@ from steerlens.checks.text import sentence_splitter
 from steerlens.data.conditions import CONDITIONS
 from steerlens.data.load import BUNDLED_QUERIES, load_pairs
 from steerlens.data.pairs import PairSet
-from steerlens.data.splits import at_most, three_parts
+from steerlens.data.splits import at_most, query_ids, three_parts
 from steerlens.errors import DataError, SteerlensError
+from steerlens.figures.layers import layer_curve
 from steerlens.figures.report import write_report
-from steerlens.files import Journal, content_key, file_name, json_lines, start_folder, writable_folder, write_atomically
+from steerlens.files import Journal, content_key, json_lines, start_folder, writable_folder, write_atomically
 from steerlens.models.facts import check_layer, library_versions, model_digest, model_facts, model_id
 from steerlens.models.load import load_model
 from steerlens.models.prompts import encode_all, frame, pinned, template_digest
 from steerlens.models.stops import check_stop_ids
-from steerlens.steering.sampling import SamplingConfig
-from steerlens.study.config import PLACE, RunConfig, pairs_for
+from steerlens.steering.candidates import draws, grid
+from steerlens.steering.settings import SamplingConfig
+from steerlens.study.config import PLACE, RunConfig, SearchConfig, SweepConfig, pairs_for
 from steerlens.study.quality import Quality
 from steerlens.study.responses import Engine, Sampler, requests_for
 from steerlens.study.scores import Evaluation, score
-from steerlens.study.sweeps import Sweep, candidate_layers, grid_spec, search
-from steerlens.vectors.activations import record_activations
-from steerlens.vectors.estimators import fit_steering_vector
+from steerlens.study.sweeps import Sweep, candidate_layers, sweep
+from steerlens.vectors.estimators import fit_vectors
 from steerlens.vectors.vector import SteeringVector
 
 
@@ -99,7 +100,7 @@ def run(
     if model is not None:
         config = replace(config, model=model_id(model), dtype=str(model.cfg.dtype).removeprefix("torch."))
     config = replace(config, pairs=pairs_for(config.pairs, config.model))
-    train, valid, test, notes = select_pairs(config)
+    train, valid, test, notes = select_pairs(config, n_test=config.n_test)
     model = (
         model
         if model is not None
@@ -112,39 +113,35 @@ def run(
     quality.load()
     identity = run_identity(config, model, quality, train, valid, test)
     start_folder(folder, identity, {"config": asdict(config), "versions": library_versions()}, RESULTS)
-    vectors = _vectors(folder, config, model, train, progress=progress)
+    vectors = vectors_in(folder, config, model, train, valid, progress=progress)
     with Journal(folder / "generations.jsonl") as journal, engine_for(config) as engine:
 
-        def sampler(tokens: int) -> Sampler:
+        def sampler(sampling: SamplingConfig) -> Sampler:
             return Sampler(
                 model,
-                sampling=_sampling(config, tokens),
+                journal=journal,
+                sampling=sampling,
                 prompt_format=config.prompt_format,
                 batch_size=config.batch_size,
-                journal=journal,
                 engine=engine,
                 progress=progress,
             )
 
-        candidates = grid_spec(
-            model,
-            layers=config.layers or candidate_layers(int(model.cfg.n_layers)),
-            coeffs=config.coeffs,
-            operators=config.operators,
-            positions=config.positions,
-            unit=config.unit,
-        )
         found: dict[str, Sweep] = {}
         for condition in SEARCHED:
             _say(progress, f"search: every candidate on the validation prompts, {_IN_WORDS[condition]}")
-            found[condition] = search(
-                sampler(config.search_tokens),
+            found[condition] = sweep(
+                sampler(search_sampling(config)),
                 vectors,
                 valid,
-                candidates,
+                layers=config.layers or "paper",
+                coeffs=config.coeffs,
+                operators=config.operators,
+                positions=config.positions,
+                unit=config.unit,
                 condition=condition,
                 gate=config.gate,
-                quality=Quality(config.gate != "degenerate", config.quality_model),
+                quality=Quality.for_gate(config.gate, config.quality_model),
                 seed=config.seed,
             )
         plans, text_plans = (
@@ -154,14 +151,64 @@ def run(
         requests = requests_for(
             test, plans, text_plans=text_plans, conditions=CONDITIONS, trials=config.trials, seed=config.seed
         )
-        evaluation = Evaluation(score(sampler(config.max_new_tokens), requests, quality=quality))
+        evaluation = Evaluation(score(sampler(config.sampling), requests, quality=quality))
     facts = _facts(config, model, identity, (train, valid, test), found, notes, command)
     report = _write_results(folder, config, evaluation, found, facts)
     return RunResult(folder, evaluation, found, vectors, report, facts)
 
 
+def run_sweep(config: SweepConfig, out: str | Path, *, progress: bool = True) -> Sweep:
+    """Fit vectors and search with them in a folder, or go on with it; no test prompt is touched.
+
+    Returns:
+        What is in the folder: the sweep (scores.jsonl, table.csv, and sweep.html, its picture), beside vectors and generations.
+
+    Raises:
+        SteerlensError: if a setting, a file or the folder will not do.
+
+    Example:
+        >>> run_sweep(SweepConfig(layers=(3, 4)), "runs/sweep").best("punctuation:no_comma")  # doctest: +SKIP
+        Best(layer=3, coeff=1.0, operator='set_projection', positions='all', unit='absolute', rate=0.875)
+    """
+    folder = writable_folder(out)
+    config = replace(config, pairs=pairs_for(config.pairs, config.model))
+    quality = Quality.for_gate(config.gate, config.quality_model)
+    quality.load()
+    train, valid, _, _ = select_pairs(config)
+    model = load_model(config.model, dtype=config.dtype, device=config.device, progress=progress)
+    config = replace(config, prompt_format=pinned(model, config.prompt_format, folder))
+    vectors = vectors_in(folder, config, model, train, valid, progress=progress)
+    options: Any = {"operators": config.operators, "positions": config.positions, "unit": config.unit}
+    layers = config.layers or candidate_layers(int(model.cfg.n_layers))
+    if config.n_random is None:
+        candidates = grid(layers=layers, coeffs=config.coeffs, **options)
+    else:
+        ends = min(config.coeffs), max(config.coeffs)
+        candidates = draws(config.n_random, layers=layers, coeff_range=ends, seed=config.seed, **options)
+    with engine_for(config) as engine:
+        found = sweep(
+            model,
+            vectors,
+            valid,
+            candidates=candidates,
+            condition=config.condition,
+            gate=config.gate,
+            quality=quality,
+            trials=config.trials,
+            seed=config.seed,
+            out=folder,
+            sampling=config.sampling,
+            prompt_format=config.prompt_format,
+            batch_size=config.batch_size,
+            engine=engine,
+            progress=progress,
+        )
+    write_atomically(folder / "sweep.html", layer_curve(found.table).to_html())
+    return found
+
+
 @contextlib.contextmanager
-def engine_for(config: RunConfig) -> Iterator[Engine | None]:
+def engine_for(config: SearchConfig) -> Iterator[Engine | None]:
     """The engine that the settings ask for; None answers in this process.
 
     Raises:
@@ -188,8 +235,11 @@ SEARCHED: tuple[Literal["vector", "text+vector"], ...] = ("vector", "text+vector
 _IN_WORDS = {"vector": "without the instruction in the prompt", "text+vector": "with it"}
 
 
-def select_pairs(config: RunConfig) -> tuple[PairSet, PairSet, PairSet, list[str]]:
+def select_pairs(config: SearchConfig, *, n_test: int | None = None) -> tuple[PairSet, PairSet, PairSet, list[str]]:
     """Training, validation and test pairs without a common base query, and notes on what was left out.
+
+    Args:
+        n_test: Test prompts per instruction, at most; default: all.
 
     Raises:
         DataError: if nothing is left to test.
@@ -211,7 +261,7 @@ def select_pairs(config: RunConfig) -> tuple[PairSet, PairSet, PairSet, list[str
         notes.append(f"not tested, for want of test prompts: {', '.join(untested)}")
     train, valid = (PairSet(pair for pair in part if pair.instruction_id in kept) for part in (train, valid))
     train, valid = (at_most(part, n, config.seed) for part, n in ((train, config.n_train), (valid, config.n_valid)))
-    test = test if config.n_test is None else at_most(test, config.n_test, config.seed)
+    test = test if n_test is None else at_most(test, n_test, config.seed)
     for name, part in (("training", train), ("validation", valid), ("test", test)):
         missing = [one for one in test.instructions if one not in part.instructions]
         if len(part) == 0 or missing:
@@ -221,7 +271,7 @@ def select_pairs(config: RunConfig) -> tuple[PairSet, PairSet, PairSet, list[str
     return train, valid, test, notes
 
 
-def _test_pairs(config: RunConfig, data: PairSet, pairs: PairSet, notes: list[str]) -> PairSet:
+def _test_pairs(config: SearchConfig, data: PairSet, pairs: PairSet, notes: list[str]) -> PairSet:
     known = set(pairs.instructions)
     test = PairSet(pair for pair in data if pair.instruction_id in known and pair.query is not None)
     if len(test) == 0:
@@ -262,7 +312,7 @@ def check_settings(config: RunConfig, model: Any, valid: PairSet, test: PairSet)
     Raises:
         SteerlensError: for a setting out of range, or a prompt that leaves no room for its answer.
     """
-    if config.trials < 1 or (config.trials > 1 and config.temperature == 0):
+    if config.trials < 1 or (config.trials > 1 and config.sampling.greedy):
         raise SteerlensError(f"trials must be 1, or more with a temperature above 0; got {config.trials}")
     if not config.coeffs:
         raise SteerlensError("coeffs must name at least one coefficient, got none; 1 is the full change")
@@ -270,46 +320,34 @@ def check_settings(config: RunConfig, model: Any, valid: PairSet, test: PairSet)
         check_layer(model, layer)
     for pair in (*valid, *test):
         pair.require_check()
-    needed = ((valid, config.search_tokens, ["none", "text"]), (test, config.max_new_tokens, ["none", "text"]))
-    for part, tokens, conditions in needed:
-        check_stop_ids(model, _sampling(config, tokens).stop_ids)
-        for condition in conditions:
-            encode_all(model, part.prompts(condition), config.prompt_format, room=tokens)
+    check_stop_ids(model, config.sampling.stop_ids)
+    for part, sampling in ((valid, search_sampling(config)), (test, config.sampling)):
+        for condition in ("none", "text"):
+            encode_all(model, part.prompts(condition), config.prompt_format, room=sampling.max_new_tokens)
+
+
+def search_sampling(config: RunConfig) -> SamplingConfig:
+    """The search's answers may be shorter than the test's."""
+    return replace(config.sampling, max_new_tokens=config.search_tokens)
 
 
 RESULTS = ("scores.jsonl", "search_scores.jsonl", "table.csv", "comparisons.csv", "search.csv", "report.html")
 
 
-def _vectors(
-    folder: Path, config: RunConfig, model: Any, train: PairSet, *, progress: bool
+def vectors_in(
+    folder: Path, config: SearchConfig, model: Any, train: PairSet, valid: PairSet, *, progress: bool
 ) -> dict[str, SteeringVector]:
-    """One vector per instruction: the folder's, if they are what this run would fit, or all anew.
-
-    All or none, because another batch rounds differently, and a run that goes on must get the very same vectors.
-    """
-    parts = train.by_instruction()
-    paths = {name: folder / "vectors" / file_name(name, ".safetensors") for name in parts}
-    digest = content_key(
-        [
-            model_digest(model),
-            template_digest(model, config.prompt_format),
-            config.dtype,
-            config.batch_size,
-            train.content_hash,
-        ]
+    """One vector per instruction, kept in the folder; each knows which queries may not test it."""
+    queries = " ".join(sorted(query_ids(train + valid)))
+    return fit_vectors(
+        model,
+        train.by_instruction(),
+        folder=folder / "vectors",
+        metadata={"pairs": config.pairs, "seed": str(config.seed), "queries": queries},
+        batch_size=config.batch_size,
+        prompt_format=config.prompt_format,
+        progress=progress,
     )
-    with contextlib.suppress(SteerlensError):  # a vector is not there yet
-        stored = {name: SteeringVector.load(path) for name, path in paths.items()}
-        if all(vector.metadata.get("fit") == digest for vector in stored.values()):
-            return stored
-    recorded = record_activations(
-        model, train, batch_size=config.batch_size, prompt_format=config.prompt_format, progress=progress
-    ).by_instruction()
-    seed = str(config.seed)
-    vectors = {name: fit_steering_vector(recorded[name]).with_metadata(fit=digest, seed=seed) for name in parts}
-    for name, vector in vectors.items():
-        vector.save(paths[name])
-    return vectors
 
 
 def _facts(
@@ -339,15 +377,25 @@ def _facts(
         "perplexity under": config.quality_model or "the unsteered model, given the bare query",
         "chosen": _choices(found["vector"]),
         "chosen with the text": _choices(found["text+vector"]),
-        "sampling": f"{'greedy' if config.temperature == 0 else f'temperature {config.temperature:g}'}, "
-        f"at most {config.max_new_tokens} new tokens ({config.search_tokens} in the search), {config.trials} per prompt",
-        "stopped by": ", ".join(map(repr, (*config.stop, *config.stop_ids))) or "the model's own stop tokens",
+        "sampling": f"{_in_words(config.sampling)}, at most {config.sampling.max_new_tokens} new tokens "
+        f"({config.search_tokens} in the search), {config.trials} per prompt",
+        "stopped by": ", ".join(map(repr, (*config.sampling.stop, *config.sampling.stop_ids)))
+        or "the model's own stop tokens",
         "seed": config.seed,
         "sentences split by": sentence_splitter(),
         "identity": identity,
         "versions": library_versions(),
         "command": command,
     }
+
+
+def _in_words(sampling: SamplingConfig) -> str:
+    if sampling.greedy:
+        return "greedy"
+    cuts = [f", top {sampling.top_k}"] * (sampling.top_k is not None) + [f", top p {sampling.top_p:g}"] * (
+        sampling.top_p < 1
+    )
+    return f"temperature {sampling.temperature:g}{''.join(cuts)}"
 
 
 def _choices(found: Sweep) -> str:
@@ -375,10 +423,6 @@ def _write_results(
     write_atomically(folder / "search.csv", search_table.to_csv(index=False))
     title = f"{facts['model']}: instruction vectors from {Path(config.pairs).name}"
     return write_report(folder / "report.html", scores=evaluation.scores, search=tables, facts=facts, title=title)
-
-
-def _sampling(config: RunConfig, max_new_tokens: int) -> SamplingConfig:
-    return SamplingConfig(max_new_tokens, config.temperature, stop=config.stop, stop_ids=config.stop_ids)
 
 
 def _say(progress: bool, text: str) -> None:

@@ -23,6 +23,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from steerlens._typing import Gate
 from steerlens.errors import ModelError
 from steerlens.models.facts import model_device, model_digest, weights_digest
 from steerlens.models.load import in_one_line, load_model
@@ -59,6 +60,15 @@ class Quality:
     """Also the divergence of each response from the unsteered model."""
     reward_model: str | None = None
     """A folder or hub id of a sequence classifier with one label; None measures no reward."""
+
+    @classmethod
+    def for_gate(cls, gate: Gate, quality_model: str | None = None) -> "Quality":
+        """What a search needs: perplexity where its gate asks for it, or a model is named for it.
+
+        >>> Quality.for_gate("degenerate").perplexity
+        False
+        """
+        return cls(perplexity=gate != "degenerate" or quality_model is not None, quality_model=quality_model)
 
     def load(self) -> None:
         """Load the models that are named, so that a wrong name shows before anything is generated.

@@ -5,9 +5,11 @@ answered under a key of all that decides a text, and never answers one twice.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, replace
 from functools import partial
-from typing import Any
+from pathlib import Path
+from typing import Any, Unpack
 
 from tqdm import tqdm
 
@@ -15,12 +17,13 @@ from steerlens._typing import WholeNumber, whole
 from steerlens.data.conditions import CONDITIONS, STEERED
 from steerlens.data.pairs import InstructionPair
 from steerlens.errors import DataError, SteerlensError, nearest
-from steerlens.files import Journal, content_key, derived_seed
+from steerlens.files import Journal, content_key, derived_seed, writable_folder
 from steerlens.models.facts import model_digest
 from steerlens.models.prompts import PromptFormat, encode, pinned
 from steerlens.models.rows import length_sorted_batches
 from steerlens.steering.plan import Plan, as_plan
-from steerlens.steering.sampling import Generation, SamplingConfig, stream
+from steerlens.steering.sampling import Generation, stream
+from steerlens.steering.settings import SamplingConfig, SamplingSettings, sampling_with
 
 
 @dataclass(frozen=True)
@@ -118,9 +121,10 @@ class Sampler:
         journal: Where generations are kept; None keeps them in memory.
         batch_size: Rows per batch. A batch is written once all of its rows have stopped.
         engine: What answers batches, in any order; default: this process, one after another (see `engines` for Ray).
+        settings: Fields of `sampling` by name, as in `generate`.
 
     Example:
-        >>> sampler = Sampler(model, sampling=SamplingConfig(max_new_tokens=4))
+        >>> sampler = Sampler(model, max_new_tokens=4)
         >>> [record["seed"] >= 0 for record in sampler.generate(requests_for(test[:1], Plan(), conditions=["none"]))]
         [True]
     """
@@ -129,21 +133,22 @@ class Sampler:
         self,
         model: Any,
         *,
+        journal: Journal | None = None,
         sampling: SamplingConfig = SamplingConfig(),
         prompt_format: PromptFormat = PromptFormat(),
         batch_size: int = 16,
-        journal: Journal | None = None,
         engine: "Engine | None" = None,
         progress: bool = False,
+        **settings: Unpack[SamplingSettings],
     ) -> None:
-        self.model, self.sampling = model, sampling
+        self.model, self.sampling = model, sampling_with(sampling, settings)
         self.prompt_format = pinned(model, prompt_format, None if journal is None else journal.path.parent)
         self.engine = self._here if engine is None else partial(engine, self)
         self.batch_size, self.journal, self.progress = batch_size, journal, progress
         self.records: dict[str, dict[str, Any]] = {} if journal is None else journal.records
-        self.greedy = sampling.temperature == 0
+        self.greedy = self.sampling.greedy
         # What greedy text does not depend on is left out.
-        used = replace(sampling, top_k=None, top_p=1.0) if self.greedy else sampling
+        used = replace(self.sampling, top_k=None, top_p=1.0) if self.greedy else self.sampling
         self._settings = {"model": model_digest(model), "dtype": str(model.cfg.dtype), "sampling": asdict(used)}
         self._encoded: dict[str, list[int]] = {}
 
@@ -198,6 +203,27 @@ class Sampler:
             self.journal.append(records)
         else:
             self.records.update((record["key"], record) for record in records)
+
+
+class SamplerSettings(SamplingSettings, total=False):
+    """What a `Sampler` takes besides its model and journal, as keywords of a call that makes one."""
+
+    sampling: SamplingConfig
+    prompt_format: PromptFormat
+    batch_size: int
+    engine: Engine | None
+    progress: bool
+
+
+@contextmanager
+def sampler_in(folder: str | Path | None, model: Any, **settings: Unpack[SamplerSettings]) -> Iterator[Sampler]:
+    """A sampler whose generations are kept in a folder, in generations.jsonl; in memory where there is none.
+
+    Raises:
+        DataError: if the folder cannot be written to, or another run holds its journal.
+    """
+    with nullcontext() if folder is None else Journal(writable_folder(folder) / "generations.jsonl") as journal:
+        yield Sampler(model, journal=journal, **settings)
 
 
 def answer(

@@ -17,29 +17,26 @@ repetition is a broken model, and a rate that the random direction shares is not
 import html
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, overload
+from typing import Any, Unpack, overload
 
 import pandas as pd
 
-from steerlens._typing import RealNumber, WholeNumber, whole
+from steerlens._typing import WholeNumber, whole
 from steerlens.checks.registry import check_all
 from steerlens.data.conditions import CONDITIONS
 from steerlens.data.pairs import PairSet
 from steerlens.errors import DataError
-from steerlens.files import Journal, content_key, json_lines, start_folder, user_path, writable_folder, write_atomically
+from steerlens.files import content_key, json_lines, start_folder, user_path, write_atomically
 from steerlens.models.facts import library_versions, model_id
-from steerlens.models.prompts import PromptFormat
 from steerlens.stats.comparisons import compare_cells, mean_intervals
 from steerlens.stats.rates import rates_and_quality
 from steerlens.stats.words import distinct_n, distinct_share, repetition, words
 from steerlens.steering.plan import Plan
-from steerlens.steering.sampling import SamplingConfig
 from steerlens.study.quality import Quality, Response, measure
-from steerlens.study.responses import Request, Sampler, requests_for
+from steerlens.study.responses import Request, Sampler, SamplerSettings, requests_for, sampler_in
 
 NAN = float("nan")
 
@@ -141,19 +138,11 @@ def evaluate(
     pairs: PairSet,
     *,
     conditions: Sequence[str] = CONDITIONS,
-    max_new_tokens: WholeNumber = 128,
-    temperature: RealNumber = 0.0,
-    top_k: WholeNumber | None = None,
-    top_p: RealNumber = 1.0,
-    stop: str | tuple[str, ...] = (),
-    stop_ids: Sequence[int] = (),
     trials: WholeNumber = 1,
     seed: WholeNumber = 0,
-    batch_size: int = 16,
-    prompt_format: PromptFormat = PromptFormat(),
     quality: Quality = Quality(),
     out: str | Path | None = None,
-    progress: bool = False,
+    **settings: Unpack[SamplerSettings],
 ) -> Evaluation:
     """Responses of every pair under every condition, with verdicts and quality.
 
@@ -162,12 +151,13 @@ def evaluate(
         pairs: Prompts that neither the vector nor its layer was chosen on; their instructions need ids, which say how
             they are checked.
         conditions: Cells to fill; default: all, with their control.
-        stop, stop_ids: Texts and token ids that end a response, besides the model's own.
         trials: Responses per prompt and condition; more than one needs a temperature.
         seed: Decides the random directions of the control and, above temperature 0, the samples.
         quality: What is measured on the responses besides words.
         out: A folder that keeps every response as it is made (generations.jsonl), so that the same evaluation goes on where it
             was cut short; its tables are written at the end, and `Evaluation.load` reads them.
+        settings: As in `Sampler`: batch_size, prompt_format, engine, progress, and how is sampled, as `sampling` or field by
+            field (max_new_tokens, temperature, top_k, top_p, stop, stop_ids).
 
     Returns:
         `scores`, one row per pair, condition and trial. What steered it is told by `plan`, a text; by `layers`, a text, and
@@ -186,38 +176,44 @@ def evaluate(
     trials, seed = whole(trials, "trials"), whole(seed, "seed")
     requests = requests_for(pairs, steering, conditions=conditions, trials=trials, seed=seed)
     require_checks(requests)
-    with nullcontext() if out is None else Journal(writable_folder(out) / "generations.jsonl") as journal:
-        sampler = Sampler(
-            model,
-            sampling=SamplingConfig(max_new_tokens, temperature, top_k, top_p, stop=stop, stop_ids=tuple(stop_ids)),
-            prompt_format=prompt_format,
-            batch_size=batch_size,
-            journal=journal,
-            progress=progress,
-        )
+    with sampler_in(out, model, **settings) as sampler:
         if out is not None:
-            settings: dict[str, Any] = {
-                "conditions": list(conditions),
-                "trials": trials,
-                "seed": seed,
-                "quality": asdict(quality),
-                "versions": library_versions(),
-                "model": model_id(model),
-                "sampling": asdict(sampler.sampling),
-                "prompt_format": asdict(sampler.prompt_format),
-                "pairs": repr(pairs),
-            }
-            keys = [sampler.key(request) for request in requests]
-            start_folder(
-                Path(out),
-                content_key([keys, {**settings, "quality": quality.content()}, pairs.content_hash]),
-                settings,
-                RESULTS,
+            start_results(
+                out, sampler, requests, pairs, quality, RESULTS, conditions=list(conditions), trials=trials, seed=seed
             )
         found = Evaluation(score(sampler, requests, quality=quality))
     if out is not None:
         found.save(out)
     return found
+
+
+def start_results(
+    folder: str | Path,
+    sampler: Sampler,
+    requests: Sequence[Request],
+    pairs: PairSet,
+    quality: Quality,
+    results: Sequence[str],
+    **asked: Any,
+) -> None:
+    """Say in a folder's config.json what is asked for, and remove its results if they are of anything else.
+
+    Args:
+        results: Names of the files that are made in the end.
+        asked: What else the results depend on.
+    """
+    settings: dict[str, Any] = {
+        **asked,
+        "quality": asdict(quality),
+        "versions": library_versions(),
+        "model": model_id(sampler.model),
+        "sampling": asdict(sampler.sampling),
+        "prompt_format": asdict(sampler.prompt_format),
+        "pairs": repr(pairs),
+    }
+    keys = [sampler.key(request) for request in requests]
+    identity = content_key([keys, {**settings, "quality": quality.content()}, pairs.content_hash])
+    start_folder(Path(folder), identity, settings, results)
 
 
 def require_checks(requests: Sequence[Request]) -> None:
@@ -247,7 +243,7 @@ def score(sampler: Sampler, requests: Sequence[Request], *, quality: Quality = Q
 
     Example:
         >>> from steerlens.study import Sampler, requests_for
-        >>> sampler = Sampler(model, sampling=SamplingConfig(max_new_tokens=8))
+        >>> sampler = Sampler(model, max_new_tokens=8)
         >>> len(score(sampler, requests_for(test[:2], vector.at(4), conditions=["none", "vector"])))
         4
     """

@@ -21,11 +21,11 @@ prompts made, and generates nothing for that.
 
 import html
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, fields
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal, get_args, overload
+from typing import Any, Literal, Unpack, get_args, overload
 
 import numpy as np
 import pandas as pd
@@ -33,27 +33,16 @@ import pandas as pd
 from steerlens._typing import Gate, Operator, RealNumber, Unit, WholeNumber, real_numbers, several, whole
 from steerlens.data.pairs import PairSet
 from steerlens.errors import DataError, SteerlensError, nearest
-from steerlens.files import (
-    Journal,
-    content_key,
-    derived_seed,
-    json_lines,
-    start_folder,
-    user_path,
-    writable_folder,
-    write_atomically,
-)
-from steerlens.models.facts import check_layer, library_versions, model_id
-from steerlens.models.prompts import PromptFormat
+from steerlens.files import derived_seed, json_lines, user_path, write_atomically
+from steerlens.models.facts import check_layer
 from steerlens.stats.pareto import pareto_front
 from steerlens.stats.rates import rates_and_quality, unit_labels
 from steerlens.steering.candidates import UNSTEERED, Candidate, grid
 from steerlens.steering.plan import Plan
 from steerlens.steering.positions import Window
-from steerlens.steering.sampling import SamplingConfig
 from steerlens.study.quality import Quality
-from steerlens.study.responses import Engine, Request, Sampler, requests_for
-from steerlens.study.scores import read_scores, score
+from steerlens.study.responses import Request, Sampler, SamplerSettings, requests_for, sampler_in
+from steerlens.study.scores import read_scores, score, start_results
 from steerlens.vectors.vector import SteeringVector
 
 Spec = Sequence[Candidate] | Callable[[SteeringVector], Iterable[Candidate]]
@@ -258,20 +247,14 @@ def sweep(
     gate: Gate = "degenerate",
     quality: Quality | None = None,
     trials: WholeNumber = 1,
-    max_new_tokens: WholeNumber = 128,
-    temperature: RealNumber = 0.0,
-    stop: str | tuple[str, ...] = (),
-    stop_ids: Sequence[int] = (),
     seed: WholeNumber = 0,
-    batch_size: int = 64,
-    prompt_format: PromptFormat = PromptFormat(),
     out: str | Path | None = None,
-    engine: Engine | None = None,
-    progress: bool = False,
+    **settings: Unpack[SamplerSettings],
 ) -> Sweep:
     """The rate of every candidate on validation prompts, and the choice for each instruction.
 
     Args:
+        model: A model; or a `Sampler` of one, whose settings and journal then hold.
         vectors: One vector for all pairs, or one per instruction id.
         pairs: Validation prompts: not those the vectors were fitted on, nor those to be reported.
         candidates: What to try. Default: the grid of the next five arguments.
@@ -281,113 +264,25 @@ def sweep(
         gate: The quality that a candidate must not lose.
         quality: What scores the responses; default: perplexity under the model itself where the gate asks for it.
         trials: Responses per prompt and candidate; more than one needs a temperature.
-        stop, stop_ids: Texts and token ids that end a response, besides the model's own.
         seed: Decides the samples, above temperature 0; greedy sweeps do not depend on it.
         out: A folder that keeps every response as it is made (generations.jsonl), so that the same sweep goes on where it was
             cut short and a larger one generates only what is new; scores.jsonl and table.csv are written at the end.
-        engine: Where responses are generated; default: in this process (see `engines.ray_engine`).
+        settings: As in `evaluate`; here batch_size is 64 by default, because candidates share their prompts.
 
     Returns:
         The scores of all responses, and a table with one row per instruction and candidate.
 
     Raises:
         DataError: if there are no pairs, or an instruction has no vector.
-        SteerlensError: if a layer is out of range or not in a vector, or there is no candidate.
+        SteerlensError: if a layer is out of range or not in a vector, there is no candidate, or settings come with a sampler,
+            which has its own.
 
     Example:
         >>> found = sweep(model, vector, valid[:2], layers=[3, 4], positions="last", max_new_tokens=8)
         >>> found.best().layer in (None, 3, 4)
         True
     """
-    if candidates is None:
-        candidates = grid_spec(model, layers=layers, coeffs=coeffs, operators=operators, positions=positions, unit=unit)
-    with nullcontext() if out is None else Journal(writable_folder(out) / "generations.jsonl") as journal:
-        sampler = Sampler(
-            model,
-            sampling=SamplingConfig(max_new_tokens, temperature, stop=stop, stop_ids=tuple(stop_ids)),
-            prompt_format=prompt_format,
-            batch_size=batch_size,
-            journal=journal,
-            engine=engine,
-            progress=progress,
-        )
-        found = search(
-            sampler,
-            vectors,
-            pairs,
-            candidates,
-            condition=condition,
-            gate=gate,
-            quality=quality,
-            trials=trials,
-            seed=seed,
-            out=out,
-        )
-    if out is not None:
-        found.save(out)
-    return found
-
-
-def grid_spec(
-    model: Any,
-    *,
-    layers: Iterable[WholeNumber] | Literal["paper", "all"] = "paper",
-    coeffs: Iterable[RealNumber] = (1.0,),
-    operators: Operator | Sequence[Operator] = "set_projection",
-    positions: str | Window | Sequence[str | Window] = "all",
-    unit: Unit = "absolute",
-) -> Spec:
-    """The grid over the layers that a vector has, for `search`."""
-    sizes = real_numbers(coeffs, "coeff")
-    wanted: Any = layers if isinstance(layers, str) else several(layers)
-    if isinstance(wanted, str) and wanted not in ("paper", "all"):
-        raise SteerlensError(f'layers must be numbers, "paper" or "all", got {wanted!r}')
-
-    def spec(vector: SteeringVector) -> list[Candidate]:
-        if wanted == "paper":
-            chosen = [layer for layer in candidate_layers(int(model.cfg.n_layers)) if layer in vector]
-        elif wanted == "all":
-            chosen = list(vector)
-        else:
-            chosen = [check_layer(model, layer) for layer in wanted]
-        if not chosen:
-            raise SteerlensError(f"a search needs a layer to try, got {wanted!r} for {vector!r} of {list(vector)}")
-        return grid(layers=chosen, coeffs=sizes, operators=operators, positions=positions, unit=unit)
-
-    return spec
-
-
-def search(
-    sampler: Sampler,
-    vectors: SteeringVector | Mapping[str, SteeringVector],
-    pairs: PairSet,
-    candidates: Spec,
-    *,
-    condition: Literal["vector", "text+vector"] = "vector",
-    gate: Gate = "degenerate",
-    quality: Quality | None = None,
-    trials: WholeNumber = 1,
-    seed: WholeNumber = 0,
-    out: str | Path | None = None,
-) -> Sweep:
-    """`sweep` with a sampler of the caller's, so that its generations are kept and found again.
-
-    Args:
-        out: A folder whose config.json will say what is searched; results of another search there are removed.
-
-    Returns:
-        As `sweep`.
-
-    Raises:
-        DataError, SteerlensError: as for `sweep`.
-
-    Example:
-        >>> from steerlens.steering import Candidate, SamplingConfig
-        >>> sampler = Sampler(model, sampling=SamplingConfig(max_new_tokens=8))
-        >>> len(search(sampler, vector, valid[:2], [Candidate(4)]))
-        2
-    """
-    measured = quality or Quality(perplexity=gate != "degenerate")
+    measured = quality or Quality.for_gate(gate)
     trials, seed = whole(trials, "trials"), whole(seed, "seed")
     rules = {
         'condition must be "vector" or "text+vector"': condition in ("vector", "text+vector"),
@@ -402,47 +297,81 @@ def search(
     if len(pairs) == 0:
         raise DataError("a search needs at least one validation prompt, got none; check the split and the filter")
     by_instruction = dict.fromkeys(pairs.instructions, vectors) if isinstance(vectors, SteeringVector) else vectors
+    with _sampler(model, out, settings) as sampler:
+        if candidates is None:
+            sizes = real_numbers(coeffs, "coeff")
+            options: Any = {"coeffs": sizes, "operators": operators, "positions": positions, "unit": unit}
+            candidates = _grid_over(sampler.model, layers, options)
+        tried, requests = _rows(sampler.model, by_instruction, pairs, candidates, condition, trials, seed)
+        if out is not None:
+            names = [str(one) for one in dict.fromkeys(tried)]
+            asked = {"condition": condition, "gate": gate, "trials": trials, "seed": seed, "candidates": names}
+            start_results(out, sampler, requests, pairs, measured, RESULTS, **asked)
+        scores = score(sampler, requests, quality=measured)
+    # A row's candidate is set here, because a step of coefficient 0 is still a candidate of its own.
+    places = pd.DataFrame([asdict(candidate) for candidate in tried])
+    scores = scores.assign(**{name: places[name].to_numpy() for name in CANDIDATE}).astype({"layer": "Int64"})
+    found = Sweep(scores, choose(scores, gate), gate)
+    if out is not None:
+        found.save(out)
+    return found
+
+
+def _sampler(model: Any, out: str | Path | None, settings: SamplerSettings) -> AbstractContextManager[Sampler]:
+    """The caller's sampler, or a new one for a model."""
+    if not isinstance(model, Sampler):
+        by_default: SamplerSettings = {"batch_size": 64}
+        return sampler_in(out, model, **(by_default | settings))
+    if out is not None or settings:
+        given = ", ".join([*settings, *["out"] * (out is not None)])
+        raise SteerlensError(f"a sampler has settings and a journal of its own, got {given} as well; give them to it")
+    return nullcontext(model)
+
+
+def _grid_over(model: Any, layers: Any, options: Mapping[str, Any]) -> Spec:
+    """The grid over the layers that a vector has."""
+    wanted: Any = layers if isinstance(layers, str) else several(layers)
+    if isinstance(wanted, str) and wanted not in ("paper", "all"):
+        raise SteerlensError(f'layers must be numbers, "paper" or "all", got {wanted!r}')
+
+    def spec(vector: SteeringVector) -> list[Candidate]:
+        if wanted == "paper":
+            chosen = [layer for layer in candidate_layers(int(model.cfg.n_layers)) if layer in vector]
+        elif wanted == "all":
+            chosen = list(vector)
+        else:
+            chosen = [check_layer(model, layer) for layer in wanted]
+        if not chosen:
+            raise SteerlensError(f"a search needs a layer to try, got {wanted!r} for {vector!r} of {list(vector)}")
+        return grid(layers=chosen, **options)
+
+    return spec
+
+
+def _rows(
+    model: Any,
+    vectors: Mapping[str, SteeringVector],
+    pairs: PairSet,
+    candidates: Spec,
+    condition: str,
+    trials: int,
+    seed: int,
+) -> tuple[list[Candidate], list[Request]]:
+    """Each response's candidate and request: every pair without steering, then under every candidate for its instruction."""
     unsteered = "none" if condition == "vector" else "text"
     requests: list[Request] = requests_for(pairs, Plan(), conditions=[unsteered], trials=trials, seed=seed)
     tried = [UNSTEERED] * len(requests)
     for name, group in pairs.by_instruction().items():
-        if name not in by_instruction:
-            raise DataError(
-                f"every instruction needs a vector, got none for {name!r}; vectors: {', '.join(by_instruction)}"
-            )
-        vector = by_instruction[name]
-        vector.check_fits(sampler.model)
+        if name not in vectors:
+            raise DataError(f"every instruction needs a vector, got none for {name!r}; vectors: {', '.join(vectors)}")
+        vector = vectors[name]
+        vector.check_fits(model)
         for candidate in _listed(candidates, vector):
             plan = vector.at(candidate)
             rows = requests_for(group, plan, conditions=[condition], trials=trials, seed=seed)
             requests += rows
             tried += [candidate] * len(rows)
-    # A row's candidate is set here, because a step of coefficient 0 is still a candidate of its own.
-    places = pd.DataFrame([asdict(candidate) for candidate in tried])
-    if out is not None:
-        settings: dict[str, Any] = {
-            "condition": condition,
-            "gate": gate,
-            "quality": asdict(measured),
-            "trials": trials,
-            "seed": seed,
-            "candidates": [str(one) for one in dict.fromkeys(tried)],
-            "versions": library_versions(),
-            "model": model_id(sampler.model),
-            "sampling": asdict(sampler.sampling),
-            "prompt_format": asdict(sampler.prompt_format),
-            "pairs": repr(pairs),
-        }
-        keys = [sampler.key(request) for request in requests]
-        start_folder(
-            Path(out),
-            content_key([keys, {**settings, "quality": measured.content()}, pairs.content_hash]),
-            settings,
-            RESULTS,
-        )
-    scores = score(sampler, requests, quality=measured)
-    scores = scores.assign(**{name: places[name].to_numpy() for name in CANDIDATE}).astype({"layer": "Int64"})
-    return Sweep(scores, choose(scores, gate), gate)
+    return tried, requests
 
 
 def _listed(candidates: Spec, vector: SteeringVector) -> list[Candidate]:

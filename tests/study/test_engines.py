@@ -16,7 +16,7 @@ import torch
 from steerlens.data.pairs import InstructionPair, PairSet
 from steerlens.errors import SteerlensError
 from steerlens.files import Journal
-from steerlens.steering.sampling import SamplingConfig
+from steerlens.steering.settings import SamplingConfig
 from steerlens.study.config import RunConfig
 from steerlens.study.engines import ray_engine
 from steerlens.study.job import run
@@ -163,14 +163,14 @@ def test_a_run_on_ray_killed_in_the_middle_goes_on_to_the_same_results(tiny_fold
         n_valid=4,
         n_test=6,
         layers=(1, 3),
-        max_new_tokens=40,
+        sampling=SamplingConfig(40),
         search_tokens=24,
         batch_size=4,
         engine="ray",
         ray_address=cluster.address,
     )
     code = (
-        "import sys; from steerlens.study.config import PromptFormat, RunConfig; from steerlens.study.job import run; "
+        "from steerlens.study.config import PromptFormat, RunConfig, SamplingConfig; from steerlens.study.job import run; "
         f"run(RunConfig(**{config.__dict__!r}), {str(tmp_path / 'run')!r}, progress=False)"
     )
     process = subprocess.Popen([sys.executable, "-c", code], env={**os.environ, "OMP_NUM_THREADS": "1"})

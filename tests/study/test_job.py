@@ -19,8 +19,8 @@ import torch
 from steerlens.checks.registry import register_check
 from steerlens.data.pairs import InstructionPair, PairSet
 from steerlens.errors import DataError, SteerlensError
-from steerlens.files import file_name
 from steerlens.models.prompts import PromptFormat
+from steerlens.steering.settings import SamplingConfig
 from steerlens.study.config import RunConfig
 from steerlens.study.job import run, run_identity, select_pairs
 from steerlens.study.quality import Quality
@@ -54,7 +54,7 @@ def config(tiny_folders, pairs_file):
         n_valid=2,
         n_test=2,
         layers=(1, 3),
-        max_new_tokens=12,
+        sampling=SamplingConfig(12),
         search_tokens=8,
         batch_size=4,
     )
@@ -74,14 +74,16 @@ def test_a_run_leaves_everything_it_promises(config, tmp_path):
     assert done.report.name in done._repr_html_()
     pd.testing.assert_frame_equal(Evaluation.load(tmp_path / "run").scores, done.to_frame(), atol=1e-8)
     names = {str(path.relative_to(done.folder)) for path in done.folder.rglob("*") if path.is_file()}
-    vectors = {f"vectors/{file_name(name, '.safetensors')}" for name in (NO_COMMA, LOWERCASE)}
+    vectors = {name for name in names if name.startswith("vectors/")}
     assert names == {*RESULTS, *vectors, "config.json", "generations.jsonl", "report.html"}
     assert set(done.evaluation.scores["instruction"]) == {NO_COMMA, LOWERCASE}
     stored = pd.read_json(done.folder / "scores.jsonl", lines=True)
     assert stored["response"].tolist() == done.evaluation.scores["response"].tolist()
     assert json.loads((done.folder / "config.json").read_text())["identity"] == done.facts["identity"]
     assert "the command" in done.report.read_text()
-    loaded = SteeringVector.load(done.folder / "vectors" / file_name(NO_COMMA, ".safetensors"))
+    ids = {f"vectors/{name.replace(':', '.')}" for name in (NO_COMMA, LOWERCASE)}
+    assert {name.split("-")[0] for name in vectors} == ids
+    loaded = SteeringVector.load(done.folder / max(vectors))
     assert loaded.layers == (0, 1, 2, 3)
     assert loaded.metadata["instruction"] == NO_COMMA
 
@@ -90,7 +92,7 @@ def test_a_second_run_generates_nothing_and_changes_nothing(config, tmp_path, mo
     first = run(config, tmp_path, progress=False)
     before = results(tmp_path), (tmp_path / "generations.jsonl").read_bytes()
     monkeypatch.setattr("steerlens.study.responses.stream", None)
-    monkeypatch.setattr("steerlens.study.job.record_activations", None)
+    monkeypatch.setattr("steerlens.vectors.estimators.record_activations", None)
     second = run(config, tmp_path, progress=False)
     assert (results(tmp_path), (tmp_path / "generations.jsonl").read_bytes()) == before
     assert first.facts["identity"] == second.facts["identity"]
@@ -108,7 +110,7 @@ def test_a_runs_identity_is_what_files_hold_not_how_their_paths_are_spelled(conf
     root = tiny_folders["llama"].parent
     monkeypatch.chdir(root)
     monkeypatch.setenv("HOME", str(root))
-    parts = select_pairs(config)[:3]
+    parts = select_pairs(config, n_test=2)[:3]
 
     def identity(**names: Any) -> str:
         changed = replace(config, **names)
@@ -184,7 +186,14 @@ def test_a_run_keeps_the_date_on_which_it_began_and_goes_on_with_it(config, tmp_
 
 
 @pytest.mark.parametrize(
-    "change", [{"max_new_tokens": 13}, {"stop": ("e",)}, {"seed": 1}, {"n_train": 5}, {"coeffs": (2.0,)}]
+    "change",
+    [
+        {"sampling": SamplingConfig(13)},
+        {"sampling": SamplingConfig(12, stop="e")},
+        {"seed": 1},
+        {"n_train": 5},
+        {"coeffs": (2.0,)},
+    ],
 )
 def test_a_changed_setting_is_another_run_in_the_same_folder(config, tmp_path, change):
     first = run(config, tmp_path / "run", progress=False)
@@ -201,7 +210,7 @@ def test_results_of_other_settings_are_gone_before_a_changed_run_can_be_cut_shor
     def interrupted(*args, **kwargs):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("steerlens.study.job.search", interrupted)
+    monkeypatch.setattr("steerlens.study.job.sweep", interrupted)
     with pytest.raises(KeyboardInterrupt):
         run(replace(config, coeffs=(2.0,)), tmp_path, progress=False)
     assert not [name for name in (*RESULTS, "report.html") if (tmp_path / name).exists()]
@@ -210,7 +219,7 @@ def test_results_of_other_settings_are_gone_before_a_changed_run_can_be_cut_shor
 
 def start(config: RunConfig, folder: Path) -> subprocess.Popen[bytes]:
     code = (
-        "import sys; from steerlens.study.config import PromptFormat, RunConfig; from steerlens.study.job import run; "
+        "from steerlens.study.config import PromptFormat, RunConfig, SamplingConfig; from steerlens.study.job import run; "
         f"run(RunConfig(**{config.__dict__!r}), {str(folder)!r}, progress=False)"
     )
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
@@ -223,7 +232,7 @@ def lines(path: Path) -> int:
 
 @pytest.mark.parametrize("sent", [signal.SIGKILL, signal.SIGINT])
 def test_a_run_killed_in_the_middle_goes_on_with_just_the_missing_rows(config, tmp_path, sent):
-    config = replace(config, max_new_tokens=60, search_tokens=60, batch_size=2)
+    config = replace(config, sampling=SamplingConfig(60), search_tokens=60, batch_size=2)
     whole = run(config, tmp_path / "whole", progress=False)
     total = lines(whole.folder / "generations.jsonl")
 
@@ -284,7 +293,7 @@ def test_a_run_fits_the_languages_that_its_test_prompts_ask_for(tmp_path):
 
 
 def test_splits_of_a_run_share_no_query(config):
-    train, valid, test, _ = select_pairs(config)
+    train, valid, test, _ = select_pairs(config, n_test=2)
     queries = [{pair.query for pair in part} for part in (train, valid, test)]
     assert not queries[0] & queries[1]
     assert not queries[0] & queries[2]
@@ -331,9 +340,9 @@ def test_bad_settings_stop_a_run_before_it_generates(config, tmp_path):
     with pytest.raises(SteerlensError, match="numbers of prompts must be at least 1, got 0"):
         run(replace(config, n_valid=0), tmp_path / "run", progress=False)
     with pytest.raises(SteerlensError, match="max_new_tokens must be at least 1"):
-        run(replace(config, max_new_tokens=0), tmp_path / "run", progress=False)
+        run(replace(config, search_tokens=0), tmp_path / "run", progress=False)
     with pytest.raises(SteerlensError, match="must fit the context of 160 tokens"):
-        run(replace(config, max_new_tokens=150), tmp_path / "run", progress=False)
+        run(replace(config, sampling=SamplingConfig(150)), tmp_path / "run", progress=False)
     with pytest.raises(SteerlensError, match="trials must be 1, or more with a temperature"):
         run(replace(config, trials=3), tmp_path / "run", progress=False)
     assert not (tmp_path / "run" / "vectors").exists(), "nothing was recorded"

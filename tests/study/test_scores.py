@@ -14,7 +14,7 @@ from steerlens.errors import DataError, SteerlensError
 from steerlens.files import Journal
 from steerlens.models.prompts import encode
 from steerlens.steering.plan import Intervention, Plan
-from steerlens.steering.sampling import SamplingConfig
+from steerlens.steering.settings import SamplingConfig
 from steerlens.study.quality import mean_log_probabilities
 from steerlens.study.responses import Sampler, requests_for
 from steerlens.study.scores import Evaluation, evaluate, is_degenerate, plan_columns, score

@@ -15,7 +15,8 @@ from steerlens.steering.positions import Window
 from steerlens.steering.sampling import generate
 from steerlens.study import responses
 from steerlens.study.quality import Quality
-from steerlens.study.sweeps import Best, Sweep, candidate_layers, choose, grid_spec, search, sweep
+from steerlens.study.responses import Sampler
+from steerlens.study.sweeps import Best, Sweep, candidate_layers, choose, sweep
 from steerlens.vectors.vector import SteeringVector
 from tests.unchecked import unchecked
 
@@ -273,7 +274,30 @@ def test_a_search_that_cannot_be_chosen_from_is_refused_before_anything_is_gener
     monkeypatch.setattr("steerlens.study.responses.stream", None)
     sampler = responses.Sampler(llama.model)
     with pytest.raises(SteerlensError, match=message):
-        search(sampler, vector, pairs, [Candidate(1)], **bad)
+        sweep(sampler, vector, pairs, candidates=[Candidate(1)], **bad)
+
+
+def test_a_sampler_searches_as_its_model_does_and_keeps_its_own_settings(llama, vector, pairs, tmp_path):
+    options = {"layers": [1, 3], "coeffs": [0.5, 1.0]}
+    by_model = sweep(llama.model, vector, pairs, max_new_tokens=5, stop="e", **options)
+    sampler = Sampler(llama.model, max_new_tokens=5, stop="e")
+    by_sampler = sweep(sampler, vector, pairs, **options)
+    pd.testing.assert_frame_equal(by_sampler.scores, by_model.scores)
+    assert not by_model.scores["response"].str.contains("e").any()
+    assert len(sampler.records) == len(by_model.scores)
+    for given in ({"max_new_tokens": 4}, {"batch_size": 2}, {"out": tmp_path}):
+        with pytest.raises(
+            SteerlensError, match=f"a sampler has settings .* of its own, got {next(iter(given))} as well"
+        ):
+            sweep(sampler, vector, pairs, **options, **given)
+
+
+@pytest.mark.parametrize(
+    ("gate", "quality_model", "measured"),
+    [("degenerate", None, False), ("degenerate", "tiny", True), ("low_perplexity", None, True)],
+)
+def test_a_search_measures_perplexity_where_its_gate_or_a_model_named_for_it_asks(gate, quality_model, measured):
+    assert Quality.for_gate(gate, quality_model) == Quality(perplexity=measured, quality_model=quality_model)
 
 
 def test_a_folder_says_what_was_searched_and_keeps_no_results_of_another_search(
@@ -390,4 +414,4 @@ def test_layers_and_coefficients_may_be_arrays(llama, vector, pairs, layers, tmp
 )
 def test_layers_that_are_none_are_refused(llama, vector, pairs, layers, message):
     with pytest.raises(SteerlensError, match=message):
-        unchecked(grid_spec)(llama.model, layers=layers)(vector)
+        unchecked(sweep)(llama.model, vector, pairs, layers=layers)
