@@ -137,7 +137,7 @@ def draws(
     found = []
     for _ in range(n):
         layer, operator, where = rng.choice(choices), rng.choice(_several(operators)), rng.choice(_several(positions))
-        coeff = math.exp(rng.uniform(math.log(low), math.log(high)))
+        coeff = min(max(math.exp(rng.uniform(math.log(low), math.log(high))), low), high)  # exp(log(3)) is above 3
         found.append(Candidate(layer, coeff, operator, where, unit if operator == "add" else "absolute"))
     return found
 

@@ -100,3 +100,8 @@ def test_arrays_make_the_same_candidates(layers, coeffs):
 def test_a_candidate_that_could_not_be_tried_is_refused(fields, message):
     with pytest.raises(SteerlensError, match=message):
         unchecked(Candidate)(**fields)
+
+
+@pytest.mark.parametrize("ends", [(3.0, 3.0), (7.0, 7.0), (0.1, 0.3)])
+def test_draws_stay_in_their_range(ends: tuple[float, float]) -> None:
+    assert all(ends[0] <= candidate.coeff <= ends[1] for candidate in draws(50, layers=[1], coeff_range=ends))
