@@ -1,4 +1,9 @@
-"""The bundled instructions: ids, phrasings in words of our own, and how their arguments are drawn."""
+"""The bundled instructions: ids, phrasings in words of our own, and how their arguments are drawn.
+
+The twelve format instructions of Stolfo et al., "Improving Instruction-Following in Language Models through Activation Steering"
+(ICLR 2025), and to answer in each of the languages that IFEval detects. Each has several phrasings, so that the mean difference
+over pairs is that of the instruction and not of one wording.
+"""
 
 import functools
 import importlib.metadata

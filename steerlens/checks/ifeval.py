@@ -1,4 +1,8 @@
-"""lm-eval's IFEval checkers, imported once and kept offline, silent and deterministic."""
+"""lm-eval's IFEval checkers, imported once and kept offline, silent and deterministic.
+
+What differs from lm-eval, and why, is listed in `registry`. As they come, its checkers fill in missing requirements at random,
+download NLTK's data on import, and detect languages with an unseeded sampler.
+"""
 
 import functools
 import logging

@@ -109,4 +109,5 @@ def _draw_bars(fig: go.Figure, cell: Cell, rows: pd.DataFrame, shown: Sequence[s
 
 
 def count_text(record: Mapping[Any, Any]) -> str:
+    """A rate's counts in words."""
     return f"{record['followed']} of {record['n']} responses"

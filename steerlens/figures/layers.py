@@ -156,6 +156,7 @@ def _draw_references(
                 hoverinfo="skip",
             )
             fig.add_trace(refused, **cell.place)
+    # Labels stand above their points, and near the top of a panel, where they would be cut off, below.
     chosen = steered[steered["chosen"].astype(bool)]
     ring = go.Scatter(
         x=chosen["layer"],

@@ -85,10 +85,16 @@ def _write_above(fig: go.Figure, axes: Any, text: str) -> None:
 
 
 def by_instruction(table: pd.DataFrame) -> dict[str, pd.DataFrame]:
+    """The rows of each instruction, in the table's order."""
     return {str(name): rows for name, rows in table.groupby("instruction", sort=False)}
 
 
 def require_table(table: pd.DataFrame, columns: Sequence[str], *, what: str) -> None:
+    """Refuse a table without rows, or without one of the columns.
+
+    Raises:
+        DataError: saying which.
+    """
     require_columns(table, columns, what=what)
     if table.empty:
         raise DataError(f"{what} must have at least one row, got none")

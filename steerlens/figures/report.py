@@ -388,6 +388,7 @@ def _fact(name: str, value: Any) -> str:
 
 def _figure(fig: Any, name: str) -> str:
     """A figure without its title, which the section's heading says already; plotly.js is in the page's head."""
+    # 40 pixels are what the title took.
     label, top = fig.layout.title.text, fig.layout.margin.t - 40
     fig.update_layout(title_text=None, margin_t=top, height=fig.layout.height - 40)
     config = {"responsive": True, "displaylogo": False, "displayModeBar": False}

@@ -101,5 +101,6 @@ LINE, FOOTER, GAP = 16, 26, 14
 
 
 def faded(color: str) -> str:
+    """A colour of six hex digits, so faint that lines and grid show through."""
     red, green, blue = (int(color[start : start + 2], 16) for start in (1, 3, 5))
     return f"rgba({red}, {green}, {blue}, 0.16)"

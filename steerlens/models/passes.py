@@ -69,6 +69,7 @@ class Read:
                     f"positions to read must be among the tokens of the pass, got {self.at.tolist()} for rows of "
                     f"{rows.lengths.tolist()} tokens; positions count a row's tokens from 0"
                 )
+            # Of the one column that matches; argmax takes no truth values.
             found = activation[torch.arange(len(activation))[:, None], where.int().argmax(-1)]
         # .to() of a slice may return a view, and a view would keep the whole activation alive.
         return found.detach().to("cpu", torch.float32, copy=True)
@@ -203,7 +204,7 @@ _STEERED: "WeakSet[Any]" = WeakSet()
 @contextmanager
 def steered_by_caller(model: Any, functions: Mapping[str, Callable[..., Any]]) -> Iterator[None]:
     """Hooks for passes that the caller runs; until the block is left, `Runner` refuses the model."""
-    outer = model in _STEERED
+    outer = model in _STEERED  # blocks may be nested, and the model is steered until the outermost is left
     with hooks_on(model, functions):
         _STEERED.add(model)
         try:

@@ -88,6 +88,7 @@ def _config(model: Any) -> dict[str, Any]:
     if is_hooked_transformer(model):
         return dict(model.cfg.to_dict())
     config: Any = getattr(getattr(model, "original_model", None), "config", None)
+    # Of a model that reads pictures, too, the text model's settings lie within.
     config = config.get_text_config() if hasattr(config, "get_text_config") else config
     return config.to_dict() if config is not None else {}
 
@@ -114,6 +115,7 @@ def _windows(model: Any) -> set[int]:
 def _probe(model: Any, lengths: tuple[int, int]) -> Abilities:
     """Run two random rows in every way."""
     generator = torch.Generator().manual_seed(0)
+    # Ids that both know: a vocabulary may be padded beyond its tokenizer, and a tokenizer be larger than its model.
     limit = min(int(model.cfg.d_vocab), len(model.tokenizer))
     rows = [torch.randint(limit, (length,), generator=generator).tolist() for length in lengths]
     sites = [resid_post(layer) for layer in range(int(model.cfg.n_layers))]

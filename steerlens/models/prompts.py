@@ -412,6 +412,7 @@ def _dated(source: str, prompt_format: PromptFormat) -> tuple[str, dict[str, Sca
         return source, variables
     day = _day(prompt_format.date)
     if _TODAY.search(source):
+        # What is a text to JSON is the same text to the template.
         return _TODAY.sub(lambda match: json.dumps(day.strftime(match["form"])), source), variables
     if not re.search(r"\bdate_string\b", source):
         raise ModelError("a date needs a chat template that writes one, and this model's does not; leave it out")

@@ -58,6 +58,7 @@ class Rows:
     @cached_property
     def last(self) -> Int[Tensor, " row"]:
         """The new column that holds each row's last token."""
+        # Not the last column: rows may be padded on the right, and a row may have no token in it.
         return self.positions.argmax(1)
 
     @cached_property
@@ -152,6 +153,7 @@ def token_positions(mask: Int[Tensor, "row pos"]) -> Int[Tensor, "row pos"]:
 def pad_id(model: Any) -> int:
     """A token id for padding. The mask hides it, so any id of the vocabulary does."""
     tokenizer = model.tokenizer
+    # A padding token that was added to a tokenizer alone has no embedding.
     found = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     return int(found) if found is not None and found < int(model.cfg.d_vocab) else 0
 

@@ -1,4 +1,9 @@
-"""Pareto fronts: the rows of a table that no other row beats in one column without losing in another."""
+"""Pareto fronts: the rows of a table that no other row beats in one column without losing in another.
+
+    row i dominates row j:  v_ik >= v_jk in every column k, and v_ik > v_jk in one      (signs turned where less is better)
+
+Rates are noisy, and of many rows the luckiest stand on the front: their values are too good to be seen again on new prompts.
+"""
 
 from collections.abc import Sequence
 

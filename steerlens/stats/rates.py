@@ -153,6 +153,7 @@ def effective_n(verdicts: "pd.Series[Any]", clusters: "pd.Series[Any]") -> float
     size, followed = sizes.T
     k, n = len(size), size.sum()
     rate = followed.sum() / n
+    # Each response alone; no variance at all; or no second cluster to see any between.
     if n == k or rate in (0, 1) or k == 1:
         return float(k)
     between = k / (k - 1) * ((followed - size * rate) ** 2).sum() / n**2

@@ -1,8 +1,8 @@
 """How a response reads: its words, and how much of it repeats.
 
-Repetition is the share of word n-grams that occurred before in the same text, `1 - distinct / all`; distinct-n is
-`distinct / all`. Words are compared without regard to case. A text can be free of repetition and still be nonsense, and short
-texts repeat less than long ones.
+Repetition is the share of word n-grams that occurred before in the same text, `1 - distinct / all` (seq-rep-n of Welleck et al.
+2020, arXiv 1908.04319); distinct-n is `distinct / all` (Li et al. 2016, arXiv 1510.03055). Words are compared without regard to
+case. A text can be free of repetition and still be nonsense, and short texts repeat less than long ones.
 """
 
 import re

@@ -70,6 +70,7 @@ class Intervention:
             vector = getattr(self, name)
             if vector is None:
                 continue
+            # A copy: what the caller does to the tensor later must not change what a plan says it does.
             vector = vector.detach().to("cpu", torch.float32, copy=True)
             if vector.ndim != 1 or abs(vector.norm().item() - 1.0) > UNIT_TOLERANCE:
                 raise SteerlensError(
@@ -106,6 +107,7 @@ class Intervention:
 
     def record(self) -> dict[str, Any]:
         """What the intervention does as plain data, the vectors by their digest; what does not act is None."""
+        # Written along what is read, a step is the step without `write`.
         along = self.write is None or torch.equal(self.write, self.direction)
         return {
             "layer": self.layer,

@@ -193,7 +193,7 @@ def stream(
 
 def per_row(value: Any, n_rows: int, name: str) -> list[Any]:
     """One value per row, from one for all or a sequence of the right length."""
-    if isinstance(value, Plan) or not isinstance(value, Sequence):
+    if not isinstance(value, Sequence):  # nor is a plan one
         return [value] * n_rows
     if len(value) != n_rows:
         raise SteerlensError(
@@ -414,6 +414,7 @@ def _stems(rows: Sequence[_Row]) -> list[int]:
     stems = []
     for place, row in enumerate(rows):
         end = len(row.prompt) - 1
+        # Only what acts before the last token: rows that differ at it, or after it, still have the same keys and values here.
         early = Plan(tuple(step for step in row.plan.active if step.bounds(end + 1)[0] < end))
         alone = (place,) if end < 1 else ()  # nothing before the last token: nothing to share
         stems.append(first.setdefault((tuple(row.prompt), early.digest, *alone), place))

@@ -346,6 +346,7 @@ class _Trunk:
         chosen = [pairs[index] for index in sorted(widest)]
         able = abilities(self.model, max(len(side) for pair in chosen for side in pair))
         whole, shared = whole_last_resid(self.model, self.sites, chosen, able), self.last_resid(chosen)
+        # A batch whose rows need no padding proves nothing; then the next one is looked at.
         self.checked = len(set(stems)) > 1 or len(set(tails)) > 1 or any(len(pair[0]) != len(pair[1]) for pair in pairs)
         return bool(((shared - whole).norm(dim=-1) <= tolerance(self.model) * whole.norm(dim=-1)).all())
 

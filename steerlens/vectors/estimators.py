@@ -3,6 +3,9 @@
 `MeanDifference` is the paper's estimator in scikit-learn's clothes: `direction_ = mean(X | y = 1) - mean(X | y = 0)`. It also
 classifies, by the side of the midpoint on which a projection falls, so that `cross_val_score` says how separable two sets of
 activations are along that direction. `fit_steering_vector` runs an estimator at every layer of recorded activations.
+
+Activations can be separable along a direction that steers nothing: a classifier's direction separates best, and the model need
+not read it. Only generation beside the controls says whether a direction acts.
 """
 
 from collections.abc import Mapping

@@ -44,6 +44,7 @@ def write_vector(
         SteerlensError: if the file cannot be written there.
     """
     path = user_path(path)
+    # safetensors refuses a tensor with gaps, such as a column of a matrix.
     tensors = {resid_post(layer): direction.contiguous() for layer, direction in directions.items()}
     for name in PROJECTIONS:
         values = [projections[name].get(layer, float("nan")) for layer in directions]

@@ -298,6 +298,7 @@ class SteeringVector:
         norms = {layer: [one.resid_norm[layer] for one in (self, other) if layer in one.resid_norm] for layer in shared}
         return SteeringVector(
             directions={layer: self.directions[layer] + other.directions[layer] for layer in shared},
+            # Both are mean norms without an instruction in one kind of model, and neither is the better unit.
             resid_norm={layer: sum(found) / len(found) for layer, found in norms.items() if found},
             metadata=_combined_metadata(self, other),
         )
