@@ -174,6 +174,27 @@ ZOO: dict[str, Animal] = {
             "layers_block_type": ["mamba", "hybrid", "mamba", "hybrid"],
         },
     ),
+    "glm-dsa": Animal(
+        "glm_moe_dsa",
+        PLAIN
+        | {
+            "num_key_value_heads": 4,
+            "n_routed_experts": 4,
+            "num_experts_per_tok": 2,
+            "n_group": 1,
+            "topk_group": 1,
+            "first_k_dense_replace": 1,
+            "moe_intermediate_size": 16,
+            "kv_lora_rank": 8,
+            "q_lora_rank": 8,
+            "qk_rope_head_dim": 4,
+            "qk_nope_head_dim": 4,
+            "v_head_dim": 8,
+            "index_topk": 24,
+            "index_head_dim": 8,
+            "index_n_heads": 2,
+        },
+    ),
     "recurrent-gemma": Animal(
         "recurrent_gemma", SIZES | {"num_key_value_heads": 1, "lru_width": WIDTH, "attention_window_size": WINDOW}
     ),

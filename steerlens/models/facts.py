@@ -147,8 +147,8 @@ def check_ids(model: Any, ids: Sequence[int]) -> None:
 def model_digest(model: Any) -> str:
     """16 hex digits that change with the weights, the configuration or what stops a generation.
 
-    Of each parameter the sums of every row and of every column of its bits are hashed, as whole numbers, so that they come out
-    the same on every device: only an edit that keeps all of them goes unnoticed.
+    Of each parameter and each saved buffer the sums of every row and of every column of its bits are hashed, as whole numbers, so
+    that they come out the same on every device: only an edit that keeps all of them goes unnoticed.
     """
     config = (
         model.cfg if is_hooked_transformer(model) else getattr(getattr(model, "original_model", None), "config", None)
@@ -162,8 +162,14 @@ def weights_digest(model: Any, config: Any, *more: Any) -> str:
     for name in NO_NUMBER:
         settings.pop(name, None)
     digest = hashlib.sha256(json.dumps([settings, *more], sort_keys=True, default=str).encode())
-    for name, parameter in sorted(model.named_parameters()):
-        bits = parameter.detach().contiguous().view(_BITS[parameter.element_size()])
+    saved = {
+        f"{place}.{name}": buffer
+        for place, module in getattr(model, "original_model", model).named_modules()
+        for name, buffer in module.named_buffers(recurse=False)
+        if name not in module._non_persistent_buffers_set  # the others are computed, as rotary tables are
+    }
+    for name, parameter in sorted([*model.named_parameters(), *saved.items()]):
+        bits = parameter.detach().reshape(parameter.shape or (1,)).contiguous().view(_BITS[parameter.element_size()])
         table = bits.reshape(len(bits), -1) if bits.ndim > 1 else bits.reshape(1, -1)
         digest.update(f"{name}{parameter.dtype}{tuple(parameter.shape)}".encode())
         for axis in (0, 1):

@@ -64,7 +64,7 @@ class Read:
             found = activation if self.at == "all" else activation[torch.arange(len(activation)), rows.last]
         else:
             where = rows.positions[:, None, :] == self.at[:, :, None].to(rows.positions.device)
-            if not bool(where.any(-1).all()):
+            if bool((self.at < 0).any()) or not bool(where.any(-1).all()):
                 raise SteerlensError(
                     f"positions to read must be among the tokens of the pass, got {self.at.tolist()} for rows of "
                     f"{rows.lengths.tolist()} tokens; positions count a row's tokens from 0"
@@ -135,6 +135,7 @@ class Runner:
         self._edits: Mapping[str, list[Edit]] = {}
         self._reads: Mapping[str, Read] = {}
         self._found: dict[str, Tensor] = {}
+        self._fired: set[str] = set()
 
     def __enter__(self) -> "Runner":
         if self.model in _STEERED:
@@ -163,18 +164,23 @@ class Runner:
     ) -> PassResult:
         """One pass; see `run_pass`."""
         rows = rows.to(model_device(self.model))
+        asked = [read.site for read in reads]
+        if unknown := {*asked, *(edit.site for edit in edits)} - {*self.sites}:
+            raise SteerlensError(
+                f"a runner must be made with the sites of its edits and reads, got {sorted(unknown)} besides {self.sites}"
+            )
+        if len(asked) > len(set(asked)):
+            raise SteerlensError(f"a pass has one read for each site, got {asked}; read all columns there")
         self._edits = {site: [edit for edit in edits if edit.site == site] for site in self.sites}
         self._reads = {read.site: read for read in reads}
-        self._rows, self._found = rows, {}
+        self._rows, self._found, self._fired = rows, {}, set()
         try:
             with torch.inference_mode():
                 out, cache = self.backend.forward(rows, cache, keep_cache=keep_cache, logits=logits)
         finally:
             self._rows = None
-        if silent := [site for site in self._reads if site not in self._found]:
-            raise ModelError(
-                f"the hook point {silent[0]} of {model_id(self.model)} did not fire; nothing was read there"
-            )
+        if silent := sorted({*asked, *(edit.site for edit in edits)} - self._fired):
+            raise ModelError(f"the hook point {silent[0]} of {model_id(self.model)} did not fire; choose another site")
         check_finite(self.model, out, rows)
         return PassResult(out, self._found, cache if keep_cache else None)
 
@@ -187,6 +193,7 @@ class Runner:
                     f"activations at {site} must be [row, pos, ...] for {list(rows.tokens.shape)} tokens, got "
                     f"{list(activation.shape)}; this hook point cannot be edited or read here"
                 )
+            self._fired.add(site)
             edits = self._edits[site]
             for edit in edits:
                 activation = edit(activation, rows)
@@ -202,16 +209,26 @@ _STEERED: "WeakSet[Any]" = WeakSet()
 
 
 @contextmanager
-def steered_by_caller(model: Any, functions: Mapping[str, Callable[..., Any]]) -> Iterator[None]:
-    """Hooks for passes that the caller runs; until the block is left, `Runner` refuses the model."""
+def steered_by_caller(
+    model: Any, functions: Mapping[str, Callable[..., Any]], announce: Callable[[Mapping[str, Any]], None]
+) -> Iterator[None]:
+    """Hooks for passes that the caller runs; until the block is left, `Runner` refuses the model.
+
+    Args:
+        announce: Is told the keyword arguments of each pass before it runs.
+    """
     outer = model in _STEERED  # blocks may be nested, and the model is steered until the outermost is left
-    with hooks_on(model, functions):
-        _STEERED.add(model)
-        try:
+    # Below the bridge, since run_with_cache and its like call the bridge's forward and not the bridge.
+    module = getattr(model, "original_model", model)
+    handle = module.register_forward_pre_hook(lambda _, args, kwargs: announce(kwargs), with_kwargs=True)
+    try:
+        with hooks_on(model, functions):
+            _STEERED.add(model)
             yield
-        finally:
-            if not outer:
-                _STEERED.discard(model)
+    finally:
+        handle.remove()
+        if not outer:
+            _STEERED.discard(model)
 
 
 @contextmanager

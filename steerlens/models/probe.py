@@ -1,21 +1,25 @@
 """What a model does right, found out on the model itself: may rows be padded, may they share a pass, may a cache be kept?
 
-Architectures count columns in their own ways (ALiBi, local windows, attention chunks), keep a state instead of keys and values,
-or change with the length of the batch. No list of names is complete, so two random rows of unequal length are run in every way
-that sampling runs them, and each way must give, at every layer and in the logits, what Hugging Face's plain pass over one row
-alone gives:
+Architectures count columns in their own ways (ALiBi, local windows, attention chunks, the largest so many keys), keep a state
+instead of keys and values, or change with the length of the batch. No list of names is complete, so random rows are run in the
+ways that sampling runs them, and each way must give, at every layer and in the logits, what a plain pass over one row alone
+gives:
 
-    cache   the rows padded on the left, their last tokens fed one by one with a cache, rows swapped and dropped on the way
+    cache   the rows padded on the left, their last tokens fed one by one with a cache, rows turned round and dropped
     batch   the rows whole, side by side, padded on the right: no real token sees padding
 
-A model that fails `cache` is run whole for every token, and one that fails `batch`, a row at a time: slow, and right. A model is
-probed once, when it is first used, and again where rows outgrow a window that the rows of the first probe fitted in.
+A model that fails `cache` is run whole for every token, and one that fails `batch`, a row at a time: slow, and right. The rows
+are as long as those that are to be run, or longer: a model is probed when it is first used, and again where rows outgrow that.
 
     width-dependent rotary scaling (longrope, dynamic) changes a row's own keys once it passes a length, so beyond it every
     row is run whole and alone, as Hugging Face does when it recomputes its cache
+
+What it does not show: that the plain pass over one row is Hugging Face's. Nor what hooks of the caller's do: they are off in a
+probe, and one that counts columns (`resid[:, 0]`) sees padding there in a batch of unequal rows.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+import logging
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -30,8 +34,10 @@ from steerlens.models.facts import is_hooked_transformer, model_id, resid_post
 from steerlens.models.passes import PassResult, Read, Runner
 from steerlens.models.rows import Side, length_sorted_batches, pad, pad_id
 
-LENGTHS = (13, 6)
-"""Tokens of the two rows, where no window asks for more: unequal, so that one is padded, and few, since a probe costs passes."""
+SHORTEST = 13
+"""Tokens of the longest row of the smallest probe; each next one is twice as long."""
+
+LOGGER = logging.getLogger("steerlens")
 
 
 @dataclass(frozen=True)
@@ -56,7 +62,8 @@ class Abilities:
 Fingerprint = tuple[Tensor, Tensor]
 """Of one row: unit residuals `[layer, d_model]` and the unit vector of its logits `[d_vocab]`."""
 
-_KNOWN: "WeakKeyDictionary[Any, dict[tuple[int, int], Abilities]]" = WeakKeyDictionary()
+_KNOWN: "WeakKeyDictionary[Any, dict[Any, Abilities]]" = WeakKeyDictionary()
+"""Model -> (dtype, device, longest row of the probe) -> what it found."""
 
 
 def abilities(model: Any, width: int) -> Abilities:
@@ -69,19 +76,30 @@ def abilities(model: Any, width: int) -> Abilities:
         >>> abilities(model, 100)
         Abilities(cache=True, batch=True)
     """
-    if width > _rotary_limit(model):
+    limit = _rotary_limit(_config(model))
+    if width > limit:
         return Abilities(cache=False, batch=False)
-    crossed = max((window for window in _windows(model) if window < width), default=0)
-    lengths = (crossed + LENGTHS[0], LENGTHS[1])
+    longest = SHORTEST
+    while longest < width:
+        longest *= 2
+    longest = int(min(longest, limit, int(model.cfg.n_ctx)))
+    weights = next(model.parameters())
+    key = (weights.dtype, weights.device, longest)
     known = _KNOWN.setdefault(model, {})
-    if lengths not in known:
-        known[lengths] = _probe(model, lengths)
-    return known[lengths]
+    if key not in known:
+        known[key] = _probe(model, longest)
+        if not known[key].cache:
+            way = "in batches" if known[key].batch else "one at a time"
+            LOGGER.warning(
+                "%s runs whole rows for every new token, %s: with a cache it gives something else", model_id(model), way
+            )
+    return known[key]
 
 
 def tolerance(model: Any) -> float:
-    """The largest relative difference of residuals that is rounding; the faults looked for are a hundred times as large."""
-    return 1e-3 if model.cfg.dtype == torch.float32 else 0.1
+    """The largest relative difference of residuals that is rounding."""
+    # A faulty row differs by 0.01 or more; float32 rounds to 1e-5 over some dozen layers, the half types to a few percent.
+    return 1e-3 if next(model.parameters()).dtype == torch.float32 else 0.05
 
 
 def _config(model: Any) -> dict[str, Any]:
@@ -93,46 +111,48 @@ def _config(model: Any) -> dict[str, Any]:
     return config.to_dict() if config is not None else {}
 
 
-def _rotary_limit(model: Any) -> float:
-    """The length from which on rotary scaling depends on the width of the batch; infinite where it never does."""
-    config = _config(model)
+def _rotary_limit(config: Mapping[str, Any]) -> float:
+    """The length from which on rotary scaling depends on the width of the batch; infinite where it never does.
+
+    Scaling stands in `rope_parameters`, once or for each kind of layer; the smallest limit counts.
+    """
     if config.get("use_dynamic_ntk_rope") or config.get("use_logn_attn"):  # HookedTransformer's names
         return float(config.get("train_seq_length") or config["n_ctx"])
-    scaling = config.get("rope_parameters") or config.get("rope_scaling") or {}
-    kinds = {scaling.get("rope_type"), scaling.get("type")}
-    if not kinds & {"longrope", "dynamic", "su", "yarn_dynamic"}:  # su: longrope's name in its first checkpoints
-        return float("inf")
-    own = scaling.get("original_max_position_embeddings") or config.get("original_max_position_embeddings")
-    return float(own or config.get("max_position_embeddings") or float("inf"))
+
+    def limits(scaling: Any) -> Iterator[float]:
+        if isinstance(scaling, Mapping):
+            # su: longrope's name in its first checkpoints
+            if {scaling.get("rope_type"), scaling.get("type")} & {"longrope", "dynamic", "su"}:
+                own = scaling.get("original_max_position_embeddings") or config.get("original_max_position_embeddings")
+                yield float(own or config.get("max_position_embeddings") or 0)
+            for part in scaling.values():
+                yield from limits(part)
+
+    found = [*limits(config.get("rope_parameters")), *limits(config.get("rope_scaling"))]
+    return min(found, default=float("inf"))
 
 
-def _windows(model: Any) -> set[int]:
-    """Numbers of columns after which attention may look elsewhere: whatever the configuration calls a window or a chunk."""
-    named = {name: value for name, value in _config(model).items() if "window" in name or "chunk" in name}
-    return {value for value in named.values() if type(value) is int and value > 0}  # use_sliding_window is a bool
-
-
-def _probe(model: Any, lengths: tuple[int, int]) -> Abilities:
-    """Run two random rows in every way."""
+def _probe(model: Any, longest: int) -> Abilities:
+    """Run random rows in every way: two long ones, and a short one that is nearly all padding beside them."""
     generator = torch.Generator().manual_seed(0)
     # Ids that both know: a vocabulary may be padded beyond its tokenizer, and a tokenizer be larger than its model.
     limit = min(int(model.cfg.d_vocab), len(model.tokenizer))
+    lengths = (longest, max(3, longest - 7), min(6, longest))
     rows = [torch.randint(limit, (length,), generator=generator).tolist() for length in lengths]
     sites = [resid_post(layer) for layer in range(int(model.cfg.n_layers))]
-    with _without_callers_hooks(model), Runner(model, sites) as runner:
-        try:
+    try:
+        with _without_callers_hooks(model), Runner(model, sites) as runner:
             alone = [_whole(runner, [row])[0] for row in rows]
-        except SteerlensError:  # logits that are not finite: said already
-            raise
-        except Exception as error:  # whatever an architecture raises
-            raise ModelError(
-                f"a model must run with hooks on its residual stream, and {model_id(model)} does not: "
-                f"{type(error).__name__}: {error}; TransformerLens may bridge its architecture only in part"
-            ) from error
-        return Abilities(
-            cache=_holds(lambda: _cached(runner, rows), alone, tolerance(model)),
-            batch=_holds(lambda: _whole(runner, rows), alone, tolerance(model)),
-        )
+            cache = _holds(lambda: _cached(runner, rows), alone, tolerance(model))
+            # Where a cache may be kept, rows are padded on the left, and the right does not matter.
+            return Abilities(cache, cache or _holds(lambda: _whole(runner, rows), alone, tolerance(model)))
+    except (SteerlensError, torch.OutOfMemoryError, MemoryError):
+        raise
+    except Exception as error:  # whatever an architecture raises
+        raise ModelError(
+            f"a model must run with hooks on its residual stream, and {model_id(model)} does not: "
+            f"{type(error).__name__}: {error}; TransformerLens may bridge its architecture only in part"
+        ) from error
 
 
 def _whole(runner: Runner, rows: Sequence[list[int]]) -> list[Fingerprint]:
@@ -142,18 +162,18 @@ def _whole(runner: Runner, rows: Sequence[list[int]]) -> list[Fingerprint]:
 
 
 def _cached(runner: Runner, rows: Sequence[list[int]]) -> list[Fingerprint]:
-    """Padded on the left; the last two tokens come one by one, the rows change places before them, and one leaves between."""
+    """Padded on the left; the last two tokens come one by one, the rows are turned round before them, and one leaves between."""
     reads = [Read(site) for site in runner.sites]
+    turned, some = torch.arange(len(rows) - 1, -1, -1), torch.arange(len(rows) - 1)
     start = pad([row[:-2] for row in rows], pad_id=pad_id(runner.model))
-    swap, first = torch.tensor([1, 0]), torch.tensor([0])
-    cache = _kept(runner.run(start, keep_cache=True)).select(swap)
-    now = start.select(swap).then(torch.tensor([row[-2:-1] for row in reversed(rows)]))
+    cache = _kept(runner.run(start, keep_cache=True)).select(turned)
+    now = start.select(turned).then(torch.tensor([row[-2:-1] for row in reversed(rows)]))
     cache = _kept(runner.run(now, cache=cache, keep_cache=True))
     last = torch.tensor([row[-1:] for row in reversed(rows)])
-    # Going on uses a cache up, and this one is gone on from twice.
-    both = runner.run(now.then(last), reads=reads, cache=cache.copy(), keep_cache=True)
-    one = runner.run(now.select(first).then(last[:1]), reads=reads, cache=cache.select(first), keep_cache=True)
-    return [_fingerprints(both)[1], *_fingerprints(one)]
+    all_ = _fingerprints(runner.run(now.then(last), reads=reads, cache=cache.copy(), keep_cache=True))
+    # The first row, now the last, leaves; the others go on without it.
+    left = runner.run(now.select(some).then(last[:-1]), reads=reads, cache=cache.select(some), keep_cache=True)
+    return [all_[-1], *reversed(_fingerprints(left))]
 
 
 def _kept(result: PassResult) -> Cache:
@@ -172,7 +192,10 @@ def _holds(way: Callable[[], list[Fingerprint]], alone: Sequence[Fingerprint], l
     """Whether a way of running gives what the rows alone gave; a way that raises does not."""
     try:
         found = way()
-    except Exception:  # whatever an architecture raises there, the way is not to be gone
+    except (torch.OutOfMemoryError, MemoryError):
+        raise
+    except Exception as error:  # whatever an architecture raises there, the way is not to be gone
+        LOGGER.debug("a way to run the model fails", exc_info=error)
         return False
     differences = [a - b for line, own in zip(found, alone, strict=True) for a, b in zip(line, own, strict=True)]
     return all(bool((difference.norm(dim=-1) <= largest).all()) for difference in differences)

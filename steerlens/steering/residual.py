@@ -9,7 +9,7 @@ same as rows that do not. A row without an intervention at a layer has zeros the
 """
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from functools import partial
@@ -136,23 +136,28 @@ def steer(
 
     Args:
         plan: One plan for every row, or one per row.
-        attention_mask: The mask that the model is run with, where rows are padded, on either side. Without it every column is a
-            token. All tokens of a pass count as prompt, so "generated" steers none of them: sample with `generate`.
+        attention_mask: Of rows padded on either side, where the model is run without it, as right-padded rows may be.
+            Default: the mask of each pass, or where it has none, every column is a token. All tokens of a pass count as
+            prompt, so "generated" steers none of them: sample with `generate`.
 
     Raises:
-        ModelError, SteerlensError: if the plan does not fit the model (nothing is left behind).
+        ModelError, SteerlensError: if the plan does not fit the model (nothing is left behind); inside the block, for a pass that
+            goes on from a cache, since its tokens are no prompt.
 
     Example:
         >>> with steer(model, vector.at(3)):                                 # doctest: +SKIP
         ...     logits = model(tokens)
     """
     plans = [as_plan(one) for one in (plan if isinstance(plan, Sequence) else [plan])]
+    if not plans:
+        raise SteerlensError("steering needs a plan, or one per row, got none; Plan() is no steering")
     for one in plans:
         check_plan(model, one)
     single = _SinglePass(plans, one_for_all=isinstance(plan, Plan), attention_mask=attention_mask)
     layers = {step.layer for one in plans for step in one.active}
     sites = [resid_post(layer) for layer in sorted(layers)]
-    with steered_by_caller(model, {site: partial(single.edit, site=site) for site in sites}):
+    functions = {site: partial(single.edit, site=site) for site in sites}
+    with steered_by_caller(model, functions, single.announce):
         yield model
 
 
@@ -161,8 +166,21 @@ class _SinglePass:
 
     def __init__(self, plans: list[Plan], *, one_for_all: bool, attention_mask: Tensor | None) -> None:
         self.plans, self.one_for_all, self.mask = plans, one_for_all, attention_mask
+        self.mask_of_pass: Tensor | None = None
         self.rows: Rows | None = None
         self.edits: dict[str, ResidualEdit] = {}
+
+    def announce(self, arguments: Mapping[str, Any]) -> None:
+        """A pass begins: its mask is read, and what was built for the last one is gone."""
+        cache = arguments.get("past_key_values")
+        if cache is not None and cache.get_seq_length() > 0:
+            raise SteerlensError(
+                "steer() is for passes over whole prompts, and this one goes on from a cache, where positions would start anew; "
+                "sample with generate(steering=plan)"
+            )
+        mask = arguments.get("attention_mask")
+        self.mask_of_pass = mask if isinstance(mask, Tensor) and mask.ndim == 2 else None
+        self.rows = None
 
     def edit(self, resid: Tensor, hook: Any, site: str) -> Tensor:
         # The first hook of a pass meets its shape; the layers after it, and passes of one shape, share the tables.
@@ -174,13 +192,15 @@ class _SinglePass:
     def _set_up(self, resid: Tensor) -> None:
         batch, width = resid.shape[:2]
         plans = self.plans * batch if self.one_for_all else self.plans
-        mask = torch.ones(batch, width, dtype=torch.long) if self.mask is None else self.mask.long()
+        mask = self.mask_of_pass if self.mask is None else self.mask
+        mask = torch.ones(batch, width, dtype=torch.long) if mask is None else mask.long()
         if len(plans) != batch or tuple(mask.shape) != (batch, width):
             raise SteerlensError(
                 f"steering was set up for {len(plans)} rows and a mask of shape {list(mask.shape)}, and the model was run on "
                 f"{[batch, width]}; give one plan, or one per row, and the mask of the same tokens"
             )
         lengths = tuple(mask.sum(1).tolist())
-        self.rows = Rows(torch.zeros_like(mask), mask, lengths).to(resid.device)
-        edits = residual_edits(plans, lengths, d_model=resid.shape[-1], device=resid.device)
+        with torch.inference_mode(False):  # tensors made in it could not be part of a later pass with gradients
+            self.rows = Rows(torch.zeros_like(mask), mask.clone(), lengths).to(resid.device)
+            edits = residual_edits(plans, lengths, d_model=resid.shape[-1], device=resid.device)
         self.edits = {edit.site: edit for edit in edits}

@@ -24,7 +24,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from steerlens._typing import Gate
-from steerlens.errors import ModelError
+from steerlens.errors import ModelError, SteerlensError
 from steerlens.models.facts import model_device, model_digest, weights_digest
 from steerlens.models.load import in_one_line, load_model
 from steerlens.models.passes import run_pass
@@ -147,6 +147,10 @@ def mean_log_probabilities(
     model: Any, rows: Sequence[tuple[Sequence[int], Sequence[int]]], batch_size: int = 8
 ) -> Float[Tensor, " row"]:
     """Mean log probability, in nats, of each row's second part after its first; nan where the second part is empty."""
+    if any(len(new) and not len(given) for given, new in rows):
+        raise SteerlensError(
+            "a token's probability needs a token before it, got a row with nothing given; start with the first token"
+        )
     found = torch.full((len(rows),), float("nan"))
     for indices, batch in _batches(model, [(*row, Plan()) for row in rows], batch_size):
         logits = run_pass(model, batch, logits="all").logits

@@ -583,3 +583,16 @@ def test_a_plan_of_a_model_of_another_depth_is_refused_when_it_is_applied(llama:
     vector = SteeringVector({1: torch.eye(32)[0]}, proj_with={1: 1.0}, metadata={"n_layers": "40"})
     with pytest.raises(ModelError, match="must have this model's 4 layers, got 40"):
         generate(llama.model, ["a"], steering=vector.at(1), max_new_tokens=2)
+
+
+def test_a_digest_changes_with_a_saved_buffer(tmp_path: Path) -> None:
+    """DeepSeek's routers keep a trained bias as a buffer."""
+    model = load_model(save_animal("glm-dsa", tmp_path), progress=False)
+    before = model_digest(model)
+    (bias,) = {
+        id(buffer): buffer
+        for name, buffer in model.original_model.named_buffers()
+        if name.endswith("e_score_correction_bias") and "layers.1." in name
+    }.values()
+    bias += 1.0
+    assert model_digest(model) != before

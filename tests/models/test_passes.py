@@ -236,7 +236,7 @@ def test_a_runner_puts_its_hooks_on_once_for_many_passes(tiny: Subject, monkeypa
         entered += 1
         return real(*args, **options)
 
-    generate(tiny.model, ["a"], max_new_tokens=1)  # the model is known from here on
+    generate(tiny.model, PROMPTS, max_new_tokens=4)  # the model is known from here on
     monkeypatch.setattr(tiny.model, "hooks", counted)
     generate(tiny.model, PROMPTS * 3, steering=as_plan([step("add", "all")]), max_new_tokens=4, batch_size=2)
     assert entered == 1
@@ -271,3 +271,42 @@ def test_an_activation_of_another_shape_than_the_tokens_is_refused(tiny: Subject
     with pytest.raises(ModelError, match="cannot be edited or read here"):
         run_pass(tiny.model, pad([[5, 6, 7]]), reads=[Read("blocks.0.attn.hook_pattern")])
     assert hooks_on(tiny.model) == []
+
+
+# --- what is asked for must come about -----------------------------------------------------------------------------
+
+
+def test_a_site_that_a_runner_does_not_know_is_refused(tiny: Subject) -> None:
+    rows = pad([[5, 6]])
+    edits = residual_edits([as_plan([step("add", "all", layer=2)])], [2], d_model=32)
+    with Runner(tiny.model, []) as runner:
+        with pytest.raises(
+            SteerlensError, match=r"must be made with the sites of its edits and reads, got \['blocks\.2"
+        ):
+            runner.run(rows, edits=edits)
+        with pytest.raises(SteerlensError, match="must be made with the sites"):
+            runner.run(rows, reads=[Read(SITE)])
+
+
+def test_two_reads_of_one_site_are_refused(tiny: Subject) -> None:
+    with pytest.raises(SteerlensError, match="a pass has one read for each site"):
+        run_pass(tiny.model, pad([[5, 6]]), reads=[Read(SITE, "last"), Read(SITE, "all")])
+
+
+def test_padding_cannot_be_read_as_a_position(tiny: Subject) -> None:
+    with pytest.raises(SteerlensError, match="positions to read must be among the tokens"):
+        run_pass(tiny.model, pad([[5, 6], [7]]), reads=[Read(SITE, torch.tensor([[-1], [-1]]))])
+
+
+def test_an_edit_whose_hook_point_does_not_fire_is_an_error(llama: Subject) -> None:
+    class Idle:
+        site, digest = "blocks.1.attn.hook_hidden_states", ""
+
+        def __call__(self, activation: Tensor, rows: Rows) -> Tensor:
+            return activation
+
+        def select(self, keep: Tensor) -> "Idle":
+            return self
+
+    with pytest.raises(ModelError, match=r"the hook point blocks\.1\.attn\.hook_hidden_states of .* did not fire"):
+        run_pass(llama.model, pad([[5, 6]]), edits=[Idle()])

@@ -22,37 +22,78 @@ def animal(name: str, folder: Path) -> Any:
 
 
 @pytest.fixture
-def probed(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
-    """The lengths of every probe from here on."""
-    seen: list[tuple[int, int]] = []
+def probed(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The longest row of every probe from here on."""
+    seen: list[int] = []
     real = probe._probe
 
-    def spy(model: Any, lengths: tuple[int, int]) -> Abilities:
-        seen.append(lengths)
-        return real(model, lengths)
+    def spy(model: Any, longest: int) -> Abilities:
+        seen.append(longest)
+        return real(model, longest)
 
     monkeypatch.setattr(probe, "_probe", spy)
     return seen
 
 
-def test_a_model_is_probed_once(tiny: Subject, probed: list[tuple[int, int]]) -> None:
+def test_a_model_is_probed_once_and_again_where_rows_outgrow_the_probe(tiny: Subject, probed: list[int]) -> None:
     model = load_model(tiny.folder, progress=False)
-    assert [abilities(model, width) for width in (5, 100, 5)] == [ALL] * 3
-    assert probed == [probe.LENGTHS]
+    assert [abilities(model, width) for width in (5, 13, 14, 26, 5, 100)] == [ALL] * 6
+    assert probed == [13, 26, 104]
 
 
-def test_a_model_with_a_window_is_probed_again_where_rows_outgrow_it(
-    tmp_path: Path, probed: list[tuple[int, int]]
-) -> None:
-    model = animal("mistral", tmp_path)  # its window is 8
-    assert [abilities(model, width) for width in (8, 9, 40, 8)] == [ALL] * 4
-    assert probed == [(13, 6), (21, 6)]
+def test_a_probe_is_no_longer_than_the_context(tmp_path: Path, probed: list[int]) -> None:
+    model = load_model(save_animal("gpt2", tmp_path, n_positions=8), progress=False)
+    assert abilities(model, 8) == ALL
+    assert probed == [8]
 
 
-def test_a_state_that_cannot_be_kept_as_a_cache_is_run_whole(tmp_path: Path) -> None:
+def test_a_model_in_another_dtype_is_probed_anew(tiny: Subject, probed: list[int]) -> None:
+    model = load_model(tiny.folder, progress=False)
+    abilities(model, 5)
+    model.to(torch.bfloat16)
+    assert abilities(model, 5) == ALL
+    assert probed == [13, 13]
+
+
+def test_attention_to_the_largest_so_many_keys_is_found_out_once_rows_have_more(tmp_path: Path) -> None:
+    model = animal("glm-dsa", tmp_path)  # 24 keys
+    assert abilities(model, 13) == ALL
+    assert abilities(model, 40) == Abilities(cache=False, batch=False)
+
+
+def test_rotary_scaling_of_one_kind_of_layer_counts(tmp_path: Path) -> None:
+    plain = {"rope_type": "default", "rope_theta": 10000.0}
+    long = plain | {
+        "rope_type": "longrope",
+        "original_max_position_embeddings": 24,
+        "short_factor": [1.0] * 4,
+        "long_factor": [1.0, 2.0, 4.0, 8.0],
+    }
+    scaling = {"sliding_attention": plain, "full_attention": long}
+    model = load_model(save_animal("gemma3", tmp_path, rope_parameters=scaling), progress=False)
+    assert abilities(model, 24) == ALL
+    assert abilities(model, 25) == Abilities(cache=False, batch=False)
+
+
+def test_short_memory_is_an_error_and_no_inability(tiny: Subject, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = load_model(tiny.folder, progress=False)
+
+    def full(*args: Any) -> Any:
+        raise torch.OutOfMemoryError
+
+    with monkeypatch.context() as patch:
+        patch.setattr(probe, "_cached", full)
+        with pytest.raises(torch.OutOfMemoryError):
+            abilities(model, 5)
+    assert abilities(model, 5) == ALL
+
+
+def test_a_state_that_cannot_be_kept_as_a_cache_is_run_whole(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     model = animal("mamba", tmp_path)
-    found = abilities(model, 20)
+    with caplog.at_level("WARNING", logger="steerlens"):
+        found = abilities(model, 20)
     assert found == Abilities(cache=False, batch=True)
+    assert "runs whole rows for every new token, in batches" in caplog.text
     assert found.side == "right"
     assert found.batches([3, 5, 4], 2) == [[1, 2], [0]]
 

@@ -144,6 +144,42 @@ def test_a_bfloat16_model_is_steered_in_its_own_dtype(llama: Subject) -> None:
     assert hooks_on(model) == []
 
 
+def test_the_mask_of_a_pass_says_where_its_tokens_are(tiny: Subject) -> None:
+    tokens, mask = padded(tiny)
+    plan = as_plan([step("add", "last")])
+    with steer(tiny.model, plan, attention_mask=mask):
+        told = tiny.model(tokens, attention_mask=mask)
+    with steer(tiny.model, plan):
+        assert torch.equal(tiny.model(tokens, attention_mask=mask), told)
+        assert not torch.equal(tiny.model(tokens), told)  # the same shape without a mask: all columns are tokens
+        again, _ = tiny.model.run_with_cache(tokens, attention_mask=mask)
+        assert torch.equal(again, told)
+
+
+def test_a_pass_that_goes_on_from_a_cache_is_refused(tiny: Subject) -> None:
+    tokens = torch.tensor([[5, 6, 7]])
+    with steer(tiny.model, as_plan([step("add", "last")])):
+        _, cache = tiny.model(tokens, return_type="logits_and_cache", use_cache=True)
+        with pytest.raises(SteerlensError, match="this one goes on from a cache"):
+            tiny.model(tokens[:, :1], past_key_values=cache)
+        with pytest.raises(SteerlensError, match=r"sample with generate\(steering=plan\)"):
+            tiny.model.generate(tokens, max_new_tokens=3, do_sample=False, stop_at_eos=False, verbose=False)
+
+
+def test_a_pass_with_gradients_may_follow_one_without(llama: Subject) -> None:
+    tokens = torch.tensor([[5, 6, 7]])
+    with steer(llama.model, as_plan([step("set_projection", "all")])):
+        with torch.inference_mode():
+            llama.model(tokens)
+        llama.model(tokens).sum().backward()
+    llama.model.zero_grad()
+
+
+def test_no_plan_at_all_is_refused(llama: Subject) -> None:
+    with pytest.raises(SteerlensError, match="steering needs a plan, or one per row, got none"), steer(llama.model, []):
+        pytest.fail("the block must not start")
+
+
 # --- nothing is left behind ----------------------------------------------------------------------------------------
 
 

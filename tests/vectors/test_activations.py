@@ -36,6 +36,7 @@ from tests.reference.plain_capture import last_residuals, mean_difference
 from tests.reference.plain_loop import Step, plain_greedy
 from tests.steps import unit
 from tests.tiny_models import D_MODEL, N_CTX, byte_tokenizer, special_ids
+from tests.zoo import save_animal
 
 QUERIES = ["Describe rain.", "Why?", "Name a river in the north.", "Hm", "Describe snow.", "Tell me about tea, please."]
 INSTRUCTION = "Use capitals."
@@ -404,6 +405,24 @@ def test_a_sliding_window_model_is_recorded_right_with_prefixes_of_any_length(tm
     shared = record_activations(model, pairs)
     whole = record_activations(model, pairs, batch_size=1, share_prefixes=False)
     torch.testing.assert_close(shared.resid, whole.resid, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("animal", ["mistral", "llama4-chunked"])
+def test_a_later_batch_that_is_wider_than_the_first_is_checked_too(tmp_path: Path, animal: str) -> None:
+    """No prompt outgrows the window, and the first batch fits it with its gaps; only the second does not."""
+    window = {"mistral": "sliding_window", "llama4-chunked": "attention_chunk_size"}[animal]
+    model = load_model(save_animal(animal, tmp_path, **{window: 40}), progress=False)
+    plain = PromptFormat(style="plain")
+    sizes = [(18, 17), (18, 16), (33, 1), (1, 32)]
+    pairs = PairSet(
+        InstructionPair(letter * stem, "i", "a:b", prompt=letter * stem + "i" * tail)
+        for letter, (stem, tail) in zip("abcd", sizes, strict=True)
+    )
+    found = [
+        record_activations(model, pairs, batch_size=2, prompt_format=plain, share_prefixes=share).resid
+        for share in (True, False)
+    ]
+    torch.testing.assert_close(*found, rtol=1e-4, atol=1e-4)
 
 
 def test_no_layers_are_refused(llama: Subject) -> None:
