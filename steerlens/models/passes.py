@@ -176,7 +176,10 @@ class Runner:
         self._rows, self._found, self._fired = rows, {}, set()
         try:
             with torch.inference_mode():
-                out, cache = self.backend.forward(rows, cache, keep_cache=keep_cache, logits=logits)
+                # A cache that is given is used, kept or not: TransformerLens 4.3 sees to that itself, 3.9 does not.
+                out, cache = self.backend.forward(
+                    rows, cache, keep_cache=keep_cache or cache is not None, logits=logits
+                )
         finally:
             self._rows = None
         if silent := sorted({*asked, *(edit.site for edit in edits)} - self._fired):
