@@ -75,13 +75,17 @@ def is_hooked_transformer(model: Any) -> bool:
 def coordinate_frame(model: Any) -> str:
     """ "raw" for Hugging Face weights as they are, "compatibility" once TransformerLens has folded or centred them.
 
-    The bridge says so itself. A HookedTransformer does not, and it is told by its weights: with norms folded into them its
-    `normalization_type` ends in "Pre", and centring leaves no row of its embedding a mean, which no raw embedding lacks.
+    A bridge in compatibility mode says so itself. One whose weights were processed without it, and a HookedTransformer, do not,
+    and are told by their weights: centring leaves no row of the embedding a mean, which no raw embedding lacks, and where a
+    HookedTransformer's norms were folded its `normalization_type` ends in "Pre".
     """
     if is_hooked_transformer(model):
-        folded = str(model.cfg.normalization_type).endswith("Pre")
-        return "compatibility" if folded or _is_centred(model.W_E[:1000].detach().float()) else "raw"
-    return "compatibility" if getattr(model, "compatibility_mode", False) else "raw"
+        processed, embedding = str(model.cfg.normalization_type).endswith("Pre"), model.W_E
+    else:
+        embed = getattr(model, "original_model", model).get_input_embeddings()
+        processed, embedding = getattr(model, "compatibility_mode", False), getattr(embed, "weight", None)
+    centred = embedding is not None and _is_centred(embedding[:1000].detach().float())
+    return "compatibility" if processed or centred else "raw"
 
 
 def _is_centred(embedding: Float[Tensor, "token d_model"]) -> bool:

@@ -27,7 +27,7 @@ from steerlens.data.pairs import PairSet
 from steerlens.errors import SteerlensError
 from steerlens.files import content_key, file_name, user_path
 from steerlens.models.facts import model_digest
-from steerlens.models.prompts import PromptFormat, pinned, template_digest
+from steerlens.models.prompts import PromptFormat, encode_all, pinned, template_digest
 from steerlens.vectors.activations import ActivationMeans, Activations, record_activations
 from steerlens.vectors.formats import PROJECTIONS
 from steerlens.vectors.vector import SteeringVector
@@ -214,7 +214,9 @@ def fit_vectors(
     settings = [model_digest(model), str(model.cfg.dtype), template, batch_size, about]
     found: dict[str, SteeringVector] = {}
     for name, pairs in tqdm(sets.items(), desc="fit", unit="vector", disable=not progress):
-        ending = f"-{content_key([*settings, pairs.content_hash])}.safetensors"
+        # The tokens, too: a tokenizer may be changed, and the template's digest only sees what stands around a prompt.
+        fed = [encode_all(model, pairs.prompts(condition), prompt_format) for condition in ("none", "text")]
+        ending = f"-{content_key([*settings, pairs.content_hash, fed])}.safetensors"
         path = None if folder is None else user_path(folder) / file_name(name, ending)
         kept = [] if path is None else sorted(path.parent.glob(f"*{ending}"))
         if kept:

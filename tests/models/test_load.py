@@ -472,6 +472,13 @@ def test_a_processed_model_is_in_another_frame(llama: Subject) -> None:
     assert coordinate_frame(processed) == "compatibility"
 
 
+def test_a_model_whose_writing_weights_were_centred_is_in_another_frame_without_saying_so(gpt2: Subject) -> None:
+    processed = load_model(gpt2.folder, progress=False)
+    assert coordinate_frame(processed) == "raw"
+    processed.process_weights(fold_ln=True, center_writing_weights=True)
+    assert coordinate_frame(processed) == "compatibility"
+
+
 def test_stop_ids_are_the_tokenizers_and_the_generation_settings(
     llama: Subject, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -14,6 +14,7 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 from sklearn.svm import SVC, LinearSVC
 from sklearn.utils.estimator_checks import parametrize_with_checks
+from tokenizers import normalizers
 
 from steerlens.data.families import keyword_pairs
 from steerlens.data.pairs import PairSet, contrast, pair_set
@@ -251,6 +252,18 @@ def test_a_vector_is_found_again_only_where_it_would_come_out_the_same(llama, tm
     assert len(list(tmp_path.iterdir())) == 3
     assert all(torch.equal(again[layer], first[layer]) for layer in first.layers)
     assert first.metadata.items() <= again.metadata.items()
+
+
+def test_a_vector_is_not_found_again_once_its_tokenizer_reads_otherwise(llama, tmp_path):
+    sets = {"tea": keyword_pairs(["Describe rain.", "Describe snow."], "tea")}
+    fit_vectors(llama.model, sets, folder=tmp_path)
+    core = llama.model.tokenizer.backend_tokenizer
+    core.normalizer = normalizers.Replace("tea", "ale")
+    try:
+        fit_vectors(llama.model, sets, folder=tmp_path)
+    finally:
+        core.normalizer = None
+    assert len(list(tmp_path.iterdir())) == 2
 
 
 def test_an_instructions_own_vector_is_named_as_one_that_is_fitted_alone(llama, tmp_path):
