@@ -166,15 +166,18 @@ def weights_digest(model: Any, config: Any, *more: Any) -> str:
     for name in NO_NUMBER:
         settings.pop(name, None)
     digest = hashlib.sha256(json.dumps([settings, *more], sort_keys=True, default=str).encode())
+    root = getattr(model, "original_model", model)
     saved = {
         f"{place}.{name}": buffer
-        for place, module in getattr(model, "original_model", model).named_modules()
+        for place, module in (
+            [] if is_hooked_transformer(model) else root.named_modules()
+        )  # it saves rotary tables, too
         for name, buffer in module.named_buffers(recurse=False)
         if name not in module._non_persistent_buffers_set  # the others are computed, as rotary tables are
     }
     for name, parameter in sorted([*model.named_parameters(), *saved.items()]):
         bits = parameter.detach().reshape(parameter.shape or (1,)).contiguous().view(_BITS[parameter.element_size()])
-        table = bits.reshape(len(bits), -1) if bits.ndim > 1 else bits.reshape(1, -1)
+        table = bits.flatten(1) if bits.ndim > 1 else bits.reshape(1, -1)
         digest.update(f"{name}{parameter.dtype}{tuple(parameter.shape)}".encode())
         for axis in (0, 1):
             digest.update(table.sum(axis, dtype=torch.int64).cpu().numpy().tobytes())

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from steerlens.errors import ModelError, SteerlensError
 from steerlens.models.backends import Cache, Columns, backend_of
-from steerlens.models.facts import model_device, model_id
+from steerlens.models.facts import is_hooked_transformer, model_device, model_id
 from steerlens.models.rows import Rows
 
 
@@ -222,7 +222,8 @@ def steered_by_caller(
     """
     outer = model in _STEERED  # blocks may be nested, and the model is steered until the outermost is left
     # Below the bridge, since run_with_cache and its like call the bridge's forward and not the bridge.
-    module = getattr(model, "original_model", model)
+    # A HookedTransformer's own methods do so, too, and its first block is told the mask and the cache.
+    module = model.blocks[0] if is_hooked_transformer(model) else getattr(model, "original_model", model)
     handle = module.register_forward_pre_hook(lambda _, args, kwargs: announce(kwargs), with_kwargs=True)
     try:
         with hooks_on(model, functions):

@@ -173,7 +173,8 @@ class _SinglePass:
     def announce(self, arguments: Mapping[str, Any]) -> None:
         """A pass begins: its mask is read, and what was built for the last one is gone."""
         cache = arguments.get("past_key_values")
-        if cache is not None and cache.get_seq_length() > 0:
+        own = arguments.get("past_kv_cache_entry")  # a HookedTransformer's, as its blocks get it
+        if (cache is not None and cache.get_seq_length() > 0) or (own is not None and own.past_keys.shape[1] > 0):
             raise SteerlensError(
                 "steer() is for passes over whole prompts, and this one goes on from a cache, where positions would start anew; "
                 "sample with generate(steering=plan)"

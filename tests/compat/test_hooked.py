@@ -17,7 +17,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from steerlens.data.load import load_pairs
-from steerlens.errors import ModelError
+from steerlens.errors import ModelError, SteerlensError
 from steerlens.models.facts import (
     coordinate_frame,
     forbidden_ids,
@@ -33,7 +33,8 @@ from steerlens.models.passes import Read, run_pass
 from steerlens.models.probe import Abilities, abilities
 from steerlens.models.prompts import PromptFormat, encode
 from steerlens.models.rows import pad
-from steerlens.steering.sampling import generate
+from steerlens.steering.residual import steer
+from steerlens.steering.sampling import SamplingConfig, generate
 from steerlens.study.config import RunConfig
 from steerlens.study.job import run
 from steerlens.vectors.activations import record_activations
@@ -320,13 +321,21 @@ def test_an_unknown_hook_point_is_refused(hooked: Any) -> None:
     assert hooks_on(hooked) == []
 
 
+def test_a_pass_that_goes_on_from_its_cache_is_refused_in_a_block_of_steer(hooked: Any) -> None:
+    tokens = torch.tensor([[5, 6, 7]])
+    with steer(hooked, as_plan([step("add", "last")])):
+        hooked(tokens)
+        with pytest.raises(SteerlensError, match="this one goes on from a cache"):
+            hooked.generate(tokens, max_new_tokens=3, do_sample=False, stop_at_eos=False, verbose=False)
+
+
 # --- the whole job -------------------------------------------------------------------------------------------------
 
 
 def test_a_run_with_it_says_what_a_run_with_the_bridge_says(hooked_tiny: Any, tmp_path: Path) -> None:
     config = RunConfig(
         model="tiny", pairs="tiny", instructions=(LOWERCASE,), n_train=6, n_valid=2, n_test=2, layers=(4,), kl=True,
-        max_new_tokens=10, search_tokens=8,
+        sampling=SamplingConfig(10), search_tokens=8,
     )  # fmt: skip
     bridge = load_model("tiny", device="cpu", progress=False)
     done = [

@@ -298,6 +298,7 @@ def test_padding_cannot_be_read_as_a_position(tiny: Subject) -> None:
         run_pass(tiny.model, pad([[5, 6], [7]]), reads=[Read(SITE, torch.tensor([[-1], [-1]]))])
 
 
+@pytest.mark.bridge
 def test_an_edit_whose_hook_point_does_not_fire_is_an_error(llama: Subject) -> None:
     class Idle:
         site, digest = "blocks.1.attn.hook_hidden_states", ""

@@ -156,6 +156,7 @@ def test_the_mask_of_a_pass_says_where_its_tokens_are(tiny: Subject) -> None:
         assert torch.equal(again, told)
 
 
+@pytest.mark.bridge
 def test_a_pass_that_goes_on_from_a_cache_is_refused(tiny: Subject) -> None:
     tokens = torch.tensor([[5, 6, 7]])
     with steer(tiny.model, as_plan([step("add", "last")])):
