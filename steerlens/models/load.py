@@ -18,9 +18,9 @@ import sys
 import tempfile
 import threading
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -28,6 +28,7 @@ from typing import Any
 import torch
 import transformers
 from platformdirs import user_cache_dir
+from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 from transformer_lens.model_bridge.sources.transformers import (
     determine_architecture_from_hf_config,
@@ -255,6 +256,8 @@ class _Weights:
     """Stands for the transformers class where the bridge reads weights: none may be missing, and no code may be run."""
 
     auto: Any
+    said: list[Tensor] = field(default_factory=list)
+    """The logits of `TOKENS` under the model that was read, before there is a bridge over it."""
 
     def from_pretrained(self, source: str, **options: Any) -> Any:
         model, report = self.auto.from_pretrained(
@@ -266,6 +269,9 @@ class _Weights:
                 f"a checkpoint must hold all weights of its architecture, got {source!r} without {', '.join(missing[:3])}"
                 f"{' and others' * (len(missing) > 3)}, and random ones would take their place; export the whole model"
             )
+        model.eval()
+        with torch.inference_mode():
+            self.said.append(model(TOKENS.to(model.device)).logits.float().cpu())
         return model
 
 
@@ -274,34 +280,48 @@ def _bridge(source: str, *, local: bool, **options: Any) -> TransformerBridge:
     reading = {"local_files_only": local, "trust_remote_code": False}
     auto = _auto_class(AutoConfig.from_pretrained(source, **reading))
     tokenizer = AutoTokenizer.from_pretrained(source, **reading)
+    weights = _Weights(auto)
     with warnings.catch_warnings(), _without_processors():
         warnings.simplefilter("ignore")  # the bridge and its dependencies warn of their own deprecations
         bridge = TransformerBridge.boot_transformers(
-            source, model_class=_Weights(auto), tokenizer=copy.deepcopy(tokenizer), **options
+            source, model_class=weights, tokenizer=copy.deepcopy(tokenizer), **options
         )
     # The bridge adds special tokens that a tokenizer lacks, with ids that the model may not have; assigning to
     # `bridge.tokenizer` would add them again.
     bridge._tokenizer = tokenizer
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
-    _check_causal(bridge.eval())
+    _check_bridge(bridge.eval(), weights.said)
     return bridge
 
 
-def _check_causal(bridge: TransformerBridge) -> None:
-    """Run two texts that part at their last token: what the model says before it must not differ.
+TOKENS = torch.tensor([[0, 0, 0], [0, 0, 1]])
+"""Two texts that part at their last token."""
+
+
+def _check_bridge(bridge: TransformerBridge, said: Sequence[Tensor]) -> None:
+    """Run the bridge on `TOKENS`: it must say what the model below it says, and before the last token the same twice.
+
+    Args:
+        said: What the model says, where that is known.
 
     Raises:
-        ModelError: if a token sees the ones after it.
+        ModelError: if the bridge changes the model, or a token sees the ones after it.
     """
-    tokens = torch.tensor([[0, 0, 0], [0, 0, 1]], device=model_device(bridge))
     try:
         with torch.inference_mode():
-            first, second = bridge(tokens, return_type="logits").float()
+            first, second = bridge(TOKENS.to(model_device(bridge)), return_type="logits").float().cpu()
     except Exception as error:
         raise RuntimeError(
             f"{bridge.cfg.architecture} is bridged by TransformerLens, and does not run: {error}"
         ) from error
+    for raw in said:
+        # Rounding is far below that in every dtype, another model far above.
+        if (torch.stack([first, second]) - raw).norm() > 0.1 * raw.norm():
+            raise ModelError(
+                f"a bridge must say what its model says, and for {bridge.cfg.architecture} TransformerLens "
+                f"{importlib.metadata.version('transformer-lens')}'s does not; use another version of TransformerLens"
+            )
     seen = (first - second).abs().amax(-1)
     if seen[:2].max() > 0.1 * seen[2]:  # rounding is far below that in every dtype, attention to what follows far above
         raise ModelError(

@@ -525,7 +525,7 @@ def test_a_model_whose_tokens_see_the_ones_after_them_is_refused(tmp_path: Path)
     folder = save_animal("bert", tmp_path / "bert")
     bridge = TransformerBridge.boot_transformers(str(folder), tokenizer=AutoTokenizer.from_pretrained(folder))
     with pytest.raises(ModelError, match="must not see the ones after them, got BertForMaskedLM, where they do"):
-        model_module._check_causal(bridge.eval())
+        model_module._check_bridge(bridge.eval(), [])
 
 
 # --- vocabularies --------------------------------------------------------------------------------------------------
@@ -603,3 +603,19 @@ def test_a_digest_changes_with_a_saved_buffer(tmp_path: Path) -> None:
     }.values()
     bias += 1.0
     assert model_digest(model) != before
+
+
+def test_a_bridge_that_says_something_else_than_its_model_is_refused(
+    tiny: Subject, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = TransformerBridge.boot_transformers
+
+    def wrong(*args: Any, **options: Any) -> Any:
+        bridge = real(*args, **options)
+        with torch.no_grad():
+            bridge.original_model.get_output_embeddings().weight.mul_(-1.0)
+        return bridge
+
+    monkeypatch.setattr(TransformerBridge, "boot_transformers", wrong)
+    with pytest.raises(ModelError, match="a bridge must say what its model says"):
+        load_model(tiny.folder, progress=False)
