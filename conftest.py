@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 
 import steerlens as sl
+from steerlens.checks import registry
 
 LOWERCASE = "change_case:english_lowercase"
 
@@ -48,10 +49,15 @@ NAMES = ("sl", "model", "pairs", "train", "valid", "test", "acts", "vector", "sc
 
 @pytest.fixture(autouse=True)
 def names_of_examples(
-    request: pytest.FixtureRequest, doctest_namespace: dict[str, Any], tmp_path_factory: pytest.TempPathFactory
+    request: pytest.FixtureRequest,
+    doctest_namespace: dict[str, Any],
+    tmp_path_factory: pytest.TempPathFactory,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     if not isinstance(request.node, pytest.DoctestItem):
         return
+    # What an example registers is gone after it: other tests count the checks.
+    monkeypatch.setattr(registry, "_REGISTERED", dict(registry._REGISTERED))
     source = " ".join(example.source for example in request.node.dtest.examples)
     doctest_namespace.clear()
     doctest_namespace.update({name: built(name) for name in NAMES if re.search(rf"\b{name}\b", source)})

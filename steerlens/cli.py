@@ -144,7 +144,7 @@ def generate(
     """Answer prompts, steered by a saved vector or not.
 
     For example:
-      steerlens generate --prompt "Tell me about the fox." --vector lowercase.safetensors --layer 4
+      steerlens generate --prompt "Tell me about the fox." --vector lowercase.safetensors --layer 4 --positions prompt
 
     Args:
         prompt: One prompt or more.
@@ -155,6 +155,10 @@ def generate(
     from steerlens.steering.plan import Plan
     from steerlens.steering.sampling import generate as sample
 
+    if vector is None and layer is not None:
+        raise SteerlensError(
+            f"--layer {layer} needs --vector, a file made by `steerlens fit`; without it nothing is steered"
+        )
     loaded = _load(model)
     plan = Plan() if vector is None else _plan(loaded, vector, layer, step)
     for row in sample(
@@ -184,7 +188,7 @@ def evaluate(
     """The four cells and the control for one saved vector at one layer.
 
     For example:
-      steerlens evaluate --vector lowercase.safetensors --layer 4 --n-test 8
+      steerlens evaluate --vector lowercase.safetensors --layer 4 --positions prompt --n-test 8
 
     Args:
         vector: A vector file, of `steerlens fit` or from the folder of a run or sweep.

@@ -95,18 +95,28 @@ def writable_folder(path: str | Path) -> Path:
     return folder
 
 
-def start_folder(folder: Path, identity: str, settings: Mapping[str, Any], results: Iterable[str]) -> None:
+def start_folder(folder: Path, kind: str, identity: str, settings: Mapping[str, Any], results: Iterable[str]) -> None:
     """Write a folder's settings (config.json) before its work begins.
 
     Results of another identity are removed, so that they are never read as those of these settings.
+
+    Args:
+        kind: "run", "sweep" or "evaluation"; their results share names, so a folder holds one of them.
+
+    Raises:
+        DataError: if the folder holds another kind.
     """
     path = user_path(folder) / "config.json"
     # Results go first. A kill in between then leaves settings without results, not results under others' settings.
     before = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    if before.get("kind", kind) != kind:
+        raise DataError(
+            f"a folder holds one kind of results, and {str(folder)!r} holds a {before['kind']}; choose another for a {kind}"
+        )
     if before.get("identity") != identity:
         for name in results:
             path.with_name(name).unlink(missing_ok=True)
-    write_atomically(path, json.dumps({"identity": identity, **settings}, indent=2, default=str) + "\n")
+    write_atomically(path, json.dumps({"kind": kind, "identity": identity, **settings}, indent=2, default=str) + "\n")
 
 
 @contextmanager

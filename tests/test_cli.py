@@ -231,3 +231,9 @@ def test_a_sweep_keeps_its_responses_and_prints_what_it_chose(steerlens, tiny_fo
     refused = steerlens(*common, "--trials", 2)
     assert refused.returncode == 2
     assert "several trials need a temperature" in refused.stderr
+
+
+def test_a_layer_without_a_vector_is_refused_before_the_model_loads(steerlens):
+    done = steerlens("generate", "--prompt", "a", "--layer", 3, "--model", "nothing-of-this-name")
+    assert done.returncode == 2
+    assert "--layer 3 needs --vector" in done.stderr

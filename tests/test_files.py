@@ -20,6 +20,7 @@ from steerlens.files import (
     derived_seed,
     file_name,
     query_key,
+    start_folder,
     writable_folder,
     write_atomically,
 )
@@ -274,3 +275,13 @@ def test_the_tiny_models_are_asked_what_they_can_know_unless_told_otherwise(
 
 def test_the_tiny_models_are_those_of_the_package() -> None:
     assert list(TINY) == [name for name, model in NAMED_MODELS.items() if not model.hub_id]
+
+
+def test_a_folder_holds_one_kind_of_results(tmp_path):
+    start_folder(tmp_path, "sweep", "a", {}, ["table.csv"])
+    (tmp_path / "table.csv").write_text("kept")
+    with pytest.raises(DataError, match="holds a sweep; choose another for a run"):
+        start_folder(tmp_path, "run", "b", {}, ["table.csv"])
+    assert (tmp_path / "table.csv").read_text() == "kept"
+    start_folder(tmp_path, "sweep", "b", {}, ["table.csv"])
+    assert not (tmp_path / "table.csv").exists()

@@ -21,7 +21,7 @@ ROOMS = {
     "vectors": "formats vector activations estimators transfer",
     "study": "config quality responses scores judge calibration sweeps engines job",
 }
-ORDER = [f"{room}.{name}".lstrip(".") for room, names in ROOMS.items() for name in names.split()] + ["cli"]
+ORDER = [f"{room}.{name}".lstrip(".") for room, names in ROOMS.items() for name in names.split()] + ["cli", "__main__"]
 LOADS_NO_TORCH = [name for name in ORDER if name.startswith(("stats", "figures", "checks", "data")) or "." not in name]
 LOADS_NO_TORCH += ["steering.candidates", "steering.settings", "study.config", "study.judge"]
 

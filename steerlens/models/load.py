@@ -280,6 +280,11 @@ def _bridge(source: str, *, local: bool, **options: Any) -> TransformerBridge:
     reading = {"local_files_only": local, "trust_remote_code": False}
     auto = _auto_class(AutoConfig.from_pretrained(source, **reading))
     tokenizer = AutoTokenizer.from_pretrained(source, **reading)
+    if not tokenizer("hello")["input_ids"]:
+        # transformers makes an empty one where the files are missing.
+        raise ModelError(
+            f"a model folder must hold its tokenizer, got {source!r} whose tokenizer knows no text; save it there, too"
+        )
     weights = _Weights(auto)
     with warnings.catch_warnings(), _without_processors():
         warnings.simplefilter("ignore")  # the bridge and its dependencies warn of their own deprecations

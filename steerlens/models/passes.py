@@ -59,6 +59,10 @@ class Read:
     at: Literal["last", "all"] | Int[Tensor, "row n"] = "last"
     """Each row's last token, every column, or the tokens at these positions of each row."""
 
+    def __post_init__(self) -> None:
+        if isinstance(self.at, str) and self.at not in ("last", "all"):
+            raise SteerlensError(f'at must be "last", "all" or positions [row, n], got {self.at!r}')
+
     def __call__(self, activation: Tensor, rows: Rows) -> Tensor:
         if isinstance(self.at, str):
             found = activation if self.at == "all" else activation[torch.arange(len(activation)), rows.last]
@@ -164,6 +168,8 @@ class Runner:
     ) -> PassResult:
         """One pass; see `run_pass`."""
         rows = rows.to(model_device(self.model))
+        if logits not in ("last", "all"):
+            raise SteerlensError(f'logits must be "last" or "all", got {logits!r}')
         asked = [read.site for read in reads]
         if unknown := {*asked, *(edit.site for edit in edits)} - {*self.sites}:
             raise SteerlensError(
@@ -200,6 +206,11 @@ class Runner:
             edits = self._edits[site]
             for edit in edits:
                 activation = edit(activation, rows)
+                if not isinstance(activation, Tensor):
+                    raise SteerlensError(
+                        f"an edit must return the activation after it, and that at {site} returned {activation!r:.40}; "
+                        "does it lack a return?"
+                    )
             if site in self._reads:
                 self._found[site] = self._reads[site](activation, rows)
             return activation if edits else None  # None leaves a hook point's output alone

@@ -36,19 +36,21 @@ class SamplingConfig:
         for name, number in (("max_new_tokens", whole), ("top_k", whole), ("temperature", real), ("top_p", real)):
             if getattr(self, name) is not None:
                 object.__setattr__(self, name, number(getattr(self, name), name))
-        rules = {
-            "max_new_tokens must be at least 1": self.max_new_tokens >= 1,
-            "temperature must be 0 (greedy) or above": self.temperature >= 0,
-            "top_k must be at least 1, or None": self.top_k is None or self.top_k >= 1,
-            "top_p must be in (0, 1]": 0 < self.top_p <= 1,
-            "a stop text must be a text, and not empty": all(isinstance(stop, str) and stop for stop in self.stop),
-            "a stop id must be a whole number from 0 on": all(
-                type(stop) is int and stop >= 0 for stop in self.stop_ids
+        rules = [
+            ("max_new_tokens", "must be at least 1", self.max_new_tokens >= 1),
+            ("temperature", "must be 0 (greedy) or above", self.temperature >= 0),
+            ("top_k", "must be at least 1, or None", self.top_k is None or self.top_k >= 1),
+            ("top_p", "must be in (0, 1]", 0 < self.top_p <= 1),
+            ("stop", "must be texts that are not empty", all(isinstance(one, str) and one for one in self.stop)),
+            (
+                "stop_ids",
+                "must be whole numbers from 0 on",
+                all(type(one) is int and one >= 0 for one in self.stop_ids),
             ),
-        }
-        for rule, holds in rules.items():
+        ]
+        for name, rule, holds in rules:
             if not holds:
-                raise SteerlensError(f"{rule}, got {self}")
+                raise SteerlensError(f"{name} {rule}, got {getattr(self, name)!r}")
 
     @property
     def greedy(self) -> bool:

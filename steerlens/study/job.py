@@ -112,7 +112,7 @@ def run(
     quality = Quality(True, config.quality_model, config.kl, config.reward_model)
     quality.load()
     identity = run_identity(config, model, quality, train, valid, test)
-    start_folder(folder, identity, {"config": asdict(config), "versions": library_versions()}, RESULTS)
+    start_folder(folder, "run", identity, {"config": asdict(config), "versions": library_versions()}, RESULTS)
     vectors = vectors_in(folder, config, model, train, valid, progress=progress)
     with Journal(folder / "generations.jsonl") as journal, engine_for(config) as engine:
 

@@ -118,8 +118,13 @@ class Evaluation:
         """Read what `save`, `evaluate(out=...)` or a run left in a folder.
 
         Raises:
-            DataError: if the folder holds no scores.
+            DataError: if the folder holds no scores, or those of a sweep.
         """
+        table = user_path(folder) / "table.csv"
+        if table.is_file() and "gate" in pd.read_csv(table, nrows=0):
+            raise DataError(
+                f"an evaluation must be read from its folder, got that of a sweep, {str(folder)!r}; use Sweep.load"
+            )
         return cls(read_scores(folder))
 
     def _repr_html_(self) -> str:
@@ -179,7 +184,16 @@ def evaluate(
     with sampler_in(out, model, **settings) as sampler:
         if out is not None:
             start_results(
-                out, sampler, requests, pairs, quality, RESULTS, conditions=list(conditions), trials=trials, seed=seed
+                out,
+                "evaluation",
+                sampler,
+                requests,
+                pairs,
+                quality,
+                RESULTS,
+                conditions=list(conditions),
+                trials=trials,
+                seed=seed,
             )
         found = Evaluation(score(sampler, requests, quality=quality))
     if out is not None:
@@ -189,6 +203,7 @@ def evaluate(
 
 def start_results(
     folder: str | Path,
+    kind: str,
     sampler: Sampler,
     requests: Sequence[Request],
     pairs: PairSet,
@@ -199,6 +214,7 @@ def start_results(
     """Say in a folder's config.json what is asked for, and remove its results if they are of anything else.
 
     Args:
+        kind: "sweep" or "evaluation".
         results: Names of the files that are made in the end.
         asked: What else the results depend on.
     """
@@ -213,7 +229,7 @@ def start_results(
     }
     keys = [sampler.key(request) for request in requests]
     identity = content_key([keys, {**settings, "quality": quality.content()}, pairs.content_hash])
-    start_folder(Path(folder), identity, settings, results)
+    start_folder(Path(folder), kind, identity, settings, results)
 
 
 def require_checks(requests: Sequence[Request]) -> None:

@@ -306,7 +306,7 @@ def sweep(
         if out is not None:
             names = [str(one) for one in dict.fromkeys(tried)]
             asked = {"condition": condition, "gate": gate, "trials": trials, "seed": seed, "candidates": names}
-            start_results(out, sampler, requests, pairs, measured, RESULTS, **asked)
+            start_results(out, "sweep", sampler, requests, pairs, measured, RESULTS, **asked)
         scores = score(sampler, requests, quality=measured)
     # A row's candidate is set here, because a step of coefficient 0 is still a candidate of its own.
     places = pd.DataFrame([asdict(candidate) for candidate in tried])

@@ -619,3 +619,10 @@ def test_a_bridge_that_says_something_else_than_its_model_is_refused(
     monkeypatch.setattr(TransformerBridge, "boot_transformers", wrong)
     with pytest.raises(ModelError, match="a bridge must say what its model says"):
         load_model(tiny.folder, progress=False)
+
+
+def test_a_folder_without_a_tokenizer_is_refused(gpt2: Subject, tmp_path: Path) -> None:
+    for name in ("config.json", "model.safetensors"):
+        shutil.copy(gpt2.folder / name, tmp_path)
+    with pytest.raises(ModelError, match="tokenizer"):
+        load_model(tmp_path, progress=False)

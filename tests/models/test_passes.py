@@ -18,6 +18,7 @@ from steerlens.vectors.activations import record_activations
 from tests.conftest import Subject, hooks_on
 from tests.reference.plain_capture import last_residuals
 from tests.steps import as_plan, step
+from tests.unchecked import unchecked
 
 PROMPTS = ["Describe rain.", "a", "Why is the sky blue?"]
 SITE = resid_post(2)
@@ -311,3 +312,32 @@ def test_an_edit_whose_hook_point_does_not_fire_is_an_error(llama: Subject) -> N
 
     with pytest.raises(ModelError, match=r"the hook point blocks\.1\.attn\.hook_hidden_states of .* did not fire"):
         run_pass(llama.model, pad([[5, 6]]), edits=[Idle()])
+
+
+@pytest.mark.parametrize("where", ["first", "Last", ""])
+def test_reading_at_an_unknown_place_is_refused(where: Any) -> None:
+    with pytest.raises(SteerlensError, match=r'at must be "last", "all" or positions \[row, n\], got'):
+        unchecked(Read)(SITE, where)
+
+
+def test_unknown_columns_of_logits_are_refused(tiny: Subject) -> None:
+    with (
+        Runner(tiny.model, []) as runner,
+        pytest.raises(SteerlensError, match='logits must be "last" or "all", got \'al\''),
+    ):
+        unchecked(Runner.run)(runner, pad([[5]]), logits="al")
+
+
+def test_an_edit_without_a_return_is_refused(tiny: Subject) -> None:
+    class Silent:
+        site, digest = SITE, ""
+
+        def __call__(self, activation: Tensor, rows: Rows) -> Any:
+            activation * 2.0
+
+        def select(self, keep: Tensor) -> "Silent":
+            return self
+
+    with pytest.raises(SteerlensError, match="returned None; does it lack a return"):
+        run_pass(tiny.model, pad([[5]]), edits=[Silent()])
+    assert hooks_on(tiny.model) == []

@@ -636,8 +636,8 @@ def test_a_list_of_another_length_than_the_prompts_is_refused(llama: Subject, na
         ({"top_k": 0}, "top_k must be at least 1"),
         ({"top_p": 0.0}, r"top_p must be in \(0, 1\]"),
         ({"top_p": 1.1}, r"top_p must be in \(0, 1\]"),
-        ({"stop": ("",)}, "a stop text must be a text, and not empty"),
-        ({"stop_ids": (-1,)}, "a stop id must be a whole number"),
+        ({"stop": ("",)}, r"stop must be texts that are not empty, got \('',\)"),
+        ({"stop_ids": (-1,)}, r"stop_ids must be whole numbers from 0 on, got \(-1,\)"),
     ],
     ids=str,
 )

@@ -16,6 +16,7 @@ from steerlens.steering.sampling import generate
 from steerlens.study import responses
 from steerlens.study.quality import Quality
 from steerlens.study.responses import Sampler
+from steerlens.study.scores import Evaluation
 from steerlens.study.sweeps import Best, Sweep, candidate_layers, choose, sweep
 from steerlens.vectors.vector import SteeringVector
 from tests.unchecked import unchecked
@@ -386,6 +387,8 @@ def test_a_sweep_is_a_sequence_of_candidates_that_a_vector_takes(llama, vector, 
 def test_a_sweep_loads_from_its_folder_with_its_gate(llama, vector, pairs, tmp_path):
     options = {"layers": [1, 3], "max_new_tokens": 4, "gate": "no_low_perplexity", "out": tmp_path}
     found = sweep(llama.model, vector, pairs, **options)
+    with pytest.raises(DataError, match=r"got that of a sweep, .*; use Sweep\.load"):
+        Evaluation.load(tmp_path)
     read = Sweep.load(tmp_path)
     assert read.gate == "no_low_perplexity"
     pd.testing.assert_frame_equal(read.scores, found.scores, atol=1e-9)
