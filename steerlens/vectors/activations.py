@@ -340,22 +340,32 @@ class _Trunk:
         self.cache = None if self.rows is None else run_pass(model, self.rows, keep_cache=True).cache
 
     def agrees(self, pairs: Sequence[Sides]) -> bool:
-        """Whether these pairs come out as they do whole, tried on those with the most padding, where the batch has a gap at all.
+        """Whether these pairs come out as they do whole, tried on those with the most padding.
 
         A gap is nothing to a model, or it is something once columns outgrow a window. So what came out right is right in every
-        batch that is not wider.
+        batch that is not wider, and in one without a gap.
         """
         stems = [common_prefix(pair) for pair in pairs]
         tails = [max(map(len, pair)) - stem for pair, stem in zip(pairs, stems, strict=True)]
         shortest = [min(map(len, pair)) for pair in pairs]
         # All pairs share the trunk, so the longest stem and the longest tail make the width.
         width = max(stems) + max(tails)
-        if width <= self.checked or min(shortest) == width:
+        if self.checked and (width <= self.checked or min(shortest) == width):
             return True
+        if width > int(
+            self.model.cfg.n_ctx
+        ):  # gaps count as columns, and a model may have no more columns than its context
+            return False
         widest = {stems.index(max(stems)), tails.index(max(tails)), shortest.index(min(shortest))}
         chosen = [pairs[index] for index in sorted(widest | {stems.index(min(stems)), tails.index(min(tails))})]
         able = abilities(self.model, max(len(side) for pair in chosen for side in pair))
-        whole, shared = whole_last_resid(self.model, self.sites, chosen, able), self.last_resid(chosen)
+        whole = whole_last_resid(self.model, self.sites, chosen, able)
+        try:
+            shared = self.last_resid(chosen)
+        except (torch.OutOfMemoryError, MemoryError):
+            raise
+        except Exception:  # an architecture may take single tokens after its cache, and no more
+            return False
         self.checked = width
         return bool(((shared - whole).norm(dim=-1) <= tolerance(self.model) * whole.norm(dim=-1)).all())
 

@@ -14,6 +14,7 @@ from steerlens.data.load import load_pairs
 from steerlens.data.pairs import InstructionPair, PairSet
 from steerlens.data.splits import query_ids
 from steerlens.errors import DataError, SteerlensError
+from steerlens.models.backends import BridgeBackend
 from steerlens.models.facts import stop_ids
 from steerlens.models.load import load_model
 from steerlens.models.passes import Read, run_pass
@@ -423,6 +424,33 @@ def test_a_later_batch_that_is_wider_than_the_first_is_checked_too(tmp_path: Pat
         for share in (True, False)
     ]
     torch.testing.assert_close(*found, rtol=1e-4, atol=1e-4)
+
+
+def test_gaps_that_would_outgrow_the_context_are_not_made(tmp_path: Path) -> None:
+    """GPT-Neo has a mask of as many columns as its context."""
+    model = load_model(save_animal("gpt-neo", tmp_path, max_position_embeddings=64, window_size=60), progress=False)
+    plain = PromptFormat(style="plain")
+    pairs = PairSet(
+        InstructionPair(letter * stem, "i", "a:b", prompt=letter * stem + "i" * tail)
+        for letter, (stem, tail) in zip("ab", [(50, 2), (1, 50)], strict=True)
+    )
+    found = [
+        record_activations(model, pairs, prompt_format=plain, share_prefixes=share).resid for share in (True, False)
+    ]
+    torch.testing.assert_close(*found, rtol=1e-4, atol=1e-4)
+
+
+def test_a_cache_that_takes_no_more_than_single_tokens_is_not_shared(tiny: Subject, monkeypatch: Any) -> None:
+    expected = record_activations(tiny.model, PAIRS, share_prefixes=False).resid
+    real = BridgeBackend.forward
+
+    def single(self: BridgeBackend, rows: Any, cache: Any, **options: Any) -> Any:
+        if cache is not None and rows.tokens.shape[1] > 1:
+            raise NotImplementedError
+        return real(self, rows, cache, **options)
+
+    monkeypatch.setattr(BridgeBackend, "forward", single)
+    torch.testing.assert_close(record_activations(tiny.model, PAIRS).resid, expected, rtol=1e-4, atol=1e-4)
 
 
 def test_no_layers_are_refused(llama: Subject) -> None:
