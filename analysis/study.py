@@ -211,7 +211,9 @@ def conduct(
 ) -> Frames:
     """Measure, save the tables as CSV, and draw the figures from what was saved."""
     if not settings.redraw:
-        start_folder(writable_folder(settings.out), *described(settings), [f"{name}.csv" for name in names])
+        start_folder(
+            writable_folder(settings.out), "measurement", *described(settings), [f"{name}.csv" for name in names]
+        )
         try:
             measured = measure(settings)
         except SteerlensError as error:  # its message is all that a user of a script needs

@@ -101,7 +101,7 @@ def start_folder(folder: Path, kind: str, identity: str, settings: Mapping[str, 
     Results of another identity are removed, so that they are never read as those of these settings.
 
     Args:
-        kind: "run", "sweep" or "evaluation"; their results share names, so a folder holds one of them.
+        kind: "run", "sweep", "evaluation" or a script's "measurement"; results share names, so a folder holds one kind.
 
     Raises:
         DataError: if the folder holds another kind.
