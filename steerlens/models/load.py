@@ -9,6 +9,7 @@ cache, the installed wheel (dequantised once), the hub.
 """
 
 import copy
+import importlib
 import importlib.metadata
 import importlib.util
 import json
@@ -26,7 +27,6 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
-import transformers
 from platformdirs import user_cache_dir
 from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
@@ -339,12 +339,15 @@ def _check_bridge(bridge: TransformerBridge, said: Sequence[Tensor]) -> None:
 def _without_processors() -> Iterator[None]:
     """Keep the bridge from loading what reads images: nobody here needs it, and where torchvision is missing it runs pip."""
     with _LOADING:
-        real = transformers.AutoProcessor  # every version of TransformerLens looks it up there when it is wanted
-        transformers.AutoProcessor = SimpleNamespace(from_pretrained=lambda *_, **__: None)
+        # Every version of TransformerLens looks it up there when it is wanted; with 3.9 another module of the name may stand
+        # there than when this one was imported.
+        transformers = importlib.import_module("transformers")
+        real = transformers.AutoProcessor
+        transformers.AutoProcessor = SimpleNamespace(from_pretrained=lambda *_, **__: None)  # type: ignore[attr-defined]
         try:
             yield
         finally:
-            transformers.AutoProcessor = real
+            transformers.AutoProcessor = real  # type: ignore[attr-defined]
 
 
 _LOADING = threading.RLock()
