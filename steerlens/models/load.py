@@ -23,7 +23,6 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -338,16 +337,16 @@ def _check_bridge(bridge: TransformerBridge, said: Sequence[Tensor]) -> None:
 @contextmanager
 def _without_processors() -> Iterator[None]:
     """Keep the bridge from loading what reads images: nobody here needs it, and where torchvision is missing it runs pip."""
+    from transformers import AutoProcessor
+
+    # The class itself: the module "transformers" may be replaced by another of that name while its parts are imported.
     with _LOADING:
-        # Every version of TransformerLens looks it up there when it is wanted; with 3.9 another module of the name may stand
-        # there than when this one was imported.
-        transformers = importlib.import_module("transformers")
-        real = transformers.AutoProcessor
-        transformers.AutoProcessor = SimpleNamespace(from_pretrained=lambda *_, **__: None)  # type: ignore[attr-defined]
+        real = AutoProcessor.__dict__["from_pretrained"]
+        AutoProcessor.from_pretrained = classmethod(lambda *_, **__: None)
         try:
             yield
         finally:
-            transformers.AutoProcessor = real  # type: ignore[attr-defined]
+            AutoProcessor.from_pretrained = real
 
 
 _LOADING = threading.RLock()
