@@ -171,7 +171,8 @@ class Runner:
         if logits not in ("last", "all"):
             raise SteerlensError(f'logits must be "last" or "all", got {logits!r}')
         asked = [read.site for read in reads]
-        if unknown := {*asked, *(edit.site for edit in edits)} - {*self.sites}:
+        wanted = {*asked, *(edit.site for edit in edits)}
+        if unknown := wanted - {*self.sites}:
             raise SteerlensError(
                 f"a runner must be made with the sites of its edits and reads, got {sorted(unknown)} besides {self.sites}"
             )
@@ -188,7 +189,7 @@ class Runner:
                 )
         finally:
             self._rows = None
-        if silent := sorted({*asked, *(edit.site for edit in edits)} - self._fired):
+        if silent := sorted(wanted - self._fired):
             raise ModelError(f"the hook point {silent[0]} of {model_id(self.model)} did not fire; choose another site")
         check_finite(self.model, out, rows)
         return PassResult(out, self._found, cache if keep_cache else None)

@@ -142,14 +142,13 @@ def generate(
         >>> generate(model, ["What colour is snow?"], steering=vector.at(4), max_new_tokens=8)[0].finish_reason
         'length'
     """
-    prompts = text_list(prompts)
     sampling = sampling_with(sampling, settings)
     job = _Job(model, prompts, steering, sampling, seed, batch_size, prompt_format)
     finished: list[Generation] = []
     with Progress(len(job.rows), sampling.max_new_tokens, disable=not progress) as bar, job.runner:
         while job.left:
             finished += job.advance(bar)
-    return Generations(sorted(finished, key=lambda generation: generation.index), prompts)
+    return Generations(sorted(finished, key=lambda generation: generation.index), job.prompts)
 
 
 def stream(
@@ -274,17 +273,18 @@ class _Job:
         batch_size: int,
         prompt_format: PromptFormat,
     ) -> None:
-        prompts = text_list(prompts)
-        plans = [as_plan(one) for one in per_row(Plan() if steering is None else steering, len(prompts), "steering")]
-        seeds = [whole(one, "seed") for one in per_row(plain(seed), len(prompts), "seed")]
+        self.prompts = text_list(prompts)
+        n_rows = len(self.prompts)
+        plans = [as_plan(one) for one in per_row(Plan() if steering is None else steering, n_rows, "steering")]
+        seeds = [whole(one, "seed") for one in per_row(plain(seed), n_rows, "seed")]
         for value in seeds:
             if not 0 <= value < 2**63:
                 raise SteerlensError(f"seed must be in [0, 2**63), got {value}")
         for plan in {id(plan): plan for plan in plans}.values():
             check_plan(model, plan)
         check_stop_ids(model, sampling.stop_ids)
-        encoded = encode_all(model, prompts, prompt_format, room=sampling.max_new_tokens)
-        self.model, self.sampling = model, sampling
+        encoded = encode_all(model, self.prompts, prompt_format, room=sampling.max_new_tokens)
+        self.model, self.sampling, self.stops = model, sampling, stop_ids(model)
         # A vocabulary may be padded beyond its tokenizer, and what is no token is no text.
         self.forbidden = torch.tensor(forbidden_ids(model), dtype=torch.long, device=model_device(model))
         self.rows = [_Row(i, ids, plans[i], seeds[i], sampling) for i, ids in enumerate(encoded)]
@@ -305,7 +305,7 @@ class _Job:
         """Decode, inside the runner's block, until at least one row stops; those rows leave their batch."""
         if self.batch is None:
             kind = _CachedBatch if self.able and self.able.cache else _WholeBatch
-            self.batch = kind(self.runner, self.waiting.pop(), self.sampling, self.forbidden)
+            self.batch = kind(self, self.waiting.pop())
         finished: list[Generation] = []
         while not finished:
             bar.step(len(self.batch.rows))
@@ -320,10 +320,8 @@ class _Job:
 class _Batch:
     """Rows that are decoded together."""
 
-    def __init__(self, runner: Runner, rows: list[_Row], sampling: SamplingConfig, forbidden: Tensor) -> None:
-        self.forbidden = forbidden
-        self.runner, self.model, self.rows, self.sampling = runner, runner.model, rows, sampling
-        self.stops = stop_ids(self.model)
+    def __init__(self, job: _Job, rows: list[_Row]) -> None:
+        self.job, self.runner, self.model, self.rows = job, job.runner, job.model, rows
         self.edits: Sequence[Edit] = self.edits_of(rows)
 
     def edits_of(self, rows: Sequence[_Row]) -> Sequence[Edit]:
@@ -334,13 +332,13 @@ class _Batch:
     def step(self) -> list[Generation]:
         """One token more for every row; rows that stop leave the batch."""
         logits = self.logits()
-        if len(self.forbidden):
-            logits = logits.index_fill(-1, self.forbidden, float("-inf"))
-        chosen = choose(logits, self.sampling, _draws(self.rows, logits.device)).tolist()
+        if len(self.job.forbidden):
+            logits = logits.index_fill(-1, self.job.forbidden, float("-inf"))
+        chosen = choose(logits, self.job.sampling, _draws(self.rows, logits.device)).tolist()
         outcomes = []
         for row, token in zip(self.rows, chosen, strict=True):
             row.tokens.append(token)
-            outcomes.append(row.finished(self.model.tokenizer, self.sampling, self.stops))
+            outcomes.append(row.finished(self.model.tokenizer, self.job.sampling, self.job.stops))
         stay = [place for place, outcome in enumerate(outcomes) if outcome is None]
         if len(stay) < len(self.rows):
             self.rows = [self.rows[place] for place in stay]
@@ -375,8 +373,8 @@ class _WholeBatch(_Batch):
 class _CachedBatch(_Batch):
     """Rows padded on the left; after their prompts, one token a step, with a key-value cache."""
 
-    def __init__(self, runner: Runner, rows: list[_Row], sampling: SamplingConfig, forbidden: Tensor) -> None:
-        super().__init__(runner, rows, sampling, forbidden)
+    def __init__(self, job: _Job, rows: list[_Row]) -> None:
+        super().__init__(job, rows)
         self.cache: Cache | None = None
         self.fed = pad([row.prompt for row in rows], pad_id=pad_id(self.model)).to(model_device(self.model))
         stems = _stems(rows)

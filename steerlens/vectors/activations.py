@@ -296,7 +296,7 @@ def iter_activations(
     # A pair is two rows, so where rows must be alone, so must pairs, and their sides are run one after the other.
     batches = able.batches([len(row) for row in with_], batch_size)
     with tqdm(total=len(pairs), desc="record", unit="pair", disable=not progress) as bar:
-        trunk = _Trunk(model, sites, without + with_) if share_prefixes and able.cache else None
+        trunk = _Trunk(model, sites, without + with_, able) if share_prefixes and able.cache else None
         for indices in batches:
             batch = [(without[index], with_[index]) for index in indices]
             if trunk is not None and not trunk.agrees(batch):
@@ -331,8 +331,8 @@ class _Trunk:
     an attention chunk), a gap is not nothing: `agrees` finds that out on the pairs with the widest gaps.
     """
 
-    def __init__(self, model: Any, sites: Sequence[str], prompts: Sequence[list[int]]) -> None:
-        self.model, self.sites, self.pad_id = model, sites, pad_id(model)
+    def __init__(self, model: Any, sites: Sequence[str], prompts: Sequence[list[int]], able: Abilities) -> None:
+        self.model, self.sites, self.able, self.pad_id = model, sites, able, pad_id(model)
         self.checked = 0
         """Columns of the widest batch that came out right."""
         prefix = prompts[0][: common_prefix(prompts)]
@@ -358,8 +358,7 @@ class _Trunk:
             return False
         widest = {stems.index(max(stems)), tails.index(max(tails)), shortest.index(min(shortest))}
         chosen = [pairs[index] for index in sorted(widest | {stems.index(min(stems)), tails.index(min(tails))})]
-        able = abilities(self.model, max(len(side) for pair in chosen for side in pair))
-        whole = whole_last_resid(self.model, self.sites, chosen, able)
+        whole = whole_last_resid(self.model, self.sites, chosen, self.able)
         try:
             shared = self.last_resid(chosen)
         except (torch.OutOfMemoryError, MemoryError):
