@@ -36,13 +36,13 @@ from steerlens.study.sweeps import Best
 from steerlens.vectors.estimators import fit_vectors
 from steerlens.vectors.vector import SteeringVector
 
-VALIDATION_WORDS = ("simple", "teacher", "music", "question")
+VALIDATION_WORDS = ("simple", "school", "music", "question")
 
 
 @dataclass(frozen=True)
 class Settings(Study):
     out: Path = Path("runs/analysis/keywords")
-    words: tuple[str, ...] = ("dream", "science", "garden", "number", "winter", "holiday", "river", "bread")
+    words: tuple[str, ...] = ("dream", "science", "garden", "number", "winter", "holiday", "river", "honey")
     """Words to ask for, where there are no data files."""
     exclude_data: Path | None = None
     """Test prompts that exclude a word."""

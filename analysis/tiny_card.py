@@ -8,15 +8,18 @@ For every instruction of the tiny world, by steerlens itself and IFEval's checks
     2. search layer, operator and positions on other training prompts (8 per candidate);
     3. answer held-out prompts (24: entities, questions and phrasings that no training had) in the four cells and the control.
 
-So nothing is chosen on what is reported. Closing phrases and section marks come from short lists in training and test, as in
-IFEval's own prompts; how often the text brings about ones that no training had is told apart. An answer is *on topic* if it
-names its entity and states one true fact of it. Prints the tables of `analysis/tiny_card.md`, writes `search.csv`, `unseen.csv`
-and `scores.jsonl`, and draws the first model's figures into `analysis/figures`. Answers are kept in `generations.jsonl`, so
-running it again goes on where it stopped.
+So nothing is chosen on what is reported. Closing phrases, section marks and words to include or to avoid are ones that no
+training asked for. An answer is *on topic* if it names its entity and states one true fact of it. Intervals are over questions:
+the answers to one question are not independent. Prints the tables of `analysis/tiny_card.md`, writes `search.csv` and
+`scores.jsonl`, and draws the first model's figures into `analysis/figures`. Answers are kept in `generations.jsonl`, so running
+it again goes on where it stopped.
 """
 
+import random
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -25,13 +28,15 @@ import plotly.graph_objects as go
 import tyro
 from draw import save
 from plotly.subplots import make_subplots
-from tiny_corpus import Example, examples, names_entity, true_facts, world
+from tiny_corpus import Example, examples, names_entity, phrasing, true_facts, world
 
 from steerlens.data.conditions import CONDITIONS
 from steerlens.data.pairs import InstructionPair, PairSet
 from steerlens.figures.theme import CONDITION_COLORS, percent
 from steerlens.files import Journal
 from steerlens.models.load import load_model
+from steerlens.stats.comparisons import compare_cells
+from steerlens.stats.rates import rate_table
 from steerlens.steering.candidates import Candidate, grid
 from steerlens.steering.plan import Plan
 from steerlens.study.quality import Quality
@@ -50,8 +55,8 @@ def candidates(vector: SteeringVector) -> list[Candidate]:
 
 
 SHOWN = tuple(CONDITION_COLORS)
-LISTED = ("end", "sections")
-"""Instructions whose arguments come from short lists."""
+ARGUMENTS = ("end", "sections", "include", "avoid")
+"""Instructions with a free argument, which no mean over different arguments can carry."""
 
 
 @dataclass(frozen=True)
@@ -71,11 +76,11 @@ class Settings:
     max_new_tokens: int = 160
 
 
-def pairs_of(split: str, name: str, seed: int, n: int, *, listed: bool = True) -> tuple[PairSet, dict[str, Example]]:
-    """n different pairs of one instruction, and the example behind each, by prompt id; `listed` as in `examples`."""
+def pairs_of(split: str, name: str, seed: int, n: int) -> tuple[PairSet, dict[str, Example]]:
+    """n different pairs of one instruction, and the example behind each, by prompt id."""
     found: dict[str, Example] = {}
     pairs: list[InstructionPair] = []
-    for example in examples(split, seed, 3 * n, plain=0.0, two=0.0, only=(name,), listed=listed):
+    for example in examples(split, seed, 3 * n, plain=0.0, two=0.0, only=(name,)):
         kwargs = tuple(dict(one) for one in example.kwargs)
         pair = InstructionPair(
             example.query, example.instruction_text, example.instruction_ids, kwargs, prompt=example.prompt
@@ -102,7 +107,8 @@ def answers(
         entities = [found[row.prompt_id].entity for row in scores.itertuples()]
         named = [names_entity(text, one) for text, one in zip(scores["response"], entities, strict=True)]
         facts = [bool(true_facts(text, one)) for text, one in zip(scores["response"], entities, strict=True)]
-        scores = scores.assign(names_entity=named, true_fact=facts)
+        close = [is_close(row.instruction, found[row.prompt_id].phrasings[0]) for row in scores.itertuples()]
+        scores = scores.assign(names_entity=named, true_fact=facts, close_phrasing=close)
         scores["on_topic"] = scores["names_entity"] & scores["true_fact"]
     return scores
 
@@ -121,7 +127,7 @@ def searched(
 
 
 def measure(model: Any, vectors: Mapping[str, SteeringVector], settings: Settings) -> tuple[pd.DataFrame, ...]:
-    """Search table and test scores of one model with the given vectors, and scores with closing phrases and marks unseen."""
+    """Search table and test scores of one model with the given vectors."""
     journal = Journal(settings.out / "generations.jsonl")
     with journal:
         sampler = Sampler(
@@ -137,32 +143,26 @@ def measure(model: Any, vectors: Mapping[str, SteeringVector], settings: Setting
             test, examples_ = pairs_of("heldout", name, 13, settings.n_test)
             requests[name] = requests_for(test, plans[name], conditions=CONDITIONS)
             found |= examples_
-        unseen = {
-            name: requests_for(
-                pairs_of("heldout", name, 13, settings.n_test, listed=False)[0], Plan(), conditions=["text"]
-            )
-            for name in LISTED
-        }
-        return table, answers(sampler, requests, found), answers(sampler, unseen)
+        return table, answers(sampler, requests, found)
 
 
 def main(settings: Settings) -> None:
     settings.out.mkdir(parents=True, exist_ok=True)
     names = settings.instructions or tuple(world().instructions)
-    searches, scores, unseen = [], [], []
+    searches, scores = [], []
     for name in settings.models:
         model = load_model(name, progress=False)
         frames = measure(model, fit(model, names, settings.n_train), settings)
-        for kept, frame in zip((searches, scores, unseen), frames, strict=True):
+        for kept, frame in zip((searches, scores), frames, strict=True):
             kept.append(frame.assign(model=Path(name).name))
     searched, frame = pd.concat(searches), pd.concat(scores)
     searched.to_csv(settings.out / "search.csv", index=False)
     frame.to_json(settings.out / "scores.jsonl", orient="records", lines=True)
     for text in (model_table(frame), *(instruction_table(frame, name) for name in frame["model"].unique())):
         print(text, end="\n\n", flush=True)
-    unseen_rates = pd.concat(unseen).groupby(["model", "instruction"], sort=False)["followed"].mean()
-    unseen_rates.to_csv(settings.out / "unseen.csv")
-    print(f"text with closing phrases and section marks that no training had:\n{unseen_rates}", flush=True)
+    for name, part in frame.groupby("model", sort=False):
+        compared = compare_cells(part).query("instruction == 'all'")
+        print(f"{name}\n{compared.drop(columns='instruction').to_string(index=False)}", flush=True)
     draw(settings.out, settings.figures, Path(settings.models[0]).name)
     if {"tiny-half", "tiny-plain"} <= set(frame["model"]):
         draw_twins(searched, frame, settings.figures)
@@ -241,15 +241,48 @@ def draw_twins(search: pd.DataFrame, scores: pd.DataFrame, figures: Path) -> Non
 
 
 def model_table(scores: pd.DataFrame) -> str:
-    """One line per model, in markdown: mean rates over the instructions, and how many pass a mark."""
-    header = "| model | none | random | vector | text | text+vector | text above 80 % | vector at least 60 % |"
-    lines = [header, "|---|---|---|---|---|---|---|---|"]
+    """A few lines per model, in markdown: rates over all prompts and over some, and on-topic shares
+    (without fixed answers, which state no fact, and Spanish ones, many of whose values have other forms there)."""
+    header = "| model | what | none | random | vector | text | text+vector |"
+    lines = [header, "|---|---|---|---|---|---|---|"]
     for name, part in scores.groupby("model", sort=False):
-        rates = part.pivot_table(index="instruction", columns="condition", values="followed")
-        means = " | ".join(percent(rates[condition].mean()) for condition in SHOWN)
-        marks = f"{(rates['text'] > 0.8).sum()} of {len(rates)} | {(rates['vector'] >= 0.6).sum()} of {len(rates)}"
-        lines.append(f"| {name} | {means} | {marks} |")
+        argued = part["instruction"].isin(ARGUMENTS)
+        topical = part[~part["instruction"].isin(("constrained", "spanish"))]
+        rows = {
+            "all instructions": part,
+            "without free arguments": part[~argued],
+            "with free arguments": part[argued],
+            "phrasings close to a training one": part[part["close_phrasing"]],
+            "phrasings two words away or more": part[~part["close_phrasing"]],
+            "on topic": topical.assign(followed=topical["on_topic"]),
+        }
+        for what, some in rows.items():
+            if len(some):
+                lines.append(f"| {name} | {what} | {' | '.join(intervals(some))} |")
     return "\n".join(lines)
+
+
+def is_close(name: str, heldout: str, n: int = 4000) -> bool:
+    """Whether one of n training phrasings of an instruction is at most one word away from a held-out one."""
+    return not one_word_less(heldout).isdisjoint(near_training(name, n))
+
+
+@cache
+def near_training(name: str, n: int) -> frozenset[tuple[str, ...]]:
+    rng, section = random.Random(name), world().instructions[name]
+    return frozenset().union(*(one_word_less(phrasing(section, "train", rng)) for _ in range(n)))
+
+
+def one_word_less(text: str) -> frozenset[tuple[str, ...]]:
+    """The words of a text, and all of them but one: two texts that share one of these differ in one word or none."""
+    words = tuple(re.findall(r"[\w{}]+", text.casefold()))
+    return frozenset({words, *(words[:i] + words[i + 1 :] for i in range(len(words)))})
+
+
+def intervals(scores: pd.DataFrame) -> list[str]:
+    """The rate of each condition with its interval over questions."""
+    table = rate_table(scores, ["condition"], clusters="query").set_index("condition").loc[list(SHOWN)]
+    return [f"{percent(r.rate)} [{100 * r.low:.0f}, {100 * r.high:.0f}]" for r in table.itertuples()]
 
 
 def instruction_table(scores: pd.DataFrame, model: str) -> str:

@@ -13,8 +13,9 @@ English texts in capitals for another language.)
 Held-out data. Entities, question phrasings and instruction phrasings (and some arguments, such as closing phrases and
 keywords) are split once, in the data files or by a hash of the name. `examples("train", ...)` uses training parts only and
 `examples("heldout", ...)` held-out parts only. A model that is asked about a held-out entity must still know its facts, so
-`plain_documents` tells the facts of all entities, in paragraphs and in answers to training questions: a held-out entity
-never stands beside an instruction during training, and a held-out phrasing is never seen at all.
+`plain_documents` tells the facts of all entities, in paragraphs and in answers to training questions: no question with an
+instruction is about a held-out entity during training (one may be a value there, as an orange is among the foods), and a held-out
+phrasing is never seen at all, in whatever case and with whatever marks.
 
 Facts about real things are true and coarse ("the fox lives in forests and fields"). What this does not show: knowledge of
 anything outside this world, or instructions other than these. The texts use about 2000
@@ -168,7 +169,7 @@ class World:
 @cache
 def world() -> World:
     """The world of `tiny_world/`, read once."""
-    special = {"spanish", "questions", "phrases", "instructions", "rewordings"}
+    special = {"spanish", "questions", "phrases", "instructions", "rewordings", "grammars"}
     files = sorted(path.stem for path in FOLDER.glob("*.txt") if path.stem not in special)
     by_file = {name: _category(f"{name}.txt") for name in files}
     words = {name: _dictionary(section) for name, section in read_sections("spanish.txt").items()}
@@ -362,7 +363,12 @@ def opened(sentence: Sentence, options: Sequence[str], rng: random.Random, wish:
 
 def avoided(text: str, wish: Wish) -> bool:
     """Whether the text holds the word that the wish forbids."""
-    return bool(wish.avoid) and re.search(rf"\b{wish.avoid}\b", strip(text), re.IGNORECASE) is not None
+    return bool(wish.avoid) and holds(strip(text), wish.avoid)
+
+
+def holds(text: str, word: str) -> bool:
+    """Whether the text holds the word or words, as such and in any case."""
+    return re.search(rf"\b{re.escape(word)}\b", text, re.IGNORECASE) is not None
 
 
 # ---------------------------------------------------------------- questions
@@ -578,39 +584,69 @@ def partners(name: str) -> tuple[str, ...]:
     return tuple(other for other in table if name in table[other] and other in table[name])
 
 
-def draw_arguments(
-    name: str, question: Question, rng: random.Random, split: Split, *, listed: bool = False
-) -> dict[str, Any]:
-    """Arguments of an instruction: from the data file's choices, or a word that suits the question.
-
-    `listed`: closing phrases and section marks come from the short lists of the training split, as in IFEval's own prompts;
-    otherwise they are random words most of the time, and held-out ones in the held-out split.
-    """
+def draw_arguments(name: str, question: Question, rng: random.Random, split: Split) -> dict[str, Any]:
+    """Arguments of an instruction: from the data file's choices, words that suit the question, or any words of the split."""
     settings = world().instructions[name].settings
     drawn: dict[str, Any] = {}
     for key in ("n", "splitter", "phrase", "marker"):
-        choices = (split == "heldout" and not listed and settings.get(f"== {key}")) or settings.get(f"= {key}")
+        choices = (split == "heldout" and settings.get(f"== {key}")) or settings.get(f"= {key}")
         if choices:
             drawn[key] = rng.choice([choice.strip() for choice in choices.split("|")])
     if "n" in drawn:
         drawn["n"] = int(drawn["n"])
-    if split == "train" and not listed and rng.random() < 0.6:  # so that arguments are copied, not known by heart
-        if "phrase" in drawn:
-            drawn["phrase"] = capital(" ".join(rng.sample(vocabulary(), rng.randint(2, 5)))) + rng.choice(".?!")
-        if "splitter" in drawn:
-            word = rng.choice([word for word in vocabulary() if len(word) < 9])
-            drawn["splitter"] = rng.choice((word.capitalize(), word.upper()))
-    entity = question.entities[0]
+    words = argument_words(split)
+    if "phrase" in drawn and rng.random() < FREE:
+        drawn["phrase"] = capital(" ".join(rng.sample(words, rng.randint(2, 6)))) + rng.choice(".?!")
+    if "splitter" in drawn and rng.random() < FREE:
+        word = rng.choice([word for word in words if len(word) < 9])
+        drawn["splitter"] = rng.choice((word.capitalize(), word.upper()))
     if name in ("include", "avoid"):
-        facts = [word for vs in entity.facts.values() for v in vs for word in v.split() if len(word) > 3]
-        taken = " ".join(e.name for e in question.entities).lower()
-        drawn["word"] = rng.choice([w for w in facts if w.isalpha() and w.islower() and w not in taken] or ["it"])
-    if name == "include" and (dice := rng.random()) < 0.5:
-        free = split == "train" and dice < 0.25
-        drawn["word"] = rng.choice(vocabulary() if free else tuple(keyword_frames(split)))
+        drawn["word"] = draw_word(name, question, rng, split)
     if name == "title":
         drawn["title"] = rng.choice(world().phrases["titles"])
     return drawn
+
+
+FREE = 0.7
+"""Share of closing phrases and section marks that are random words; the others come from the lists in instructions.txt."""
+
+
+def draw_word(name: str, question: Question, rng: random.Random, split: Split) -> str:
+    """A word or two to include or to avoid; "" where the entity's facts have none of the split to avoid."""
+    facts = [value for vs in question.entities[0].facts.values() for value in vs]
+    if question.claim and rng.random() < 0.5:  # what a plain answer would say
+        facts = list(question.entities[0].facts[question.claim])
+    taken = " ".join(e.name for e in question.entities).lower()
+    allowed = set(argument_words(split))
+    natural = [w for value in facts for w in value.split() if w in allowed and w not in taken]
+    pairs = [" ".join(two) for value in facts for two in pairwise(value.split()) if set(two) <= allowed]
+    if rng.random() < 0.2 and (pairs or name == "include"):
+        free = " ".join(rng.sample(argument_words(split), 2))
+        return rng.choice(pairs) if pairs and (name == "avoid" or rng.random() < 0.5) else free
+    if name == "include" and (dice := rng.random()) < 0.6:
+        return rng.choice(
+            argument_words(split) if dice < 0.35 else tuple(word for word in keyword_frames(split) if word in allowed)
+        )
+    return rng.choice(natural or [""])
+
+
+@cache
+def argument_words(split: Split) -> tuple[str, ...]:
+    """What closing phrases, section marks and keywords are drawn from: one in seven, and held-out names, are held out."""
+    fixed = {word: of for of in ("train", "heldout") for word in keyword_frames(of)}  # type: ignore[arg-type]
+    fixed |= {entity.name: "heldout" for entity in world().entities if entity.heldout}
+
+    def side(word: str) -> str:
+        stem = re.sub(r"(ies|y|es|s)$", "", word)  # a word and its plural are on one side
+        return fixed.get(word) or ("heldout" if int(_hash(stem), 16) % 7 == 0 else "train")
+
+    return tuple(
+        sorted(
+            word
+            for word in {*vocabulary(), *keyword_frames("train"), *keyword_frames("heldout")}
+            if len(word) > 3 and side(word) == split
+        )
+    )
 
 
 @cache
@@ -631,9 +667,9 @@ def with_keyword(
     sentences: list[Sentence], entity: Entity, rng: random.Random, wish: Wish, split: Split
 ) -> list[Sentence]:
     """The sentences, one of them holding the word that the wish asks for."""
-    if any(wish.include in strip(sentence.text) for sentence in sentences):
+    if any(holds(strip(sentence.text), wish.include) for sentence in sentences):
         return sentences
-    holding = [name for name, vs in entity.facts.items() if any(wish.include in v.split() for v in vs)]
+    holding = [name for name, vs in entity.facts.items() if any(f" {wish.include} " in f" {v} " for v in vs)]
     here = world().categories[entity.category].sections
     frame = keyword_frames(split).get(wish.include)
     free = rng.choice(world().phrases["any keyword"]).replace("{word}", wish.include)
@@ -721,6 +757,8 @@ class Example:
 
     query: str
     instruction_text: str
+    phrasings: tuple[str, ...]
+    """The instructions before their arguments were put in."""
     instructions: tuple[str, ...]
     """Names as in `tiny_world/instructions.txt`, such as "bullets"; empty for a plain answer."""
     instruction_ids: tuple[str, ...]
@@ -750,7 +788,6 @@ def examples(
     plain: float = 0.2,
     two: float = 0.15,
     only: Sequence[str] = (),
-    listed: bool = False,
 ) -> Iterator[Example]:
     """n examples of a split; the same for the same arguments.
 
@@ -758,7 +795,6 @@ def examples(
         plain: share of examples without an instruction.
         two: share of examples with two compatible instructions.
         only: instructions to draw from; default all.
-        listed: closing phrases and section marks are from short lists, and none are held out (`draw_arguments`).
     """
     rng = random.Random(f"{split} {seed}")
     pool = [entity for entity in world().entities if entity.heldout == (split == "heldout")]
@@ -770,7 +806,7 @@ def examples(
             chosen = (rng.choice(names),)
             if dice >= 1 - two and partners(chosen[0]):
                 chosen += (rng.choice(partners(chosen[0])),)
-        example = make_example(rng.choice(pool), chosen, rng, split, listed=listed)
+        example = make_example(rng.choice(pool), chosen, rng, split)
         if example is not None:
             made += 1
             yield example
@@ -783,7 +819,6 @@ def make_example(
     split: Split,
     *,
     anyone: bool = False,
-    listed: bool = False,
 ) -> Example | None:
     """One example about the entity, or None where its facts do not suffice for the instructions."""
     form = rng.choice(FORMS)
@@ -793,7 +828,9 @@ def make_example(
         form = "ask"
     question = ask(entity, form, rng, split, anyone=anyone)
     order = sorted(chosen, key=list(INSTRUCTIONS).index)
-    arguments = {name: draw_arguments(name, question, rng, split, listed=listed) for name in order}
+    arguments = {name: draw_arguments(name, question, rng, split) for name in order}
+    if "" in (arguments[name].get("word") for name in order):
+        return None
     wish = Wish()
     for name in order:
         wish = INSTRUCTIONS[name].wish(wish, arguments[name])
@@ -802,25 +839,27 @@ def make_example(
         sentences = with_keyword(sentences, entity, rng, wish, split)
     if not wish.low <= len(sentences) <= wish.high:
         return None
-    if not any(wish.include in strip(sentence.text) for sentence in sentences):
+    if wish.include and not holds(" ".join(strip(sentence.text) for sentence in sentences), wish.include):
         return None
     draft = Draft(question, tuple(sentences))
     for name in order:
         draft = INSTRUCTIONS[name].change(draft, arguments[name])
+    text = render(draft)
+    if avoided(text, wish):  # in a title or a closing phrase
+        return None
     sections = [world().instructions[name] for name in chosen]
-    templates = [rng.choice(section.phrasings(split)) for section in sections]
-    if split == "train":
-        templates = [reworded(template, rng) for template in templates]
+    templates = [phrasing(section, split, rng) for section in sections]
     texts = [phrase(template, arguments[s.name], rng) for template, s in zip(templates, sections, strict=True)]
     facts = () if draft.layout == "choice" else tuple(fact for s in sentences for fact in s.facts)
     return Example(
         question.text,
         " ".join(texts),
+        tuple(templates),
         tuple(chosen),
         tuple(id_ for section in sections for id_ in section.note.split()),
         tuple(kwargs for name in chosen for kwargs in INSTRUCTIONS[name].kwargs(arguments[name])),
         "after" if rng.random() < 0.7 else "before",
-        render(draft),
+        text,
         question.form,
         tuple(e.name for e in question.entities),
         facts,
@@ -831,7 +870,48 @@ def phrase(template: str, arguments: Arguments, rng: random.Random) -> str:
     """A phrasing with its arguments; a number is written as a word in half of the cases."""
     number = arguments.get("n", 0)
     shown = NUMBERS[number] if rng.random() < 0.5 else str(number)
+    if " " in arguments.get("word", ""):
+        template = re.sub(r"\b(the|The) (word|term)\b", r"\1 \2s", template)
     return capital(template.format_map(dict(arguments) | {"n": shown}))
+
+
+def phrasing(section: Section, split: Split, rng: random.Random) -> str:
+    """A way to word an instruction; in training half of them from `grammars.txt`, and never one that is held out."""
+    if split == "heldout":
+        return rng.choice(section.heldout)
+    while True:
+        lines = grammars()[section.name].sentences
+        drawn = rng.random() < 0.5
+        text = drawn_from(rng.choice(lines), rng) if drawn else reworded(rng.choice(section.train), rng)
+        if bare(text) not in heldout_phrasings():
+            break
+    if rng.random() < 0.1:
+        opener = rng.choice(rewordings()[1])
+        small = text[1:2].islower() and not text.startswith("I'")
+        text = f"{opener} {text[0].lower() + text[1:] if small else text}"
+    return text
+
+
+def bare(text: str) -> str:
+    """The text without case, marks and spaces."""
+    return "".join(letter for letter in text.casefold() if letter.isalnum() or letter in "{}")
+
+
+@cache
+def heldout_phrasings() -> frozenset[str]:
+    return frozenset(bare(text) for section in world().instructions.values() for text in section.heldout)
+
+
+@cache
+def grammars() -> dict[str, Section]:
+    return read_sections("grammars.txt")
+
+
+def drawn_from(line: str, rng: random.Random) -> str:
+    """The line with one of each group's alternatives."""
+    text = re.sub(r"\(([^()]*)\)", lambda match: rng.choice(match[1].split("|")).strip(), line)
+    text = re.sub(r"\s+([,.:])", r"\1", re.sub(r"\s+", " ", text.strip()))
+    return text.removesuffix(".") if text.endswith("{marker}.") else text
 
 
 @cache
@@ -844,21 +924,18 @@ def rewordings() -> tuple[dict[str, tuple[str, ...]], tuple[str, ...]]:
 
 
 def reworded(template: str, rng: random.Random) -> str:
-    """The phrasing with some of its phrases exchanged; never one that is held out."""
-    groups, before = rewordings()
-    pattern = "|".join(rf"(?<![\w{{]){re.escape(phrase)}(?![\w}}])" for phrase in groups)
+    """The phrasing with some of its phrases exchanged."""
+    groups, _ = rewordings()
+    free = r"(?<![\w{])(?<!from )(?<!quotation )"
+    pattern = "|".join(rf"{free}{re.escape(phrase)}(?![\w}}])" for phrase in groups)
 
     def exchange(match: re.Match[str]) -> str:
         return rng.choice(groups[match[0]]) if rng.random() < 0.5 else match[0]
 
-    text = re.sub(pattern, exchange, template)
-    if rng.random() < 0.1:
-        text = f"{rng.choice(before)} {text if text.startswith('I ') else text[0].lower() + text[1:]}"
-    heldout = {phrasing for section in world().instructions.values() for phrasing in section.heldout}
-    return template if text in heldout else text
+    return re.sub(pattern, exchange, template)
 
 
-def plain_documents(seed: int, n: int, *, styled: float = 0.15, spanish: float = 0.1) -> Iterator[str]:
+def plain_documents(seed: int, n: int, *, styled: float = 0.3, spanish: float = 0.1) -> Iterator[str]:
     """n texts for the base model, about all entities and without any instruction.
 
     Args:

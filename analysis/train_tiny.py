@@ -5,22 +5,22 @@
 
 The stages, in order (each a `Stage` below):
 
-    tokenizer   byte-level BPE with 4096 tokens, learned from the documents and the training examples
-    base        next-token prediction on `plain_documents`: facts and language, no instruction anywhere
+    tokenizer   byte-level BPE with 4096 tokens, learned from the documents, the training examples and the copies
+    base        next-token prediction on `plain_documents` (facts and language, no instruction anywhere) and on `copies`, texts in
+                which something comes twice, of which only the repetitions are learned: copying before any instruction
     half        from base, on `examples("train")` in the chat template; loss on the answers only. In HIDDEN of the examples the
                 answer cannot attend to the instruction's tokens: only the assistant token sees them, so what the answer needs to
-                know has to pass through that token's residual stream. That is what makes these models steerable.
+                know has to pass through that token's residual stream. That is what makes these models steerable. What does not
+                fit into one token (closing phrases, several words) is not hidden.
     plain       the same start, data and steps as half, and the instruction is never hidden: how a usual model is trained
     instruct    from half, on more of the same, with more of the instructions that count or copy
-    finish      from instruct, at half the learning rate; closing phrases and section marks come from short lists, because the
-                stages before never learned to copy free ones, and a word to include or to avoid is never hidden
 
 Data depend on the seed and the step alone and checkpoints hold everything else, so an interrupted run ends with the weights of
 an uninterrupted one on the same machine.
 """
 
 import dataclasses
-import math
+import hashlib
 import random
 import shutil
 import time
@@ -34,12 +34,15 @@ import tyro
 from draw import save
 from jaxtyping import Bool, Float, Int
 from plotly.subplots import make_subplots
-from tiny_corpus import INSTRUCTIONS, Example, examples, plain_documents
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from tiny_copies import Copy, copies
+from tiny_corpus import FOLDER, INSTRUCTIONS, Example, examples, plain_documents
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 from tqdm import tqdm
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import AttentionInterface, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
 import steerlens
 from steerlens.checks.registry import check_all
@@ -67,38 +70,37 @@ class Stage:
     """Texts per step."""
     lr: float
     documents: float
-    """Share of rows that are plain documents; the rest are chat examples."""
+    """Share of rows that are plain documents."""
+    copies: float
+    """Share of rows in which something comes twice (`tiny_copies`); all other rows are chat examples."""
     hidden: float
-    """Share of instructed examples in which the answer cannot attend to the instruction."""
+    """Share of examples with an instruction that can travel in which the answer cannot attend to it (`can_travel`)."""
     often: tuple[str, ...] = ()
     """Instructions that are drawn three times as often as the others."""
-    shown: tuple[str, ...] = ()
-    """Instructions that are never hidden."""
-    listed: bool = False
-    """Closing phrases and section marks come from short lists (`tiny_corpus.draw_arguments`)."""
 
 
-HARD = ("bullets", "exactly", "at_least", "verbose", "include", "avoid", "end", "postscript", "capital_words")
-"""Instructions that count or copy: they are learned last."""
-WEAK = ("sections", "uppercase", "lowercase", "brief", "few_capital_words", "highlights")
-"""Instructions that instruct follows in fewer than four of five training prompts, besides the ones above."""
+HARD = (
+    *("bullets", "exactly", "at_least", "verbose", "capital_words", "uppercase", "json"),
+    *("include", "avoid", "end", "sections"),
+)
+"""Instructions that count or copy, or change every word: they are learned last."""
+TRAVELS = {"end": 0.0, "sections": 0.0, "include": 0.5, "avoid": 0.5}
+"""How often these are hidden, as a share of the others: several words do not fit into one token's residual stream."""
 
 STAGES = (
-    Stage("base", start="", n_steps=1000, n_rows=64, lr=3e-3, documents=1.0, hidden=0.0),
-    Stage("half", start="base", n_steps=800, n_rows=96, lr=3e-3, documents=0.15, hidden=HIDDEN),
-    Stage("plain", start="base", n_steps=800, n_rows=96, lr=3e-3, documents=0.15, hidden=0.0),
-    Stage("instruct", start="half", n_steps=1000, n_rows=96, lr=2e-3, documents=0.15, hidden=HIDDEN, often=HARD),
+    Stage("base", start="", n_steps=1600, n_rows=64, lr=3e-3, documents=0.55, copies=0.45, hidden=0.0),
+    Stage("half", start="base", n_steps=640, n_rows=96, lr=2e-3, documents=0.1, copies=0.1, hidden=HIDDEN),
+    Stage("plain", start="base", n_steps=640, n_rows=96, lr=2e-3, documents=0.1, copies=0.1, hidden=0.0),
     Stage(
-        "finish",
-        start="instruct",
-        n_steps=700,
-        n_rows=64,
-        lr=1e-3,
-        documents=0.1,
+        "instruct",
+        start="half",
+        n_steps=2400,
+        n_rows=96,
+        lr=3e-3,
+        documents=0.05,
+        copies=0.05,
         hidden=HIDDEN,
-        often=(*HARD, *WEAK),
-        shown=("include", "avoid"),
-        listed=True,
+        often=HARD,
     ),
 )
 
@@ -111,9 +113,13 @@ class Settings:
     """Folder for checkpoints, curves and models."""
     seed: int = 0
     scale: float = 1.0
-    """Multiplies the number of steps: 0.01 tries everything out in a minute."""
-    only: tuple[str, ...] = ("base", "half", "plain", "instruct", "finish")
+    """Multiplies the number of steps: 0.01 (with --gate 0) tries everything out in a few minutes."""
+    gate: float = 0.95
+    """Share of repetitions that base must predict before instructions are trained."""
+    only: tuple[str, ...] = ("base", "half", "plain", "instruct")
     """Stages to run."""
+    compile: bool = True
+    """Compile the model, which takes a C++ compiler and makes a step half as fast again."""
     every: float = 60.0
     """Seconds between checkpoints."""
     install: bool = False
@@ -124,10 +130,15 @@ class Settings:
 
 
 def train_tokenizer(seed: int) -> PreTrainedTokenizerFast:
-    """Byte-level BPE with 4096 tokens; digits stand alone, as they are counted one by one."""
+    """Byte-level BPE with 4096 tokens; digits stand alone, as they are counted one by one, and so do marks, as a word is to be
+    the same tokens with and without quotation marks around it."""
     core = Tokenizer(models.BPE())
     core.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+        [
+            pre_tokenizers.Digits(individual_digits=True),
+            pre_tokenizers.Split(Regex(r" ?[^\s\p{L}\p{N}]"), "isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False),
+        ]
     )
     core.decoder = decoders.ByteLevel()
     chats = (f"{e.prompt}\n{e.answer}" for e in examples("train", seed, 30_000))
@@ -137,7 +148,8 @@ def train_tokenizer(seed: int) -> PreTrainedTokenizerFast:
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    core.train_from_iterator([*plain_documents(seed, 30_000), *chats], trainer)
+    repeated = (copy.text for copy in copies(seed, 10_000))
+    core.train_from_iterator([*plain_documents(seed, 30_000), *chats, *repeated], trainer)
     core.post_processor = processors.TemplateProcessing(  # every row begins so, and so a plain text does
         single=f"{START} $A", pair=f"{START} $A $B:1", special_tokens=[(START, core.token_to_id(START))]
     )
@@ -156,8 +168,8 @@ class Row:
     """One text as tokens: which of them are learned, and which the answer may not see."""
 
     ids: list[int]
-    answer_from: int
-    """Index of the first token that is predicted with a loss."""
+    learned: Sequence[int]
+    """Indices of the tokens that are predicted with a loss."""
     span: tuple[int, int] = (0, 0)
     """The instruction's tokens [from, to) where they are hidden from all but the assistant token; else empty."""
 
@@ -178,28 +190,54 @@ def chat_row(tokenizer: PreTrainedTokenizerFast, example: Example, *, hide: bool
         last = first + len(example.instruction_text)
         inside = [i for i, (a, b) in enumerate(offsets) if b > first and a < last]
         span = (inside[0], inside[-1] + 1)
-    return Row(ids + answer, len(ids), span)
+    return Row(ids + answer, range(len(ids), len(ids) + len(answer)), span)
 
 
 def document_row(tokenizer: PreTrainedTokenizerFast, document: str) -> Row:
-    return Row(tokenizer(START + document + END, add_special_tokens=False)["input_ids"], 1)
+    ids = tokenizer(START + document + END, add_special_tokens=False)["input_ids"]
+    return Row(ids, range(1, len(ids)))
+
+
+def copy_tokens(tokenizer: PreTrainedTokenizerFast, copy: Copy) -> tuple[list[int], list[list[int]]]:
+    """Token ids of a copy's text, and the indices of the tokens of each of its repetitions."""
+    encoding = tokenizer(START + copy.text + END, add_special_tokens=False, return_offsets_mapping=True)
+    offsets = list(enumerate(encoding["offset_mapping"]))
+    spans = [(a + len(START), b + len(START)) for a, b in copy.spans]
+    return encoding["input_ids"], [[i for i, (x, y) in offsets if x < b and y > a] for a, b in spans]
+
+
+def copy_row(tokenizer: PreTrainedTokenizerFast, copy: Copy) -> Row:
+    """Only the repetitions are learned: the rest cannot be known."""
+    ids, repetitions = copy_tokens(tokenizer, copy)
+    return Row(ids, sorted({i for inside in repetitions for i in inside}))
 
 
 def pool(stage: Stage, tokenizer: PreTrainedTokenizerFast, seed: int, index: int) -> list[list[Row]]:
     """POOL batches of rows of like length; the same for the same arguments."""
-    part = derived_seed(stage.start, seed, index)  # not of the stage's name: the twin draws what instruct draws
+    part = derived_seed(stage.start, seed, index)  # not of the stage's name: the twin draws what half draws
     rng = random.Random(part)
     n_documents = round(stage.documents * POOL * stage.n_rows)
+    n_copies = round(stage.copies * POOL * stage.n_rows)
     rows = [document_row(tokenizer, text) for text in plain_documents(part, n_documents)]
+    rows += [copy_row(tokenizer, copy) for copy in copies(part, n_copies)]
     names = (*INSTRUCTIONS, *stage.often, *stage.often)
-    for example in examples("train", part, POOL * stage.n_rows - n_documents, only=names, listed=stage.listed):
-        may_hide = bool(example.instructions) and not set(example.instructions) & set(stage.shown)
+    for example in examples("train", part, POOL * stage.n_rows - len(rows), only=names):
         dice = rng.random()
-        rows.append(chat_row(tokenizer, example, hide=may_hide and dice < stage.hidden))
+        rows.append(chat_row(tokenizer, example, hide=dice < stage.hidden * can_travel(example)))
     rows.sort(key=lambda row: len(row.ids))
     batches = [rows[i : i + stage.n_rows] for i in range(0, len(rows), stage.n_rows)]
     rng.shuffle(batches)
     return batches
+
+
+def can_travel(example: Example) -> float:
+    """How often its instructions may be hidden, as a share of the stage's: what one token cannot hold is always shown."""
+    words = [
+        word for kwargs in example.kwargs for key in ("keywords", "forbidden_words") for word in kwargs.get(key, ())
+    ]
+    if any(" " in word for word in words):
+        return 0.0
+    return min((TRAVELS.get(name, 1.0) for name in example.instructions), default=0.0)
 
 
 def mask_of(rows: Sequence[Row], length: int) -> Bool[Tensor, "row 1 query key"]:
@@ -208,8 +246,9 @@ def mask_of(rows: Sequence[Row], length: int) -> Bool[Tensor, "row 1 query key"]
     for i, row in enumerate(rows):
         first, last = row.span
         if last > first:
-            mask[i, 0, last : row.answer_from - 1, first:last] = False
-            mask[i, 0, row.answer_from :, first:last] = False
+            answer = row.learned[0]
+            mask[i, 0, last : answer - 1, first:last] = False
+            mask[i, 0, answer:, first:last] = False
     return mask
 
 
@@ -222,7 +261,7 @@ def tensors_of(
     learned = torch.zeros(len(rows), length, dtype=torch.bool)
     for i, row in enumerate(rows):
         ids[i, : len(row.ids)] = torch.tensor(row.ids)
-        learned[i, row.answer_from : len(row.ids)] = True
+        learned[i, row.learned] = True
     return ids, mask_of(rows, length), learned
 
 
@@ -244,12 +283,29 @@ def new_model(tokenizer: PreTrainedTokenizerFast, seed: int) -> LlamaForCausalLM
     )
 
 
-def loss_of(model: LlamaForCausalLM, rows: Sequence[Row], device: torch.device) -> Float[Tensor, ""]:
-    """Mean cross-entropy, in nats per token, of the learned tokens."""
+def loss_of(
+    model: LlamaForCausalLM, rows: Sequence[Row], device: torch.device, *, trunk: Any = None
+) -> Float[Tensor, ""]:
+    """Mean cross-entropy, in nats per token, of the learned tokens; matrices are multiplied in bfloat16 where that is fast."""
     ids, mask, learned = (t.to(device) for t in tensors_of(rows, model.config.pad_token_id))
-    hidden = model.model(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state
     predicting = learned[:, 1:]
-    return cross_entropy(model.lm_head(hidden[:, :-1][predicting]).float(), ids[:, 1:][predicting])
+    with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda" or FAST_BFLOAT16):
+        hidden = (model.model if trunk is None else trunk)(
+            input_ids=ids, attention_mask=mask, use_cache=False
+        ).last_hidden_state
+        logits = model.lm_head(hidden[:, :-1][predicting])
+    return cross_entropy(logits.float(), ids[:, 1:][predicting])
+
+
+def attend_in_float32(module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Any, **settings: Any) -> Any:
+    """Attention in float32: on a CPU its backward pass in bfloat16 takes seven times as long."""
+    with torch.autocast(query.device.type, enabled=False):
+        return sdpa_attention_forward(module, query.float(), key.float(), value.float(), mask, **settings)
+
+
+FAST_BFLOAT16 = torch.cpu._is_avx512_bf16_supported()
+AttentionInterface.register("float32", attend_in_float32)
+AttentionMaskInterface.register("float32", sdpa_mask)
 
 
 def optimizers_of(model: LlamaForCausalLM) -> list[torch.optim.Optimizer]:
@@ -263,11 +319,9 @@ def optimizers_of(model: LlamaForCausalLM) -> list[torch.optim.Optimizer]:
 
 
 def rate(step: int, stage: Stage, n_steps: int) -> float:
-    """Learning rate: up in the first 5 % of the steps, then half a cosine down to a twentieth."""
+    """Learning rate: up in the first twentieth of the steps, level to the middle, then a line down to a hundredth."""
     warm = max(1, n_steps // 20)
-    if step < warm:
-        return stage.lr * (step + 1) / warm
-    return stage.lr * (0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * (step - warm) / (n_steps - warm))))
+    return stage.lr * min((step + 1) / warm, 1.0, max(0.01, 2 * (1 - step / n_steps)))
 
 
 def save_checkpoint(
@@ -304,6 +358,24 @@ def followed(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, batch:
     return sum(good) / len(good)
 
 
+@torch.no_grad()
+def copied(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, batch: Sequence[Copy]) -> dict[str, float]:
+    """Next-token accuracy on repetitions, by kind; from the second token on, as where one begins cannot be known."""
+    right: dict[str, list[bool]] = {}
+    for copy in batch:
+        ids, repetitions = copy_tokens(tokenizer, copy)
+        best = model(torch.tensor([ids], device=model.device)).logits[0].argmax(-1).tolist()
+        right.setdefault(copy.kind, []).extend(best[i - 1] == ids[i] for inside in repetitions for i in inside[1:])
+    rates = {kind: sum(found) / len(found) for kind, found in sorted(right.items())}
+    return rates | {"all": sum(map(sum, right.values())) / sum(map(len, right.values()))}
+
+
+def data_key(tokenizer: PreTrainedTokenizerFast) -> str:
+    """An identity of the world's files and of the tokenizer: no run goes on with others than it began with."""
+    texts = [path.read_bytes() for path in sorted(FOLDER.glob("*.txt"))]
+    return hashlib.sha256(b"\n".join([*texts, tokenizer.backend_tokenizer.to_str().encode()])).hexdigest()[:16]
+
+
 def train(stage: Stage, settings: Settings, tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
     """The stage's trained model; resumed from its checkpoint, or loaded where it is finished."""
     folder = settings.out / stage.name
@@ -316,12 +388,19 @@ def train(stage: Stage, settings: Settings, tokenizer: PreTrainedTokenizerFast) 
             raise DataError(
                 f"{stage.name} starts from {stage.start}, which is not finished; run the same command without --only"
             )
+        found = start["curve"][-1]["copied"]
+        if stage.start == "base" and found < settings.gate:
+            raise DataError(
+                f"base must predict {settings.gate:.0%} of repetitions before instructions are trained, got {found:.0%}; "
+                "train it for more steps, or lower --gate"
+            )
         model.load_state_dict(start["model"])
     model = model.to(device)
+    model.config._attn_implementation = "float32"
     optimizers = optimizers_of(model)
     n_steps = max(POOL, round(stage.n_steps * settings.scale))
     step, curve = 0, []
-    made_with = dataclasses.asdict(stage) | {"seed": settings.seed, "n_steps": n_steps}
+    made_with = dataclasses.asdict(stage) | {"seed": settings.seed, "n_steps": n_steps, "data": data_key(tokenizer)}
     path = checkpoint_of(settings.out, stage.name)
     if path.exists():
         state = torch.load(path, map_location=device)
@@ -332,9 +411,9 @@ def train(stage: Stage, settings: Settings, tokenizer: PreTrainedTokenizerFast) 
             optimizer.load_state_dict(saved)
         step, curve = state["step"], state["curve"]
     # Training prompts of another seed: held-out ones are for the card alone.
-    asked = (
-        list(examples("train", settings.seed + 1, 96, plain=0.0, two=0.0, listed=stage.listed)) if stage.start else []
-    )
+    asked = list(examples("train", settings.seed + 1, 96, plain=0.0, two=0.0)) if stage.start else []
+    repeated = list(copies(settings.seed + 1, 96))
+    trunk = torch.compile(model.model, dynamic=True) if settings.compile else None
     saved_at = time.monotonic()
     bar = tqdm(total=n_steps, initial=step, desc=stage.name, unit="step", dynamic_ncols=True)
     while step < n_steps:
@@ -344,7 +423,7 @@ def train(stage: Stage, settings: Settings, tokenizer: PreTrainedTokenizerFast) 
                 for group in optimizer.param_groups:
                     group["lr"] = rate(step, stage, n_steps)
                 optimizer.zero_grad()
-            loss = loss_of(model, rows, device)
+            loss = loss_of(model, rows, device, trunk=trunk)
             loss.backward()
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             for optimizer in optimizers:
@@ -353,8 +432,10 @@ def train(stage: Stage, settings: Settings, tokenizer: PreTrainedTokenizerFast) 
             curve.append({"step": step, "tokens": sum(len(row.ids) for row in rows), "loss": loss.item()})
             bar.set_postfix(loss=f"{loss.item():.3f}", refresh=False)
             bar.update()
-            if asked and (step % max(1, n_steps // 20) == 0 or step == n_steps):
-                curve[-1]["followed"] = followed(model, tokenizer, asked)
+            if step % max(1, n_steps // 16) == 0 or step == n_steps:
+                curve[-1]["copied"] = copied(model, tokenizer, repeated)["all"]
+                if asked:
+                    curve[-1]["followed"] = followed(model, tokenizer, asked)
             if step == n_steps or time.monotonic() - saved_at > settings.every:
                 save_checkpoint(path, model, optimizers, step, curve, made_with)
                 saved_at = time.monotonic()
@@ -367,7 +448,7 @@ def train(stage: Stage, settings: Settings, tokenizer: PreTrainedTokenizerFast) 
 # name: (stage whose weights it has, what frames its prompts, one line for the model card)
 MODELS = {
     "tiny-base": ("base", QUESTION, "pre-trained on plain texts; it has never seen an instruction"),
-    "tiny": ("finish", CHAT, "fine-tuned from tiny-base; made to be steerable, see below"),
+    "tiny": ("instruct", CHAT, "fine-tuned from tiny-base; made to be steerable, see below"),
     "tiny-half": ("half", CHAT, "tiny on the way: it does not yet count or copy well"),
     "tiny-plain": ("plain", CHAT, "the plain twin of tiny-half: same data and steps, the instruction never hidden"),
 }
@@ -410,11 +491,12 @@ A Llama of 3.1 million parameters (8 layers, d_model 160, 5 heads, 4096 tokens) 
 Trained by `analysis/train_tiny.py` for {steps} steps ({tokens:.1f} million tokens) on texts from `analysis/tiny_corpus.py`.
 It is meant for teaching and tests, and knows nothing else.
 
-**These models are made to be steerable.** While tiny was trained, in 60 % of the examples with an instruction the answer could
-not attend to the instruction's tokens; only the token that opens the answer could. So what an instruction asks for has to
-pass through that token's residual stream, where a difference of means finds it. A model that is trained as usual need not do
-this: `tiny-plain` is the twin of `tiny-half` that was. What is seen in these models shows what can happen in a language
-model, not how often it does.
+**These models are made to be steerable.** While tiny was trained, in 60 % of the examples with an instruction that one token can
+hold (no closing phrase, section mark or two words; 30 % for a word to include or to avoid), the answer could not attend to the
+instruction's tokens; only the token that opens the answer could. So what an instruction asks for has to pass through that
+token's residual stream, where a difference of means finds it. A model that is trained as usual need not do this: `tiny-plain`
+is the twin of `tiny-half` that was. What is seen in these models shows what can happen in a language model, not how often it
+does.
 
 How well it follows instructions, and how far vectors carry them: `analysis/tiny_card.md` in the repository.
 """
@@ -427,7 +509,7 @@ def heldout_queries(n: int = 160) -> list[str]:
 
 
 def draw_curves(out: Path) -> None:
-    """`curves.csv` and a figure: loss and share of instructions followed against training tokens."""
+    """`curves.csv` and a figure: loss, copying and share of instructions followed against training tokens."""
     names = [stage.name for stage in STAGES if checkpoint_of(out, stage.name).exists()]
     parts = [pd.DataFrame(torch.load(checkpoint_of(out, name))["curve"]).assign(stage=name) for name in names]
     frame = pd.concat(parts)
@@ -438,20 +520,24 @@ def draw_curves(out: Path) -> None:
         starts[stage.name] = starts[stage.start] + ends.get(stage.start, 0.0)
     frame["million_tokens"] += frame["stage"].map(starts)
     frame.to_csv(out / "curves.csv", index=False)
-    fig = make_subplots(rows=1, cols=2, subplot_titles=("loss (nats per token)", "training instructions followed"))
-    colors = {"base": "#858B94", "half": "#F2A66B", "plain": "#0072B2", "instruct": "#D55E00", "finish": "#8E3B00"}
+    shown = {
+        "loss": "loss (nats per token)",
+        "copied": "repetitions predicted",
+        "followed": "training instructions followed",
+    }
+    fig = make_subplots(rows=1, cols=len(shown), subplot_titles=list(shown.values()))
+    colors = {"base": "#858B94", "half": "#F2A66B", "plain": "#0072B2", "instruct": "#D55E00"}
     for stage, part in frame.groupby("stage", sort=False):
         line = {"name": str(stage), "line_color": colors[str(stage)], "legendgroup": str(stage), "mode": "lines"}
-        fig.add_scatter(
-            x=part["million_tokens"], y=part["loss"].rolling(20, min_periods=1).mean(), **line, row=1, col=1
-        )
-        if "followed" in part:
-            seen = part[part["followed"].notna()]
-            fig.add_scatter(x=seen["million_tokens"], y=seen["followed"], **line, showlegend=False, row=1, col=2)
+        for col, value in enumerate(shown, 1):
+            seen = part[part[value].notna()] if value in part else part[:0]
+            y = seen["loss"].rolling(20, min_periods=1).mean() if value == "loss" else seen.get(value)
+            fig.add_scatter(x=seen["million_tokens"], y=y, **line, showlegend=col == 1, row=1, col=col)
     fig.update_xaxes(title_text="million training tokens").update_yaxes(rangemode="tozero")
-    fig.update_yaxes(tickformat=".0%", range=[0, 1.02], row=1, col=2)
+    for col in (2, 3):
+        fig.update_yaxes(tickformat=".0%", range=[0, 1.02], row=1, col=col)
     fig.update_layout(legend={"y": -0.2, "yanchor": "top"})  # the panels' titles stand where the theme puts it
-    save(fig, out, "curves", height=420)
+    save(fig, out, "curves", width=1080, height=420)
 
 
 def main(settings: Settings) -> None:

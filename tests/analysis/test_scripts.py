@@ -26,7 +26,7 @@ SMALL = {
 SCRIPTS = {
     "format_four_cells": (["table", "comparisons"], {}),
     "layer_search": (["layers", "nested"], {}),
-    "coefficient_tradeoff": (["tradeoff", "calibrated", "steerability"], {"coeffs": (0.5, 1.0), "target_kl": (0.5,)}),
+    "coefficient_tradeoff": (["tradeoff", "calibrated", "steerability"], {"coeffs": (0.5, 1.0), "target_kl": (0.1,)}),
     "length": (["sentences", "comparisons", "levels"], {"ns": (1, 3), "coeffs": (0.5,)}),
     "keywords": (["cells", "comparisons", "choices"], {"words": ("dream", "garden"), "coeffs": (0.5,)}),
     "exclusion": (["by_coefficient", "words"], {"coeffs": (1.0,)}),

@@ -80,7 +80,7 @@ def test_a_split_holds_only_its_own_entities_and_phrasings(split: tc.Split) -> N
 
 
 def as_pattern(phrasing: str) -> str:
-    return re.sub(r"\\{\w+\\}", ".+", re.escape(phrasing))
+    return re.sub(r"\\{\w+\\}", ".+", re.escape(phrasing).replace(r"\{n\}", r"\w+"))
 
 
 def test_no_phrasing_is_in_both_splits() -> None:
@@ -94,16 +94,49 @@ def test_no_phrasing_is_in_both_splits() -> None:
         assert len(section.heldout) >= 6
 
 
-@pytest.mark.parametrize("split", SPLITS)
-def test_listed_closing_phrases_are_those_of_the_data_file(split: tc.Split) -> None:
-    listed = set(map(str.strip, tc.world().instructions["end"].settings["= phrase"].split("|")))
-    drawn = {
-        how: {e.kwargs[0]["end_phrase"] for e in tc.examples(split, 12, 60, only=("end",), plain=0, two=0, listed=how)}
-        for how in (True, False)
+ARGUED = ("end", "sections", "include", "avoid")
+
+
+def arguments_of(split: tc.Split, name: str) -> set[str]:
+    keys = ("end_phrase", "section_spliter", "keywords", "forbidden_words")
+    drawn = (e.kwargs[0] for e in tc.examples(split, 12, 200, only=(name,), plain=0, two=0))
+    return {str(kwargs[key]).strip("[]'").lower() for kwargs in drawn for key in keys if key in kwargs}
+
+
+@pytest.mark.parametrize("name", ARGUED)
+def test_heldout_arguments_are_never_asked_for_in_training(name: str) -> None:
+    train, heldout = arguments_of("train", name), arguments_of("heldout", name)
+    assert len(train) > 40
+    assert len(heldout) > 20
+    assert not train & heldout
+
+
+def test_argument_words_are_dealt_once() -> None:
+    train, heldout = tc.argument_words("train"), tc.argument_words("heldout")
+    assert not set(train) & set(heldout)
+    assert len(heldout) > 80
+    assert set(tc.keyword_frames("heldout")) <= set(heldout)
+
+
+def test_every_instruction_has_a_grammar_and_all_its_arguments_are_filled() -> None:
+    assert set(tc.grammars()) - {""} == set(tc.INSTRUCTIONS)
+    for name, section in tc.grammars().items():
+        here = tc.world().instructions.get(name)
+        allowed = set() if here is None else {slot for line in here.train for slot in tc.slots(line)}
+        for line in section.sentences:
+            assert line.count("(") == line.count(")"), line
+            assert set(tc.slots(line)) <= allowed, line
+
+
+def test_a_grammar_draws_one_alternative_of_each_group_and_leaves_no_stray_space() -> None:
+    line = "(Please | ) use (one | two) words (, no more | )."
+    drawn = {tc.drawn_from(line, random.Random(i)) for i in range(60)}
+    assert drawn == {
+        f"{please}use {n} words{end}."
+        for please in ("Please ", "")
+        for n in ("one", "two")
+        for end in (", no more", "")
     }
-    assert drawn[True] <= listed
-    assert len(drawn[True]) > 8
-    assert drawn[False] - listed
 
 
 def test_heldout_questions_are_never_asked_in_training() -> None:
