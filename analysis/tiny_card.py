@@ -32,7 +32,7 @@ from tiny_corpus import Example, examples, names_entity, phrasing, true_facts, w
 
 from steerlens.data.conditions import CONDITIONS
 from steerlens.data.pairs import InstructionPair, PairSet
-from steerlens.figures.theme import CONDITION_COLORS, percent
+from steerlens.figures.theme import CONDITION_COLORS, percent, rate_text
 from steerlens.files import Journal
 from steerlens.models.load import load_model
 from steerlens.stats.comparisons import compare_cells
@@ -282,7 +282,7 @@ def one_word_less(text: str) -> frozenset[tuple[str, ...]]:
 def intervals(scores: pd.DataFrame) -> list[str]:
     """The rate of each condition with its interval over questions."""
     table = rate_table(scores, ["condition"], clusters="query").set_index("condition").loc[list(SHOWN)]
-    return [f"{percent(r.rate)} [{100 * r.low:.0f}, {100 * r.high:.0f}]" for r in table.itertuples()]
+    return [rate_text(row) for row in table.to_dict("records")]
 
 
 def instruction_table(scores: pd.DataFrame, model: str) -> str:

@@ -26,7 +26,7 @@ from plotly.subplots import make_subplots
 from tiny_copies import copies, some_words
 from train_tiny import copy_tokens
 
-from steerlens.figures.theme import percent
+from steerlens.figures.theme import rate_text
 from steerlens.files import write_atomically
 from steerlens.models.load import load_model
 from steerlens.stats.rates import rate_table
@@ -123,10 +123,7 @@ def table(frame: pd.DataFrame) -> str:
     """Accuracy by kind of text, in markdown."""
     lines = ["| repetition | tokens | copied | without the first time |", "|---|---|---|---|"]
     for name, part in [*frame.groupby("kind"), ("all", frame)]:
-        cells = []
-        for value in ("copied", "alone"):
-            rate = rate_table(part.assign(all="all"), ["all"], value, clusters="text").iloc[0]
-            cells.append(f"{percent(rate['rate'])} [{100 * rate['low']:.0f}, {100 * rate['high']:.0f}]")
+        cells = [rate_text(rate_table(part, [], value, clusters="text").iloc[0]) for value in ("copied", "alone")]
         lines.append(f"| {name} | {len(part)} | {' | '.join(cells)} |")
     return "\n".join(lines)
 

@@ -359,15 +359,14 @@ def followed(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, batch:
 
 
 @torch.no_grad()
-def copied(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, batch: Sequence[Copy]) -> dict[str, float]:
-    """Next-token accuracy on repetitions, by kind; from the second token on, as where one begins cannot be known."""
-    right: dict[str, list[bool]] = {}
+def copied(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, batch: Sequence[Copy]) -> float:
+    """Next-token accuracy on repetitions, from the second token on, as where one begins cannot be known."""
+    right: list[bool] = []
     for copy in batch:
         ids, repetitions = copy_tokens(tokenizer, copy)
         best = model(torch.tensor([ids], device=model.device)).logits[0].argmax(-1).tolist()
-        right.setdefault(copy.kind, []).extend(best[i - 1] == ids[i] for inside in repetitions for i in inside[1:])
-    rates = {kind: sum(found) / len(found) for kind, found in sorted(right.items())}
-    return rates | {"all": sum(map(sum, right.values())) / sum(map(len, right.values()))}
+        right.extend(best[i - 1] == ids[i] for inside in repetitions for i in inside[1:])
+    return sum(right) / len(right)
 
 
 def data_key(tokenizer: PreTrainedTokenizerFast) -> str:
@@ -433,7 +432,7 @@ def train(stage: Stage, settings: Settings, tokenizer: PreTrainedTokenizerFast) 
             bar.set_postfix(loss=f"{loss.item():.3f}", refresh=False)
             bar.update()
             if step % max(1, n_steps // 16) == 0 or step == n_steps:
-                curve[-1]["copied"] = copied(model, tokenizer, repeated)["all"]
+                curve[-1]["copied"] = copied(model, tokenizer, repeated)
                 if asked:
                     curve[-1]["followed"] = followed(model, tokenizer, asked)
             if step == n_steps or time.monotonic() - saved_at > settings.every:

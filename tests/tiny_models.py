@@ -67,6 +67,23 @@ def widen(model: torch.nn.Module, tokenizer: PreTrainedTokenizerFast, *, seed: i
         readout[tokenizer.eos_token_id] *= eos_gain  # so that some rows stop early
 
 
+def save_llama(folder: Path, tokenizer: PreTrainedTokenizerFast, *, d_vocab: int = 260) -> Path:
+    """A tiny Llama of one layer, with a vocabulary of its own size."""
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=d_vocab,
+        hidden_size=D_MODEL,
+        intermediate_size=64,
+        num_hidden_layers=1,
+        num_attention_heads=4,
+        tie_word_embeddings=False,
+        **special_ids(tokenizer),
+    )
+    LlamaForCausalLM(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
 def save_tiny_llama(folder: Path, *, seed: int = 0) -> Path:
     """A seeded Llama: 4 layers, d_model 32, 4 heads over 2 key-value heads, with a chat template that holds the BOS."""
     tokenizer = byte_tokenizer(chat_template=CHAT_TEMPLATE)

@@ -14,7 +14,6 @@ from typing import Any
 import pandas as pd
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
 
 from steerlens.data.load import load_pairs
 from steerlens.errors import ModelError, SteerlensError
@@ -45,7 +44,7 @@ from tests.hooked import hooked_transformer
 from tests.near_ties import assert_same_text
 from tests.reference.plain_loop import plain_greedy
 from tests.steps import as_plan, step, unit
-from tests.tiny_models import D_MODEL, byte_tokenizer, special_ids
+from tests.tiny_models import byte_tokenizer, save_llama
 from tests.zoo import save_animal
 
 pytestmark = pytest.mark.skipif(
@@ -220,23 +219,6 @@ def test_its_name_is_the_whole_hub_id(tiny_folders: dict[str, Path]) -> None:
     assert model_id(model) == "pythia-70m"
     model.cfg.tokenizer_name = None
     assert model_id(model) == "pythia-70m"
-
-
-def save_llama(folder: Path, tokenizer: Any, *, d_vocab: int = 260) -> Path:
-    """A tiny Llama of one layer, with a vocabulary of its own size."""
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=d_vocab,
-        hidden_size=D_MODEL,
-        intermediate_size=64,
-        num_hidden_layers=1,
-        num_attention_heads=4,
-        tie_word_embeddings=False,
-        **special_ids(tokenizer),
-    )
-    LlamaForCausalLM(config).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return folder
 
 
 def test_ids_that_are_no_token_are_never_said(hooked: Any, tmp_path: Path) -> None:

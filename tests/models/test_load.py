@@ -16,7 +16,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from transformer_lens.model_bridge import TransformerBridge
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from steerlens.errors import ModelError, SteerlensError
 from steerlens.models import load as model_module
@@ -37,7 +37,7 @@ from steerlens.models.prompts import encode
 from steerlens.steering.sampling import generate
 from steerlens.vectors.vector import SteeringVector
 from tests.conftest import BUILDERS, Subject
-from tests.tiny_models import D_MODEL, byte_tokenizer, special_ids
+from tests.tiny_models import byte_tokenizer, save_llama
 from tests.zoo import save_animal
 
 NAME = "smollm2-135m"
@@ -532,19 +532,8 @@ def test_a_model_whose_tokens_see_the_ones_after_them_is_refused(tmp_path: Path)
 
 
 def _llama_with(folder: Path, tokenizer: Any, *, d_vocab: int) -> Any:
-    """A tiny Llama with a vocabulary of its own size."""
-    config = LlamaConfig(
-        vocab_size=d_vocab,
-        hidden_size=D_MODEL,
-        intermediate_size=64,
-        num_hidden_layers=1,
-        num_attention_heads=4,
-        tie_word_embeddings=False,
-        **special_ids(tokenizer),
-    )
-    LlamaForCausalLM(config).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return load_model(folder, progress=False)
+    """A loaded tiny Llama with a vocabulary of its own size."""
+    return load_model(save_llama(folder, tokenizer, d_vocab=d_vocab), progress=False)
 
 
 def test_ids_that_are_no_token_are_forbidden(tiny: Subject, tmp_path: Path) -> None:
