@@ -14,6 +14,7 @@ if TYPE_CHECKING:
         data as data,
         figures as figures,
         models as models,
+        reading as reading,
         stats as stats,
         steering as steering,
         study as study,
@@ -36,6 +37,10 @@ if TYPE_CHECKING:
     from steerlens.errors import DataError as DataError, ModelError as ModelError, SteerlensError as SteerlensError
     from steerlens.models.load import load_model as load_model
     from steerlens.models.prompts import PromptFormat as PromptFormat
+    from steerlens.reading.embedding import embed as embed
+    from steerlens.reading.lens import prompt_lens as prompt_lens
+    from steerlens.reading.similarity import cosines as cosines
+    from steerlens.reading.vocabulary import logit_lens as logit_lens
     from steerlens.steering.candidates import grid as grid
     from steerlens.steering.plan import Plan as Plan
     from steerlens.steering.positions import Window as Window

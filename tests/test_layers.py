@@ -11,15 +11,17 @@ import steerlens
 
 PACKAGE = Path(steerlens.__file__).parent
 ROOMS = {
-    "": "_lazy errors _typing files",
+    "": "_lazy errors _typing _results files",
     "stats": "words rates comparisons slopes pareto",
-    "figures": "theme multiples cells layers matrices report",
+    "figures": "theme multiples cells layers studies matrices measures geometry tokens lens effects patching report",
     "checks": "arguments catalogue text ifeval registry",
     "data": "cells conditions readers pairs splits load families",
     "models": "facts load prompts stops rows backends passes probe",
     "steering": "operators positions plan residual candidates settings sampling",
     "vectors": "formats vector activations estimators transfer",
-    "study": "config quality responses scores judge calibration sweeps engines job",
+    "reading": "readout words vocabulary lens effects examples embedding similarity probes diagnosis lines "
+    "patches metrics patching attribution",
+    "study": "config quality responses scores judge calibration sweeps arms layers engines job",
 }
 ORDER = [f"{room}.{name}".lstrip(".") for room, names in ROOMS.items() for name in names.split()] + ["cli", "__main__"]
 LOADS_NO_TORCH = [name for name in ORDER if name.startswith(("stats", "figures", "checks", "data")) or "." not in name]

@@ -6,8 +6,18 @@ from steerlens._lazy import lazy_exports
 
 if TYPE_CHECKING:
     from steerlens.figures.cells import four_cells as four_cells
+    from steerlens.figures.effects import effect_curves as effect_curves
+    from steerlens.figures.geometry import embedding_scatter as embedding_scatter, line_scatter as line_scatter
     from steerlens.figures.layers import layer_curve as layer_curve
-    from steerlens.figures.matrices import cosine_heatmap as cosine_heatmap
+    from steerlens.figures.lens import lens_heatmap as lens_heatmap
+    from steerlens.figures.matrices import cosine_heatmap as cosine_heatmap, transfer_matrix as transfer_matrix
+    from steerlens.figures.measures import measure_curves as measure_curves, projection_profiles as projection_profiles
+    from steerlens.figures.patching import attribution_map as attribution_map, patching_map as patching_map
     from steerlens.figures.report import write_report as write_report
+    from steerlens.figures.studies import (
+        necessity_by_layer as necessity_by_layer,
+        steering_by_layer as steering_by_layer,
+    )
+    from steerlens.figures.tokens import token_table as token_table
 
 __getattr__, __dir__, __all__ = lazy_exports(__name__, __file__)

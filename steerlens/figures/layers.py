@@ -7,7 +7,13 @@ import pandas as pd
 import plotly.graph_objects as go
 
 from steerlens.figures.cells import count_text
-from steerlens.figures.multiples import Cell, by_instruction, require_table, small_multiples
+from steerlens.figures.multiples import (
+    Cell,
+    by_instruction,
+    require_table,
+    show_each_name_once,
+    small_multiples,
+)
 from steerlens.figures.theme import CONDITION_COLORS, INK, MUTED, PERCENT_TICKS, faded, rate_text, short_label
 from steerlens.stats.rates import RATE_COLUMNS
 
@@ -42,7 +48,7 @@ def layer_curve(search: pd.DataFrame, *, title: str | None = None, columns: int 
     groups = by_instruction(search)
     fig, cells = small_multiples([*groups], columns=columns, panels=(140, 44), legend=True)
     colors = _series_colors(search)
-    span = _layer_span(search)
+    span = layer_span(search)
     for name, (top, bottom) in zip(groups, cells, strict=True):
         label, rows = short_label(name), groups[name]
         unsteered = rows[rows["layer"].isna()]
@@ -54,7 +60,7 @@ def layer_curve(search: pd.DataFrame, *, title: str | None = None, columns: int 
             _draw_degenerate(fig, bottom, line, series.name, color, label=label, legend=len(colors) == 1)
         _draw_references(fig, top, unsteered, steered, span=span, label=label)
         _style_curve_axes(fig, top, bottom, span)
-    _show_each_name_once(fig)
+    show_each_name_once(fig)
     return fig.update_layout(title_text=title or "How well each layer steers, on validation prompts")
 
 
@@ -182,19 +188,11 @@ def _style_curve_axes(fig: go.Figure, top: Cell, bottom: Cell, span: list[float]
     fig.update_yaxes(**ticks, **shared, title_text="degen.<br>(%)" if first else None, **bottom.place)
 
 
-def _layer_span(search: pd.DataFrame) -> list[float]:
+def layer_span(search: pd.DataFrame) -> list[float]:
     """From the first layer to the last, with room for half a bar, whose width is the step between layers."""
     layers = np.unique(search["layer"].dropna().astype(int))
     room = 0.6 * float(np.diff(layers).min()) if len(layers) > 1 else 0.6
     return [float(layers[0]) - room, float(layers[-1]) + room] if len(layers) else [-0.5, 0.5]
-
-
-def _show_each_name_once(fig: go.Figure) -> None:
-    """One legend entry per name; a click on it hides that name in every panel."""
-    seen: set[str] = set()
-    for trace in fig.data:
-        trace.update(legendgroup=trace.name, showlegend=trace.showlegend is not False and trace.name not in seen)
-        seen.add(trace.name)
 
 
 def _series_colors(search: pd.DataFrame) -> dict[_Series, str]:

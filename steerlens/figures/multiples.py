@@ -10,7 +10,7 @@ import pandas as pd
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
-from steerlens.errors import DataError
+from steerlens.errors import DataError, nearest
 from steerlens.figures.theme import FOOTER, GAP, LINE, short_label, theme
 from steerlens.stats.rates import require_columns
 
@@ -37,16 +37,22 @@ def small_multiples(
 ) -> tuple[go.Figure, list[list[Cell]]]:
     """An empty grid, a block per instruction; a block stacks `panels` (heights in pixels) over one x axis.
 
+    What stands after a line break in a name is a line of its own above its panel.
+
     `make_subplots` knows only fractions and a single spacing, so panels are placed here, in pixels from the
     top: the figure grows with the number of instructions while its panels keep their size.
     """
     columns = min(columns, len(instructions))
     blocks, depth = math.ceil(len(instructions) / columns), len(panels)
-    names = ["<br>".join(textwrap.wrap(short_label(name), _NAME_WIDTH)) for name in instructions]
+    lines = [
+        [line for part in short_label(name).split("\n") for line in textwrap.wrap(part, _NAME_WIDTH)]
+        for name in instructions
+    ]
+    names = ["<br>".join(parts) for parts in lines]
     tops, total = [], 0
     for block in range(blocks):
-        lines = max(name.count("<br>") + 1 if name else 0 for name in names[block * columns :][:columns])
-        tops.append(total + 12 + LINE * lines)
+        tallest = max(map(len, lines[block * columns :][:columns]))
+        tops.append(total + 12 + LINE * tallest)
         total = tops[-1] + sum(panels) + GAP * (depth - 1) + FOOTER
     filled = [[block * columns + col < len(instructions) for col in range(columns)] for block in range(blocks)]
     fig = make_subplots(
@@ -84,9 +90,36 @@ def _write_above(fig: go.Figure, axes: Any, text: str) -> None:
     fig.add_annotation(text=f"<b>{text}</b>", font_size=13, **corner, **anchors)
 
 
+def show_each_name_once(fig: go.Figure) -> None:
+    """One legend entry per name; a click on it hides that name in every panel."""
+    seen: set[str] = set()
+    for trace in fig.data:
+        trace.update(legendgroup=trace.name, showlegend=trace.showlegend is not False and trace.name not in seen)
+        seen.add(trace.name)
+
+
 def by_instruction(table: pd.DataFrame) -> dict[str, pd.DataFrame]:
     """The rows of each instruction, in the table's order."""
     return {str(name): rows for name, rows in table.groupby("instruction", sort=False)}
+
+
+def chosen_instructions(table: pd.DataFrame, instructions: str | Sequence[str] | None) -> dict[str, pd.DataFrame]:
+    """The rows of each instruction that is drawn: one, several, or for None all of the table's.
+
+    Raises:
+        DataError: for one that the table does not hold.
+    """
+    groups = by_instruction(table)
+    wanted = [*groups] if instructions is None else [instructions] if isinstance(instructions, str) else instructions
+    for name in wanted:
+        if name not in groups:
+            raise DataError(f"instructions must be in the table, got {name!r}; {nearest(str(name), groups)}")
+    return {name: groups[name] for name in wanted}
+
+
+def instruction_label(instruction: str) -> str:
+    """What stands above the panel of an instruction, or of all of them together."""
+    return "all instructions" if instruction == "all" else short_label(instruction)
 
 
 def require_table(table: pd.DataFrame, columns: Sequence[str], *, what: str) -> None:

@@ -14,8 +14,10 @@ validation rate is no estimate of its rate on new prompts.
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from itertools import product
 from typing import Any
+from zlib import crc32
 
 import plotly.graph_objects as go
 
@@ -27,6 +29,21 @@ CONDITION_COLORS = {
     "text+vector": "#009E73",
 }
 """The conditions in the order in which they are shown, each with its colour."""
+
+
+KNOWN = (
+    *("change_case:english_capital", "change_case:english_lowercase", "detectable_format:json_format"),
+    *("punctuation:no_comma", "detectable_format:number_highlighted_sections", "startend:end_checker"),
+    *("detectable_format:number_bullet_lists", "startend:quotation", "detectable_format:title"),
+    *("change_case:capital_word_frequency", "language:response_language", "detectable_format:multiple_sections"),
+    *("detectable_format:constrained_response", "length_constraints:number_sentences", "keywords:existence"),
+    *("keywords:forbidden_words", "length_constraints:number_words", "length_constraints:number_paragraphs"),
+)
+"""Instructions that have their colour and symbol in every figure."""
+_HUES = (
+    *("#CC6677", "#332288", "#117733", "#88CCEE", "#882255", "#44AA99", "#999933", "#AA4499", "#DDCC77"),
+)  # Paul Tol's "muted" scheme: apart for colour-blind readers, and from the conditions
+_SYMBOLS = ("circle", "diamond", "square", "triangle-up", "x", "star")
 
 
 MISSING = "\u2013"
@@ -84,6 +101,29 @@ def short_label(instruction: str) -> str:
     return " + ".join(re.sub(r"[_:]+", " ", name).strip() for name in names)
 
 
+def instruction_style(names: Iterable[str]) -> dict[str, tuple[str, str]]:
+    """Colour and plotly symbol of each instruction: the same in every figure for those of KNOWN, told apart for all.
+
+    Args:
+        names: instruction ids or any names of vectors, in the order of the legend.
+
+    Returns:
+        Name -> colour and symbol, in the same order; no two share both, up to 54 names.
+
+    Example:
+        >>> instruction_style(["punctuation:no_comma", "my own"])["punctuation:no_comma"]
+        ('#88CCEE', 'circle')
+    """
+    order = list(dict.fromkeys(names))
+    styles = list(product(_SYMBOLS, _HUES))
+    slots = {name: KNOWN.index(name) for name in order if name in KNOWN}
+    for name in (name for name in order if name not in slots):
+        start = crc32(name.encode()) % len(styles)  # a name of one's own has a place, too, unless it is taken
+        free = [slot % len(styles) for slot in range(start, start + len(styles))]
+        slots[name] = next((slot for slot in free if slot not in slots.values()), start)
+    return {name: styles[slots[name]][::-1] for name in order}
+
+
 def percent(rate: float) -> str:
     """A share as text: "31 %", or a dash where it is missing."""
     return MISSING if math.isnan(rate) else f"{100 * rate:.0f}\u00a0%"
@@ -94,6 +134,14 @@ def rate_text(row: Mapping[Any, Any]) -> str:
     if math.isnan(row["rate"]):
         return MISSING
     return f"{percent(row['rate'])} [{100 * row['low']:.0f}, {100 * row['high']:.0f}]"
+
+
+def number_text(row: Mapping[Any, Any]) -> str:
+    """A number and its interval: "0.31 [0.24, 0.38]", or a dash where it is missing."""
+    if math.isnan(row["value"]):
+        return MISSING
+    interval = "" if math.isnan(row["low"]) else f" [{row['low']:.3g}, {row['high']:.3g}]"
+    return f"{row['value']:.3g}{interval}"
 
 
 # Pixels: a line of the name above a panel, the tick labels below it, the gap to the panel that shares its x axis.

@@ -271,6 +271,38 @@ def bootstrap_mean(
     return BootstrapMean(mean, float(low), float(high), n, n_clusters)
 
 
+def bootstrap_columns(
+    values: NDArray[np.float64], clusters: Collection[Any], *, n_resamples: int = 2000, seed: int = 0
+) -> NDArray[np.float64]:
+    """The mean of every column over resamples of whole clusters: what intervals of many means, or of their ratios, are read off.
+
+    All columns see the same resamples, and so do all tables with the same clusters and seed.
+
+    Args:
+        values: `[row, column]`; nan values are left out.
+        clusters: one label per row.
+
+    Returns:
+        Means `[resample, column]`; nan where a resample has no value, and throughout with fewer than two clusters.
+
+    Example:
+        >>> bootstrap_columns(np.array([[1.0], [3.0]]), ["a", "b"], n_resamples=500).min()
+        np.float64(1.0)
+    """
+    labels = pd.factorize(pd.Series(clusters, dtype=object))[0]
+    n_clusters = len(set(labels))
+    if n_clusters < 2:
+        return np.full((n_resamples, values.shape[1]), math.nan)
+    there = ~np.isnan(values)
+    member = (labels == np.arange(n_clusters)[:, None]).astype(float)  # [cluster, row]
+    sums, counts = member @ np.where(there, values, 0.0), member @ there
+    drawn = np.random.default_rng(seed).integers(n_clusters, size=(n_resamples, n_clusters))
+    times = np.stack([np.bincount(row, minlength=n_clusters) for row in drawn]).astype(float)  # [resample, cluster]
+    with np.errstate(invalid="ignore"):
+        means: NDArray[np.float64] = (times @ sums) / (times @ counts)
+    return means
+
+
 def mean_intervals(scores: pd.DataFrame, by: Sequence[str]) -> pd.DataFrame:
     """Bootstrap intervals of the means in `rates.quality_table`, over base queries: columns `by`, then low and high of each.
 

@@ -121,6 +121,7 @@ def generate(
     seed: WholeNumber | Iterable[WholeNumber] = 0,
     batch_size: int = 16,
     prompt_format: PromptFormat = PromptFormat(),
+    edits: Sequence[Edit] = (),
     progress: bool = False,
     **settings: Unpack[SamplingSettings],
 ) -> Generations:
@@ -132,6 +133,7 @@ def generate(
         seed: One seed for all rows, or one per row: it decides the random number of each of the row's tokens, and nothing
             where decoding is greedy. Rows with the same prompt, plan and seed get the same text.
         prompt_format: Chat template or plain; see `PromptFormat`.
+        edits: More that is done in every pass, after the plans' steps; the rows of each edit are the prompts, in their order.
         progress: Show tokens per second and the time left.
         settings: Fields of `sampling` by name: max_new_tokens, temperature, top_k, top_p, stop, stop_ids.
 
@@ -143,7 +145,7 @@ def generate(
         'length'
     """
     sampling = sampling_with(sampling, settings)
-    job = _Job(model, prompts, steering, sampling, seed, batch_size, prompt_format)
+    job = _Job(model, prompts, steering, sampling, seed, batch_size, prompt_format, edits)
     finished: list[Generation] = []
     with Progress(len(job.rows), sampling.max_new_tokens, disable=not progress) as bar, job.runner:
         while job.left:
@@ -272,6 +274,7 @@ class _Job:
         seed: WholeNumber | Iterable[WholeNumber],
         batch_size: int,
         prompt_format: PromptFormat,
+        edits: Sequence[Edit] = (),
     ) -> None:
         self.prompts = text_list(prompts)
         n_rows = len(self.prompts)
@@ -284,7 +287,7 @@ class _Job:
             check_plan(model, plan)
         check_stop_ids(model, sampling.stop_ids)
         encoded = encode_all(model, self.prompts, prompt_format, room=sampling.max_new_tokens)
-        self.model, self.sampling, self.stops = model, sampling, stop_ids(model)
+        self.model, self.sampling, self.stops, self.more_edits = model, sampling, stop_ids(model), tuple(edits)
         # A vocabulary may be padded beyond its tokenizer, and what is no token is no text.
         self.forbidden = torch.tensor(forbidden_ids(model), dtype=torch.long, device=model_device(model))
         self.rows = [_Row(i, ids, plans[i], seeds[i], sampling) for i, ids in enumerate(encoded)]
@@ -295,7 +298,7 @@ class _Job:
         self.waiting = [[self.rows[index] for index in indices] for indices in reversed(batches)]
         self.batch: _Batch | None = None
         sites = {resid_post(step.layer) for plan in plans for step in plan.active}
-        self.runner = Runner(model, sites)
+        self.runner = Runner(model, sites | {edit.site for edit in self.more_edits})
 
     @property
     def left(self) -> bool:
@@ -327,7 +330,9 @@ class _Batch:
     def edits_of(self, rows: Sequence[_Row]) -> Sequence[Edit]:
         plans, lengths = [row.plan for row in rows], [len(row.prompt) for row in rows]
         d_model = int(self.model.cfg.d_model)
-        return residual_edits(plans, lengths, d_model=d_model, device=model_device(self.model))
+        steered = residual_edits(plans, lengths, d_model=d_model, device=model_device(self.model))
+        chosen = torch.tensor([row.index for row in rows])
+        return [*steered, *(edit.select(chosen) for edit in self.job.more_edits)]
 
     def step(self) -> list[Generation]:
         """One token more for every row; rows that stop leave the batch."""
@@ -378,7 +383,8 @@ class _CachedBatch(_Batch):
         self.cache: Cache | None = None
         self.fed = pad([row.prompt for row in rows], pad_id=pad_id(self.model)).to(model_device(self.model))
         stems = _stems(rows)
-        if len(set(stems)) < len(stems):
+        # What more edits do to a prompt is not known, so rows with them share nothing.
+        if len(set(stems)) < len(stems) and not job.more_edits:
             self._prefill_once(stems)
 
     def _prefill_once(self, stems: list[int]) -> None:

@@ -5,11 +5,17 @@ from typing import TYPE_CHECKING
 from steerlens._lazy import lazy_exports
 
 if TYPE_CHECKING:
+    from steerlens.study.arms import LayerStudy as LayerStudy
     from steerlens.study.calibration import calibrate as calibrate
     from steerlens.study.config import RunConfig as RunConfig, SweepConfig as SweepConfig
     from steerlens.study.engines import ray_engine as ray_engine
     from steerlens.study.job import RunResult as RunResult, run as run, run_sweep as run_sweep
     from steerlens.study.judge import Judge as Judge, Judgement as Judgement, judge_frame as judge_frame
+    from steerlens.study.layers import (
+        necessity as necessity,
+        steer_by_layer as steer_by_layer,
+        transfer_between_layers as transfer_between_layers,
+    )
     from steerlens.study.quality import Quality as Quality
     from steerlens.study.responses import Sampler as Sampler, requests_for as requests_for
     from steerlens.study.scores import Evaluation as Evaluation, evaluate as evaluate, score as score

@@ -5,7 +5,7 @@ answered under a key of all that decides a text, and never answers one twice.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -96,12 +96,20 @@ def requests_for(
         for condition in conditions:
             used = text_plan if condition == "text+vector" else plan if condition in STEERED else Plan()
             if condition == "random":
-                names = [(step.layer, step.name) for step in plan]
-                used = plan.placebo(seed=derived_seed(seed, "random", pair.instruction_id, *names))
+                used = plan.placebo(seed=control_seed(plan, seed, pair.instruction_id))
             for trial in range(trials):
                 row_seed = derived_seed(seed, pair.query or pair.prompt, trial)
                 requests.append(Request(pair, condition, used, trial, row_seed))
     return requests
+
+
+def control_seed(plan: Plan, seed: WholeNumber, *names: str) -> int:
+    """What decides a control's random directions: a seed, names such as the instruction's, the plan's layers and vectors' names.
+
+    >>> control_seed(vector.at(4), 0, "a:b") == control_seed(vector.at(4, operator="ablate"), 0, "a:b")
+    True
+    """
+    return derived_seed(seed, "random", *names, *((step.layer, step.name) for step in plan))
 
 
 def _plan_of(pair: InstructionPair, plans: Any) -> Plan:
@@ -224,6 +232,21 @@ def sampler_in(folder: str | Path | None, model: Any, **settings: Unpack[Sampler
     """
     with nullcontext() if folder is None else Journal(writable_folder(folder) / "generations.jsonl") as journal:
         yield Sampler(model, journal=journal, **settings)
+
+
+def sampler_of(model: Any, out: str | Path | None, settings: SamplerSettings) -> AbstractContextManager[Sampler]:
+    """The caller's sampler where one is given for the model, or a new one, in larger batches: candidates share their prompts.
+
+    Raises:
+        SteerlensError: if settings or a folder come with a sampler, which has its own.
+    """
+    if not isinstance(model, Sampler):
+        by_default: SamplerSettings = {"batch_size": 64}
+        return sampler_in(out, model, **(by_default | settings))
+    if out is not None or settings:
+        given = ", ".join([*settings, *["out"] * (out is not None)])
+        raise SteerlensError(f"a sampler has settings and a journal of its own, got {given} as well; give them to it")
+    return nullcontext(model)
 
 
 def answer(

@@ -118,12 +118,14 @@ class Evaluation:
         """Read what `save`, `evaluate(out=...)` or a run left in a folder.
 
         Raises:
-            DataError: if the folder holds no scores, or those of a sweep.
+            DataError: if the folder holds no scores, or those of a sweep or of a study of layers.
         """
         table = user_path(folder) / "table.csv"
-        if table.is_file() and "gate" in pd.read_csv(table, nrows=0):
+        marks = {"gate": "a sweep, {}; use Sweep.load", "study": "a study of layers, {}; use LayerStudy.load"}
+        columns = set(pd.read_csv(table, nrows=0)) if table.is_file() else set()
+        for other in (marks[column] for column in marks if column in columns):
             raise DataError(
-                f"an evaluation must be read from its folder, got that of a sweep, {str(folder)!r}; use Sweep.load"
+                f"an evaluation must be read from its folder, got that of {other.format(repr(str(folder)))}"
             )
         return cls(read_scores(folder))
 
@@ -335,6 +337,8 @@ def read_scores(folder: str | Path) -> pd.DataFrame:
         "finish_reason",
         "query",
         "prompt",
+        "mode",
+        "window",
     }
     numbers = [
         name for name in frame if name not in {*texts, "response", "key", "layer"} and frame[name].dtype == object

@@ -21,7 +21,6 @@ prompts made, and generates nothing for that.
 
 import html
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, fields
 from functools import cached_property
 from pathlib import Path
@@ -41,7 +40,7 @@ from steerlens.steering.candidates import UNSTEERED, Candidate, grid
 from steerlens.steering.plan import Plan
 from steerlens.steering.positions import Window
 from steerlens.study.quality import Quality
-from steerlens.study.responses import Request, Sampler, SamplerSettings, requests_for, sampler_in
+from steerlens.study.responses import Request, SamplerSettings, requests_for, sampler_of
 from steerlens.study.scores import read_scores, score, start_results
 from steerlens.vectors.vector import SteeringVector
 
@@ -297,7 +296,7 @@ def sweep(
     if len(pairs) == 0:
         raise DataError("a search needs at least one validation prompt, got none; check the split and the filter")
     by_instruction = dict.fromkeys(pairs.instructions, vectors) if isinstance(vectors, SteeringVector) else vectors
-    with _sampler(model, out, settings) as sampler:
+    with sampler_of(model, out, settings) as sampler:
         if candidates is None:
             sizes = real_numbers(coeffs, "coeff")
             options: Any = {"coeffs": sizes, "operators": operators, "positions": positions, "unit": unit}
@@ -315,17 +314,6 @@ def sweep(
     if out is not None:
         found.save(out)
     return found
-
-
-def _sampler(model: Any, out: str | Path | None, settings: SamplerSettings) -> AbstractContextManager[Sampler]:
-    """The caller's sampler, or a new one for a model."""
-    if not isinstance(model, Sampler):
-        by_default: SamplerSettings = {"batch_size": 64}
-        return sampler_in(out, model, **(by_default | settings))
-    if out is not None or settings:
-        given = ", ".join([*settings, *["out"] * (out is not None)])
-        raise SteerlensError(f"a sampler has settings and a journal of its own, got {given} as well; give them to it")
-    return nullcontext(model)
 
 
 def _grid_over(model: Any, layers: Any, options: Mapping[str, Any]) -> Spec:

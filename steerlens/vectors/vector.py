@@ -269,10 +269,15 @@ class SteeringVector:
 
     def cosine(self, other: "SteeringVector") -> dict[int, float]:
         """Cosine similarity per shared layer."""
-        shared = self._shared_layers(other)
+        shared = self.shared_layers(other)
         return {layer: float(self.unit(layer) @ other.unit(layer)) for layer in shared}
 
-    def _shared_layers(self, other: "SteeringVector") -> list[int]:
+    def shared_layers(self, other: "SteeringVector") -> list[int]:
+        """The layers that two vectors have in common.
+
+        Raises:
+            SteerlensError: if there is none, or the vectors are of models that cannot be compared.
+        """
         if self.d_model != other.d_model:
             raise SteerlensError(
                 f"vectors must have one width, got {self.d_model} and {other.d_model}; are they of different models?"
@@ -294,7 +299,7 @@ class SteeringVector:
         """The sum of directions on shared layers. Projections belong to the old directions and are dropped."""
         if not isinstance(other, SteeringVector):
             return NotImplemented
-        shared = self._shared_layers(other)
+        shared = self.shared_layers(other)
         norms = {layer: [one.resid_norm[layer] for one in (self, other) if layer in one.resid_norm] for layer in shared}
         return SteeringVector(
             directions={layer: self.directions[layer] + other.directions[layer] for layer in shared},

@@ -32,6 +32,9 @@ from steerlens.models.passes import Read, run_pass
 from steerlens.models.probe import Abilities, abilities
 from steerlens.models.prompts import PromptFormat, encode
 from steerlens.models.rows import pad
+from steerlens.reading.effects import vector_effects
+from steerlens.reading.lens import prompt_lens
+from steerlens.reading.vocabulary import logit_lens
 from steerlens.steering.residual import steer
 from steerlens.steering.sampling import SamplingConfig, generate
 from steerlens.study.config import RunConfig
@@ -338,3 +341,16 @@ def test_a_run_with_it_says_what_a_run_with_the_bridge_says(hooked_tiny: Any, tm
     again = run(config, tmp_path / "a", model=hooked_tiny, progress=False)
     assert again.facts["identity"] == done[0].facts["identity"]
     assert again.facts["identity"] != done[1].facts["identity"]  # other kernels, another digest, another run
+
+
+# --- what it has not -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("lens", [logit_lens, prompt_lens, vector_effects])
+def test_a_lens_is_refused_in_a_sentence(build: Build, lens: Callable[..., Any]) -> None:
+    vector, model = SteeringVector({1: unit(0)}), build("llama")
+    arguments = {logit_lens: (vector,), prompt_lens: (PROMPTS,)}.get(lens, (vector, PROMPTS))
+    with pytest.raises(
+        ModelError, match=r"a lens needs the readout that TransformerLens has since version 4\.3, got 3\."
+    ):
+        lens(model, *arguments, **({"coeff": 1.0} if lens is vector_effects else {}))

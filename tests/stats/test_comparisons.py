@@ -13,6 +13,7 @@ from scipy.special import xlogy
 from steerlens.errors import DataError, SteerlensError
 from steerlens.stats.comparisons import (
     COMPARISON_COLUMNS,
+    bootstrap_columns,
     bootstrap_mean,
     compare_cells,
     compare_conditions,
@@ -484,3 +485,26 @@ def test_spellings_of_one_query_are_one_unit_of_every_comparison() -> None:
     pd.testing.assert_frame_equal(compare_cells(frame), compare_cells(plain))
     assert compare_cells(frame)[["n", "n_prompts", "test"]].values.tolist() == [[24, 6, "sign flip"]]
     pd.testing.assert_frame_equal(mean_intervals(frame, ["condition"]), mean_intervals(plain, ["condition"]))
+
+
+def test_columns_are_resampled_by_clusters_as_one_mean_is() -> None:
+    rng = np.random.default_rng(0)
+    values, clusters = rng.normal(size=(30, 3)), np.repeat(np.arange(10), 3)
+    draws = bootstrap_columns(values, clusters)
+    assert draws.shape == (2000, 3)
+    for column in range(3):
+        expected = bootstrap_mean(values[:, column], clusters=clusters, n_resamples=2000)
+        found = np.quantile(draws[:, column], [0.025, 0.975])
+        assert found == pytest.approx([expected.low, expected.high], abs=1e-12)  # the very same draws
+    assert draws[:, 1] == pytest.approx(bootstrap_columns(values[:, 1:2], clusters)[:, 0])
+    assert (draws != bootstrap_columns(values, clusters, seed=1)).any()
+
+
+def test_missing_values_of_a_column_are_left_out_and_fewer_than_two_clusters_have_no_draws() -> None:
+    values = np.array([[1.0, math.nan], [3.0, 5.0], [2.0, math.nan]])
+    draws = bootstrap_columns(values, ["a", "b", "c"], n_resamples=200)
+    assert np.nanmin(draws[:, 1]) == np.nanmax(draws[:, 1]) == 5
+    assert np.isnan(draws[:, 1]).mean() == pytest.approx((2 / 3) ** 3, abs=0.12)  # without the one that is there
+    assert not np.isnan(draws[:, 0]).any()
+    assert np.isnan(bootstrap_columns(values, ["a"] * 3, n_resamples=5)).all()
+    assert np.isnan(bootstrap_columns(values[:0], [], n_resamples=5)).all()

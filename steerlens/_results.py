@@ -1,0 +1,44 @@
+"""What a reading of a model returns: a tidy frame that knows its picture."""
+
+import html
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import pandas as pd
+
+if TYPE_CHECKING:
+    import plotly.graph_objects as go
+
+
+@dataclass(frozen=True, eq=False)
+class Result:
+    """Rows of a tidy frame; each kind of result says what they are and draws them.
+
+    >>> len(Result(pd.DataFrame({"layer": [1, 2]})))
+    2
+    """
+
+    table: pd.DataFrame
+    """One row per number, or per few numbers that belong together."""
+
+    def to_frame(self) -> pd.DataFrame:
+        """The table as a frame of the caller's own."""
+        return self.table.copy()
+
+    def plot(self, **options: Any) -> "go.Figure":
+        """The picture of this result; options are those of the figure's function, such as `title`."""
+        raise NotImplementedError(f"{type(self).__name__} has no picture")
+
+    def __len__(self) -> int:
+        return len(self.table)
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(self.table.itertuples(index=False, name="Row"))
+
+    def _repr_html_(self) -> str:
+        table = self.table.to_html(index=False, max_rows=24, float_format="{:.3f}".format)
+        return f"<p>{html.escape(repr(self))}</p>{table}"
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({len(self)} rows: {', '.join(map(str, self.table.columns))})"
