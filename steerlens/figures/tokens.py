@@ -14,8 +14,8 @@ from steerlens.errors import DataError, nearest
 from steerlens.figures.multiples import require_table
 from steerlens.figures.theme import CONDITION_COLORS, MUTED, short_label, theme
 
-PAGE, LETTER = 500, 7.0
-"""Pixels that a narrow page leaves for cells side by side, and those that a letter takes in one."""
+PAGE, NAMES, LETTER = 520, 90, 7.0
+"""Pixels that a narrow page leaves for cells side by side, those that names before them take, and those of a letter."""
 
 SIGNS = {1: "adding it says", -1: "subtracting it says"}
 
@@ -146,7 +146,9 @@ def _cells(rows: pd.DataFrame) -> go.Figure:
     by = "layer" if rows["vector"].nunique() == 1 else "vector"
     lines = sorted(set(rows["layer"])) if by == "layer" else list(dict.fromkeys(rows["vector"]))
     size = 11 if len(lines) <= 16 else 9
-    letters = int(11 * PAGE / (LETTER * size * rows["place"].nunique() * rows["sign"].nunique()))
+    letters = int(
+        11 * (PAGE - NAMES * (by == "vector")) / (LETTER * size * rows["place"].nunique() * rows["sign"].nunique())
+    )
     rows = rows.assign(cell=[_cell(record, max(3, letters)) for record in rows.to_dict("records")])
     pages = [None] if by == "layer" else sorted(set(rows["layer"]))
     fig = _panels(rows, 0.02)

@@ -17,14 +17,14 @@ VECTORS = ["change_case:english_capital", "detectable_format:number_highlighted_
 
 
 def vocabulary(vectors: list[str], layers: list[int], *, top_k: int = 12, words: tuple[str, ...] = ()) -> pd.DataFrame:
-    """A lens frame: the token of rank 3 of the second vector at layer 2 is " t1.2.3"."""
+    """A lens frame: the token of rank 3 of the second vector at layer 2 is " 1.2.3"."""
     rows: list[dict[str, Any]] = []
     for index, vector in enumerate(vectors):
         for layer in layers:
             for sign in (1, -1):
                 place = {"vector": vector, "layer": layer, "sign": sign, "norm": "model"}
                 for rank in range(top_k):
-                    logit, token = 10.0 + index - rank, f" t{index}.{layer}.{rank}" if sign == 1 else f"m{rank}"
+                    logit, token = 10.0 + index - rank, f" {index}.{layer}.{rank}" if sign == 1 else f"m{rank}"
                     ranges = {"random_low": 1.0, "random_high": 10.5, "text": "", "piece": pd.NA}
                     rows.append({**place, "kind": "promoted", "rank": rank, "token": token, "logit": logit, **ranges})
                 for word in words:
@@ -98,7 +98,7 @@ def test_one_vector_at_one_layer_is_bars_over_the_range_of_random_directions() -
     random, logits, *_ = fig.data
     assert (random.base[0], random.base[0] + random.x[0]) == (1.0, 10.5)
     assert list(logits.x) == [10.0 - rank for rank in range(10)]
-    assert [label.strip() for label in fig.layout.yaxis.ticktext] == [f"·t0.4.{rank}" for rank in range(10)]
+    assert [label.strip() for label in fig.layout.yaxis.ticktext] == [f"·0.4.{rank}" for rank in range(10)]
     assert "logit 10, rank 0" in logits.hovertext[0]
     assert fig.layout.title.text == "What the english capital vector says in the vocabulary at layer 4"
 
@@ -106,7 +106,7 @@ def test_one_vector_at_one_layer_is_bars_over_the_range_of_random_directions() -
 def test_several_vectors_are_lines_of_cells_bold_where_no_random_direction_reaches() -> None:
     fig = token_table(vocabulary(VECTORS, [2]))
     added, subtracted = fig.data
-    assert grid(added)[1][:2] == ["<b>·t1.2.0</b>", "·t1.2.1"]  # 11 and 10, and the range ends at 10.5
+    assert grid(added)[1][:2] == ["<b>·1.2.0</b>", "·1.2.1"]  # 11 and 10, and the range ends at 10.5
     assert grid(subtracted)[0] == [f"m{rank}" for rank in range(5)]
     assert grid(added, "z")[2] == [12.0, 11.0, 10.0, 9.0, 8.0]
     labels = [label.strip() for label in fig.layout.yaxis.ticktext]
@@ -119,7 +119,7 @@ def test_one_vector_at_several_layers_is_a_line_for_each_layer_from_below() -> N
     fig = token_table(vocabulary(VECTORS[:1], [5, 2]), top=3)
     assert [label.strip() for label in fig.layout.yaxis.ticktext] == ["2", "5"]
     assert [len(line) for line in grid(fig.data[0])] == [3, 3]
-    assert "t0.2.0" in grid(fig.data[0])[0][0]
+    assert "0.2.0" in grid(fig.data[0])[0][0]
     assert fig.layout.yaxis.autorange is True
 
 
@@ -131,7 +131,7 @@ def test_a_slider_moves_through_the_layers_of_several_vectors() -> None:
     for step, layer in zip(slider.steps, (1, 3, 6), strict=True):
         seen = [trace for trace, visible in zip(fig.data, step.args[0]["visible"], strict=True) if visible]
         assert len(seen) == 2
-        assert f"t0.{layer}.0" in grid(seen[0])[0][0]
+        assert f"0.{layer}.0" in grid(seen[0])[0][0]
 
 
 def test_a_vector_and_a_layer_can_be_chosen() -> None:

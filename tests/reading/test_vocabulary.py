@@ -10,7 +10,7 @@ import torch
 
 from steerlens.errors import ModelError, SteerlensError
 from steerlens.models.load import load_model
-from steerlens.reading import readout
+from steerlens.reading import readout, vocabulary
 from steerlens.reading.vocabulary import N_RANDOM, logit_lens
 from steerlens.vectors.vector import SteeringVector
 from tests.conftest import Subject
@@ -147,6 +147,20 @@ def test_tokens_that_only_pad_the_vocabulary_are_never_said(tmp_path: Path) -> N
     logits = by_hand(Subject("llama", tmp_path / "padded", model), vector(layers=(0,)).unit(0), "model")[:260]
     row = part(lens.table, kind="target", text="X", sign=1).iloc[0]
     assert row["rank"] == int((logits > logits[row["token_id"]]).sum())
+
+
+def test_ids_are_the_models_own_where_some_between_them_are_no_tokens(
+    llama: Subject, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = logit_lens(llama.model, vector(), layer=1, top_k=20, targets="xy").table
+    best = whole["token_id"][0]
+    monkeypatch.setattr(vocabulary, "forbidden_ids", lambda model: (0, 1, best))
+    table = logit_lens(llama.model, vector(), layer=1, top_k=19, targets="xy").table
+    assert best not in set(table["token_id"])
+    one, other = (part(each, sign=1, kind="promoted").query("rank < 19") for each in (whole, table))
+    assert other["token_id"].tolist()[:18] == one["token_id"].tolist()[1:]
+    said = part(table, kind="target").set_index(["sign", "text", "piece"])["token_id"]
+    assert said.equals(part(whole, kind="target").set_index(["sign", "text", "piece"])["token_id"])
 
 
 def test_layers_are_the_vectors_own_but_for_those_where_it_is_zero(llama: Subject) -> None:
