@@ -16,7 +16,6 @@ must come out as they do alone.
 import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
 from typing import Any, NamedTuple
 
 import torch
@@ -146,7 +145,7 @@ class PatchedRuns:
         for place, cell in enumerate(cells):
             by_offset[cell.offset].append(place)
         runner = Runner(self.model, self.sites)
-        begun = _Begun(self, runner) if self._may_begin else None
+        begun = _Begun(self, runner) if self.able.cache else None
         for places in by_offset.values():
             for start in range(0, len(places), self.batch_size):
                 batch = places[start : start + self.batch_size]
@@ -156,11 +155,6 @@ class PatchedRuns:
                     if found is None:
                         begun, found = None, self._whole(runner, rows)
                 yield batch, found
-
-    @cached_property
-    def _may_begin(self) -> bool:
-        """A cache needs a token of every prompt in it."""
-        return self.able.cache and all(len(ids) + self.offsets[0] > 0 for ids in self.plain)
 
     def _whole(self, runner: Runner, cells: Sequence[Cell]) -> Float[Tensor, "cell d_vocab"]:
         """Logits of cells, every row from its first token."""
@@ -191,7 +185,9 @@ class _Begun:
             found = self._ends([*cells, *([] if checked else plain)])
         except (torch.OutOfMemoryError, MemoryError):
             raise
-        except Exception:  # an architecture may take single tokens after its cache, and no more
+        except (
+            Exception
+        ):  # single tokens after a cache may be all that an architecture takes; a prompt may have no beginning
             return None
         alone, beside = self.runs.plain_logits, found[len(cells) :]
         if not checked and bool(

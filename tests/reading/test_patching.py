@@ -14,7 +14,7 @@ from steerlens.models.backends import BridgeCache
 from steerlens.models.load import load_model
 from steerlens.models.passes import Read, run_pass
 from steerlens.models.probe import Abilities
-from steerlens.models.prompts import encode
+from steerlens.models.prompts import PromptFormat, encode
 from steerlens.models.rows import pad
 from steerlens.reading import patching
 from steerlens.reading.patches import INSTRUCTED, NOTHING, Cell, Patch, PatchedRuns, Prompts
@@ -339,6 +339,16 @@ def test_one_query_has_no_control_and_no_interval_and_none_is_made_up(tiny: Subj
     assert np.isfinite([row["value"], row["restored"]]).all()
 
 
+def test_the_control_is_of_another_query_and_not_of_another_spelling_of_the_same(tiny: Subject) -> None:
+    spelled = PairSet(
+        InstructionPair(query, INSTRUCTION, prompt=f"{INSTRUCTION} {query}")
+        for query in ("Why is it so?", "why is it  so?")
+    )
+    assert patch(tiny.model, spelled, layers=[2], positions=[-1]).cells["control"].isna().all()
+    three = patch(tiny.model, spelled + PairSet([InstructionPair("Hm?", INSTRUCTION, prompt=f"{INSTRUCTION} Hm?")]))
+    assert three.cells["control"].notna().all()
+
+
 def test_a_control_can_be_left_out(tiny: Subject, passes: Passes) -> None:
     patch(tiny.model, PAIRS[:2], layers=[2], positions=[-1], control=False)
     rows = sum(len(rows.tokens) for rows, _ in passes if rows.tokens.shape[1] == 1)
@@ -361,6 +371,14 @@ def test_a_query_that_is_its_whole_prompt_may_be_patched_from_its_first_token(gp
     pairs = PairSet([InstructionPair(text, "Hm", prompt=f"Hm{text}")])
     found = patch(model, pairs, layers=[1], positions=whole - 1)  # all but the token that begins every text
     assert len(found) == whole - 1
+    # Without that token nothing is left before the first position, of which keys could be kept.
+    bare = patch(model, pairs, layers=[1], positions=whole - 1, prompt_format=PromptFormat(bos=False))
+    without, with_ = (pairs[0].text(condition) for condition in ("none", "text"))
+    ids, longer = (encode(model, text, PromptFormat(bos=False)) for text in (without, with_))
+    value = read_at(gpt2.hf, longer, 1, "resid", -4)
+    logits = patched_logits(gpt2.hf, ids, value, 1, "resid", 0)
+    instructed = run_pass(model, pad([longer])).logits[0]
+    assert bare.cells["value"][0] == pytest.approx(kl(instructed, logits), rel=1e-3, abs=1e-4)
 
 
 # --- what is refused -------------------------------------------------------------------------------------------------
