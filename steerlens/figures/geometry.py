@@ -194,7 +194,10 @@ def _ranges(rows: pd.DataFrame, axes: list[str]) -> dict[str, list[float]]:
 def _name_axes(fig: go.Figure, names: list[str], hide_numbers: bool) -> None:
     if len(names) == 3:
         axis = {"showticklabels": not hide_numbers, "nticks": 5, "tickfont_size": 10, "gridcolor": "#D0D4DA"}
-        scene = {f"{key}axis": {**axis, "title": {"text": name}} for key, name in zip("xyz", names, strict=True)}
+        scene = {
+            f"{key}axis": {**axis, "title": {"text": name, "font": {"size": 12}}}
+            for key, name in zip("xyz", names, strict=True)
+        }
         camera = {"eye": {"x": 1.5, "y": 1.5, "z": 1.0}, "center": {"x": 0, "y": 0, "z": -0.15}}
         fig.update_layout(scene={**scene, "aspectmode": "cube", "camera": camera})
         return

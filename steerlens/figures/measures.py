@@ -22,7 +22,7 @@ def measure_curves(
     control: str = "control",
     log: bool = False,
     title: str | None = None,
-    columns: int = 3,
+    columns: int = 4,
 ) -> go.Figure:
     """A measure over the layers with its interval, and its control in grey, one panel for each value of a column.
 
@@ -62,7 +62,7 @@ def measure_curves(
     return _finish(fig, title or "Each measure over the layers, beside its control")
 
 
-def projection_profiles(profiles: pd.DataFrame, *, title: str | None = None, columns: int = 3) -> go.Figure:
+def projection_profiles(profiles: pd.DataFrame, *, title: str | None = None, columns: int = 4) -> go.Figure:
     """Projections of both sides on the direction over the layers: mean and one deviation, one panel per instruction.
 
     The grey band about the middle of the two means is as wide as the gap that a random direction shows.

@@ -60,7 +60,7 @@ TITLES: dict[Measure, tuple[str, str]] = {
     "d_prime": ("How far the direction parts the sides of held-out pairs", "d\u2032"),
     "norm": ("How long the mean difference is", "residual units"),
     "relative_norm": ("How long the mean difference is, against the residual", "share"),
-    "effective_rank": ("In how many directions the pairs of an instruction differ", "effective rank"),
+    "effective_rank": ("In how many directions the pairs of an instruction differ", "rank"),
     "stability": ("How alike two halves of the queries make the direction", "cosine"),
 }
 """The title and the unit of the picture of each measure."""

@@ -7,7 +7,17 @@ import pandas as pd
 import pytest
 
 from steerlens.errors import DataError, SteerlensError
-from steerlens.reading.diagnosis import TITLES, diagnose
+from steerlens.reading.diagnosis import (
+    TITLES,
+    _halves,
+    _held_out,
+    _Products,
+    _sizes,
+    _stability,
+    _Sum,
+    diagnose,
+)
+from steerlens.reading.examples import examples_of
 from steerlens.stats.slopes import agreement, d_prime
 from steerlens.vectors.activations import Activations
 from steerlens.vectors.estimators import fit_steering_vector
@@ -63,6 +73,20 @@ def test_agreement_and_norm_are_those_that_vectors_know() -> None:
     vector = fit_steering_vector(acts)
     assert found["norm"] == pytest.approx(float(vector[0].norm()), rel=1e-5)
     assert found["relative_norm"] == pytest.approx(float(vector[0].norm()) / vector.resid_norm[0], rel=1e-5)
+
+
+def test_swapped_sides_are_what_the_measures_say_of_activations_whose_sides_were_swapped() -> None:
+    acts, signs = alone(size=2.0), np.array([1, -1, -1, 1, 1, -1, 1, 1])
+    part = examples_of(acts)
+    products, halves, loads = _Products.of(part, 0), _halves(part, 0, "a:one"), signs[None].astype(float)
+    total = _Sum.of(products, loads)
+    found = {**_held_out(products, loads, total), **_sizes(products, loads, total)}
+    found["stability"] = _stability(products, loads, halves, total)
+    for index, sign in enumerate(signs):
+        if sign < 0:
+            acts.resid[index] = acts.resid[index].flip(0)
+    for name, expected in one(acts)["value"].items():
+        assert found[str(name)][0] == pytest.approx(expected, rel=1e-4), name
 
 
 def test_stability_is_the_mean_cosine_of_all_halves() -> None:

@@ -7,7 +7,7 @@ from scipy.stats import spearmanr
 from sklearn.decomposition import PCA
 
 from steerlens.errors import DataError, SteerlensError
-from steerlens.reading.lines import line
+from steerlens.reading.lines import _measures, _plane, line
 from steerlens.vectors.activations import Activations
 from tests.reading.points import activations, reordered
 
@@ -76,23 +76,37 @@ def test_another_order_of_the_pairs_changes_nothing() -> None:
     )
 
 
+def test_rank_correlation_has_no_sign_whatever_sign_a_component_comes_with() -> None:
+    rng = np.random.default_rng(0)
+    for means in rng.normal(size=(20, 5, 8)):
+        found = _measures((means @ means.T)[None], np.arange(5.0))["spearman"][0]
+        along = PCA(1).fit_transform(means)[:, 0]
+        assert found == pytest.approx(abs(spearmanr(along, np.arange(5)).statistic))
+        centre, plane = _plane(means, np.arange(5.0))
+        assert spearmanr((means - centre) @ plane[:, 0], np.arange(5)).statistic == pytest.approx(found)
+
+
 def test_points_lie_in_the_plane_of_the_means_and_grow_with_the_number() -> None:
     acts = along([9.0, 3.0, -3.0, -9.0], bend=0.1)
     points = line(acts, NUMBERS).points
-    means = points.groupby("number")["x"].mean()
-    assert means.is_monotonic_increasing
-    assert means.to_numpy() == pytest.approx([-9, -3, 3, 9], abs=1.5)
+    assert points.groupby("number")["x"].mean().to_numpy() == pytest.approx([-9, -3, 3, 9], abs=1.5)
     assert points["prompt_id"].tolist() == list(acts.prompt_ids)
 
 
 def test_the_second_component_keeps_its_side_from_layer_to_layer() -> None:
-    one = along([-9.0, -3.0, 3.0, 9.0], bend=0.2).differences.numpy()
-    mirrored = one * np.where(np.arange(20) == 1, -1.0, 1.0)
-    acts = along([0.0] * 4)
-    both = activations(np.concatenate([one, mirrored], axis=1), list(acts.instructions), list(acts.prompt_ids))
-    points = line(both, NUMBERS).points
-    first, second = (points[points["layer"] == layer]["y"].to_numpy() for layer in (0, 1))
-    assert np.corrcoef(first, second)[0, 1] > 0.9
+    """From layer to layer it turns by 15 degrees, half a turn in all, which its sign at one layer cannot know."""
+    first, arch, wave = (
+        9 * np.array([[-2.0, -1, 0, 1, 2]]),
+        np.array([2.0, -1, -2, -1, 2]),
+        np.array([-1.0, 2, 0, -2, 1]),
+    )
+    angles = np.linspace(0, np.pi, 13)[:, None]
+    second = 5 * (np.cos(angles) * arch / 14**0.5 + np.sin(angles) * wave / 10**0.5)
+    planes = np.stack([np.broadcast_to(first, second.shape), second], axis=2) @ np.eye(2, 6)  # layer number d_model
+    acts = activations(planes.swapaxes(0, 1), list("abcde"), ["q"] * 5)
+    points = line(acts, range(5)).points.pivot_table(index="number", columns="layer", values="y").corr().to_numpy()
+    assert (np.diagonal(points, offset=1) > 0.9).all()
+    assert points[0, -1] == pytest.approx(-1, abs=1e-4)
 
 
 def test_means_that_do_not_differ_have_no_line() -> None:
