@@ -216,4 +216,5 @@ def _finish(fig: go.Figure, title: str) -> go.Figure:
     for trace in fig.data:
         trace.update(legendgroup=trace.name, showlegend=trace.showlegend is not False and trace.name not in seen)
         seen.add(trace.name)
-    return fig.update_layout(title_text=title)
+    # Names of two lines reach above the panels where a figure is made lower than it wants to be.
+    return fig.update_layout(title_text=title, legend_y=1.04, margin_t=100)

@@ -29,7 +29,7 @@ class Cell:
         return {"row": self.row, "col": self.col}
 
 
-_NAME_WIDTH = 22  # characters: what a third of a narrow page holds
+_NAME_WIDTH, _ROW_WIDTH = 22, 72  # characters: of a name, and what a narrow page holds side by side
 
 
 def small_multiples(
@@ -44,9 +44,9 @@ def small_multiples(
     """
     columns = min(columns, len(instructions))
     blocks, depth = math.ceil(len(instructions) / columns), len(panels)
+    width = min(_NAME_WIDTH, _ROW_WIDTH // columns)
     lines = [
-        [line for part in short_label(name).split("\n") for line in textwrap.wrap(part, _NAME_WIDTH)]
-        for name in instructions
+        [line for part in short_label(name).split("\n") for line in textwrap.wrap(part, width)] for name in instructions
     ]
     names = ["<br>".join(parts) for parts in lines]
     tops, total = [], 0
