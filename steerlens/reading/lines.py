@@ -5,9 +5,9 @@ At one layer, of the mean differences of all pairs with the number n, each numbe
     share       of their variance that the first principal component holds    1: the means lie on a straight line
     spearman    |rank correlation| of the first component with n              1: in the order of their numbers, either way
 
-(Stolfo et al. 2025 see length instructions from short to long along a line of their t-SNE.) The control shuffles the numbers over
-the pairs: a few means of noise have a first component, too, and with five numbers it is often nearly in order. Intervals by
-bootstrap over queries, in which the means' own noise is not counted twice; see `examples`.
+(Stolfo et al. 2025 see length instructions from short to long along a line of their t-SNE.) The control deals the numbers out
+anew, query by query (`examples.shuffled`): a few means of noise have a first component, too, and with five numbers it is often
+nearly in order. Intervals by bootstrap over queries, in which the means' own noise is not counted twice; see `examples`.
 
 What these do not show: an order is not a scale, and a curve in one plane (an arch) has a high rank correlation, too; look at the
 picture.
@@ -36,6 +36,7 @@ from steerlens.reading.examples import (
     query_texts,
     recorded_layers,
     resamples,
+    shuffled,
 )
 from steerlens.vectors.activations import Activations
 
@@ -112,7 +113,7 @@ def line(
     numbers, item = np.unique(number[order], return_inverse=True)
     draws = resamples(len(ids), generator(seed, "bootstrap", "line"))
     shuffle = generator(seed, "numbers")
-    shuffled = [shuffle.permutation(item) for _ in range(N_SHUFFLES)]
+    dealt = [shuffled(item, query, shuffle) for _ in range(N_SHUFFLES)]
     rows: list[dict[str, Any]] = []
     points, before = [], None
     for layer in chosen:
@@ -121,7 +122,7 @@ def line(
         x = differences[order]
         found = _measures(mean_products(x, item, query, np.ones((1, len(ids)))), numbers)
         resampled = _measures(mean_products(x, item, query, draws[: 0 if len(ids) < 2 else None]), numbers)
-        control = _measures(np.stack([means @ means.T for means in (_means(x, one) for one in shuffled)]), numbers)
+        control = _measures(np.stack([means @ means.T for means in (_means(x, one) for one in dealt)]), numbers)
         for name, value in found.items():
             row = measured(value[0], resampled[name], control[name])
             rows.append({"layer": layer, "measure": name} | row)

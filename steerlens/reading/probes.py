@@ -9,13 +9,14 @@ With `d_i = h(with) - h(without)` of pair i at one layer and its instruction as 
                       to pairs of the nearest other one (Rousseeuw 1987); in [-1, 1]
 
 Probe and centroids are cross-validated: the queries are dealt into folds, and a pair is judged by what was fitted on other
-queries, since two prompts with one query are alike whatever their instructions. The control repeats all of it with the labels
-shuffled over the pairs. Least squares costs one fit for all shuffles together, which is why it is the probe here.
+queries, since two prompts with one query are alike whatever their instructions. The control repeats all of it with labels
+that are dealt out anew, query by query (`examples.shuffled`). Least squares costs one fit for all of these together, which is why
+it is the probe here.
 
 Intervals resample the queries of the finished verdicts: a fit on a resample would be tested on queries that it was fitted on.
 
 What this does not show: that instructions can be told apart does not mean that the model does, nor that their directions steer.
-The silhouette is not held out; with one pair per instruction and query there is nothing that it could have learned.
+The silhouette is not held out: pairs of one query and instruction lie close for the query's sake, too, as in its control.
 """
 
 from collections.abc import Callable, Iterable
@@ -42,6 +43,7 @@ from steerlens.reading.examples import (
     measured,
     require_instructions,
     resamples,
+    shuffled,
 )
 from steerlens.vectors.activations import Activations
 
@@ -107,7 +109,8 @@ def separability(
     folds, seed = whole(folds, "folds"), whole(seed, "seed")
     fold = _folds(examples, folds, seed)
     shuffle = generator(seed, "labels")
-    labels = np.stack([examples.label, *(shuffle.permutation(examples.label) for _ in range(N_SHUFFLES))])
+    dealt = [shuffled(examples.label, examples.query, shuffle) for _ in range(N_SHUFFLES)]
+    labels = np.stack([examples.label, *dealt])
     draws = resamples(len(examples.query_ids), generator(seed, "bootstrap", "separability"))[:, examples.query]
     share = draws / draws.sum(axis=1, keepdims=True)
     rows = []
@@ -120,8 +123,8 @@ def separability(
             "silhouette": silhouettes(x, labels),
         }
         for name, found in scores.items():
-            true, shuffled = found[0], found[1:].mean(axis=1)
-            rows.append({"layer": layer, "measure": name} | measured(true.mean(), share @ true, shuffled))
+            true, control = found[0], found[1:].mean(axis=1)
+            rows.append({"layer": layer, "measure": name} | measured(true.mean(), share @ true, control))
     return Separability(pd.DataFrame(rows))
 
 

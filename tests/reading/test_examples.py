@@ -8,7 +8,16 @@ import torch
 
 from steerlens.data.pairs import InstructionPair, PairSet
 from steerlens.errors import DataError, SteerlensError
-from steerlens.reading.examples import examples_of, generator, mean_products, measured, queries_of, refill, resamples
+from steerlens.reading.examples import (
+    examples_of,
+    generator,
+    mean_products,
+    measured,
+    queries_of,
+    refill,
+    resamples,
+    shuffled,
+)
 from steerlens.vectors.activations import Activations
 from tests.reading.points import activations, planted, reordered
 
@@ -111,3 +120,21 @@ def test_queries_of_one_instruction_are_numbered_anew() -> None:
     assert part.query.tolist() == [0, 1]
     assert part.query_ids == ("q1", "q2")
     assert not re.search("a:a", " ".join(part.instructions))
+
+
+def test_labels_are_dealt_out_anew_without_taking_queries_apart() -> None:
+    query = np.array([2, 0, 1, 0, 2, 1, 3, 4, 5])
+    labels = np.array(
+        [0, 1, 1, 1, 0, 2, 0, 1, 2]
+    )  # 0 and 2 have one label each, 1 has two; 3, 4 and 5 have one pair each
+    drawn = np.stack([shuffled(labels, query, generator(0, number)) for number in range(300)])
+
+    def held(row: np.ndarray) -> list[tuple[int, ...]]:
+        return [tuple(sorted(row[query == number])) for number in range(6)]
+
+    for row in drawn:
+        assert sorted(held(row)[:3]) == [(0, 0), (1, 1), (1, 2)]
+        assert sorted(held(row)[3:]) == [(0,), (1,), (2,)]
+    assert len({tuple(held(row)[:3]) for row in drawn}) == len({tuple(held(row)[3:]) for row in drawn}) == 6
+    assert {tuple(row[query == 1]) for row in drawn} >= {(1, 2), (2, 1)}
+    assert labels.tolist() == [0, 1, 1, 1, 0, 2, 0, 1, 2]

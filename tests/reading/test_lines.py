@@ -3,6 +3,7 @@
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 from scipy.stats import spearmanr
 from sklearn.decomposition import PCA
 
@@ -41,6 +42,15 @@ def test_noise_is_within_the_control() -> None:
     found = measures(along([0.0] * 4))
     assert (found["control_low"] <= found["value"]).all()
     assert (found["value"] <= found["control_high"]).all()
+
+
+def test_what_tells_queries_apart_does_not_hide_a_line() -> None:
+    """Every query has all numbers, so that its own axis, longer than the line, moves all means alike."""
+    acts = along([-4.0, -1.5, 1.5, 4.0], n_queries=12)
+    own = 20 * np.random.default_rng(1).normal(size=12)
+    acts.resid[:, 1, 0, 5] += torch.tensor(np.tile(own, 4)).float()
+    found = measures(acts)
+    assert found.loc["share", "value"] > found.loc["share", "control_high"]
 
 
 def test_a_line_in_another_order_is_a_line_but_not_of_the_numbers() -> None:

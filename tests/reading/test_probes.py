@@ -45,6 +45,18 @@ def test_what_queries_share_does_not_count_as_telling_instructions_apart() -> No
     assert found.loc["silhouette", "value"] < 0
 
 
+def test_several_pairs_of_a_query_under_one_label_do_not_look_like_an_instruction() -> None:
+    """Each query has one of two labels, which mean nothing, and three pairs that lie close together."""
+    beyond = []
+    for seed in range(10):
+        rng = np.random.default_rng(seed)
+        differences = 3 * rng.normal(size=(16, 1, 10)).repeat(3, axis=0) + rng.normal(size=(48, 1, 10))
+        names, queries = ["a:a"] * 24 + ["b:b"] * 24, [f"q{i // 3}" for i in range(48)]
+        found = values(activations(differences, names, queries), folds=4)
+        beyond.append(found["value"] > found["control_high"])
+    assert np.mean(beyond) <= 0.1
+
+
 def test_no_query_is_on_both_sides_and_every_instruction_is_in_all_folds() -> None:
     names = ["a:a"] * 6 + ["b:b"] * 6 + ["c:c"] * 6
     queries = [f"q{i}" for i in range(6)] * 2 + [f"other{i}" for i in range(6)]
