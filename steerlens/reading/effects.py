@@ -37,7 +37,7 @@ from steerlens.reading.readout import check_readout, iter_logits
 from steerlens.reading.words import single_token, told_apart
 from steerlens.stats.comparisons import bootstrap_mean
 from steerlens.steering.plan import Plan
-from steerlens.steering.positions import Window
+from steerlens.steering.positions import Window, as_window
 from steerlens.steering.residual import ResidualEdit, residual_edits
 from steerlens.vectors.vector import SteeringVector
 
@@ -95,7 +95,8 @@ def vector_effects(
     Args:
         coeff, unit: The length of the step, absolute or in units of the layer's mean residual norm.
         layers: Default: the vector's own, but for those where its direction is zero.
-        positions: Which tokens are steered; the direct effect is always of the last one, which the prompt's answer follows.
+        positions: Which tokens of the prompts are steered; the direct effect is always of the last one, which the prompt's answer
+            follows.
         targets: Tokens to follow: texts of one token each, exactly as it is written (" rain"), or ids.
         seed: Decides the random directions, with the layer and the prompt's text.
         batch_size: Rows per pass; a row is a prompt at one layer, along the vector or along a random direction.
@@ -107,7 +108,8 @@ def vector_effects(
         (missing where one of them does not change).
 
     Raises:
-        SteerlensError: if a target is not one token, the vector has no such layer, or there are no prompts.
+        SteerlensError: if a target is not one token, the vector has no such layer, there are no prompts, or one of them has no
+            token to steer.
         ModelError: if the vector does not fit the model, or its logits are no readout of its last residual.
 
     Example:
@@ -120,6 +122,7 @@ def vector_effects(
     tokens = encode_all(model, texts, prompt_format)
     if not tokens:
         raise SteerlensError("effects need at least one prompt, got none")
+    _check_positions(as_window(positions), texts, tokens)
     wanted = list(dict.fromkeys(single_token(model, target) for target in several(targets)))
     rows = _rows(
         model, vector, texts, layers, {"coeff": coeff, "unit": unit, "positions": positions}, whole(seed, "seed")
@@ -133,6 +136,17 @@ def vector_effects(
     ]
     per_prompt = pd.DataFrame(numbers, columns=[*MEASURED, "prompt", "value"])
     return VectorEffects(_means(per_prompt), per_prompt)
+
+
+def _check_positions(positions: Window, texts: Sequence[str], tokens: Sequence[list[int]]) -> None:
+    """Refuse a rule that steers nothing in a prompt: of its total effect only rounding would be left."""
+    for text, ids in zip(texts, tokens, strict=True):
+        low, high = positions.bounds(len(ids))
+        if low >= min(high, len(ids)):
+            raise SteerlensError(
+                f"positions must be among the tokens of each prompt, got {positions} for the {len(ids)} of {text!r:.60}; "
+                "effects are on the token after a prompt"
+            )
 
 
 Name = tuple[str, str, int | None]

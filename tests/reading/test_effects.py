@@ -10,6 +10,7 @@ import torch
 from steerlens.errors import ModelError, SteerlensError
 from steerlens.models.prompts import encode
 from steerlens.reading.effects import effect_numbers, vector_effects
+from steerlens.steering.positions import Window
 from steerlens.vectors.activations import record_activations
 from steerlens.vectors.estimators import fit_steering_vector
 from steerlens.vectors.vector import SteeringVector
@@ -182,6 +183,8 @@ def test_numbers_are_those_by_hand() -> None:
         ({"targets": "ab"}, "a target must be one token of the tokenizer, got 'ab'"),
         ({"vector": SteeringVector({1: unit(1)}), "unit": "resid_norm"}, "needs the mean residual norm of layer 1"),
         ({"coeff": float("nan")}, "coeff must be a finite number, got nan"),
+        ({"positions": "generated"}, r"positions must be among the tokens of each prompt, got generated for the \d+ of 'Why\?'"),
+        ({"positions": Window(90, 99)}, r"each prompt, got start\[90:99\] for the \d+ of 'Why\?'; effects are"),
     ],
 )  # fmt: skip
 def test_bad_input_is_refused_in_a_sentence(llama: Subject, options: dict[str, Any], message: str) -> None:
