@@ -35,15 +35,16 @@ class Spelling:
 def spellings(model: Any, words: str | Iterable[str]) -> list[Spelling]:
     """Each word in lower case, with a capital and in upper case, without and with a leading space.
 
-    Equal ones come once, and those that the tokenizer does not know are left out.
+    Equal words come once, and so do equal spellings of a word; those that the tokenizer does not know are left out.
 
     Raises:
         SteerlensError: for what is no text, or has no letter or sign in it, or no spelling that the tokenizer knows.
         ModelError: if a token is none of the model's.
     """
-    found = []
-    for word in several(words):
+    found, words = [], several(words)
+    for word in words:
         check_text(word, "a target word")
+    for word in dict.fromkeys(words):
         bare = word.strip()
         if not bare:
             raise SteerlensError(
@@ -115,7 +116,7 @@ def _unknown(model: Any, ids: Sequence[int], text: str) -> bool:
 
 
 def written(model: Any, ids: Sequence[int]) -> list[str]:
-    """Each token as it is written within a text, its leading space included."""
+    """Each token as it is written within a text, its leading space included; `<396>` for an id that only pads the vocabulary."""
     # A token decoded alone loses its space in some tokenizers, so it is decoded after another.
     (anchor, *_) = model.tokenizer("a", add_special_tokens=False)["input_ids"] or [None]
     before = "" if anchor is None else decode(model.tokenizer, [anchor], specials=True)
@@ -123,5 +124,5 @@ def written(model: Any, ids: Sequence[int]) -> list[str]:
     for token in ids:
         alone = decode(model.tokenizer, [token], specials=True)
         after = alone if anchor is None else decode(model.tokenizer, [anchor, token], specials=True)
-        texts.append(after[len(before) :] if after.startswith(before) else alone)
+        texts.append((after[len(before) :] if after.startswith(before) else alone) or f"<{token}>")
     return texts

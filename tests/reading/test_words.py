@@ -56,6 +56,10 @@ def test_equal_spellings_come_once_and_the_given_one_is_among_them(
     assert {one.case for one in found} == cases
 
 
+def test_a_word_that_is_given_twice_comes_once(llama: Subject) -> None:
+    assert spellings(llama.model, ["rain", "rain"]) == spellings(llama.model, "rain")
+
+
 def test_a_space_before_a_word_is_its_own_where_a_tokenizer_begins_every_text_with_one(sentencepiece: Any) -> None:
     assert sentencepiece.tokenizer.tokenize("rain") == ["▁rain"]  # what the two spellings would share
     assert [pieces(sentencepiece, text) for text in ("rain", " rain", "rains")] == [["rain"], ["▁rain"], ["rain", "s"]]
@@ -79,6 +83,11 @@ def test_tokens_that_are_written_alike_are_told_apart_by_their_ids(llama: Subjec
         letter: "a",
         second: f"\ufffd ({second})",
     }
+
+
+def test_an_id_that_no_text_has_is_written_as_its_number(llama: Subject) -> None:
+    (letter,) = token_ids(llama.model, "a")
+    assert written(llama.model, [letter, 396]) == ["a", "<396>"]
 
 
 def test_a_target_is_a_text_of_one_token_or_an_id(llama: Subject) -> None:
