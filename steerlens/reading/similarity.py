@@ -13,7 +13,7 @@ What a cosine does not show: all instructions have something in common (there is
 high cosines between unlike instructions are usual; and noise in both vectors pulls a cosine towards zero.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from itertools import combinations
 from typing import TYPE_CHECKING, Any
@@ -26,7 +26,7 @@ from scipy.spatial.distance import squareform
 from scipy.stats import beta
 
 from steerlens._results import Result
-from steerlens._typing import WholeNumber, whole
+from steerlens._typing import WholeNumber, whole, whole_numbers
 from steerlens.errors import DataError, SteerlensError
 from steerlens.figures.matrices import cosine_heatmap
 from steerlens.figures.theme import short_label
@@ -35,6 +35,7 @@ from steerlens.reading.examples import (
     examples_of,
     generator,
     mean_products,
+    recorded_layers,
     require_instructions,
     resamples,
     spread,
@@ -107,40 +108,59 @@ def cosines(
     )
 
 
-def layer_cosines(vector: SteeringVector | Activations, *, seed: WholeNumber = 0) -> Cosines:
-    """Cosines between the directions of one vector at all its layers, in the order of the layers.
+def layer_cosines(
+    vector: SteeringVector | Activations,
+    *,
+    layers: Iterable[WholeNumber] | None = None,
+    seed: WholeNumber = 0,
+) -> Cosines:
+    """Cosines between the directions of one vector at its layers, in the order of the layers.
 
     Args:
         vector: A vector; or activations of one instruction, whose mean differences are compared, with intervals.
+        layers: Default: all at which the direction is not zero.
         seed: Decides the resamples of the intervals.
 
     Raises:
-        SteerlensError: for a vector of one layer, a direction that is zero, or activations of several instructions.
+        SteerlensError: for fewer than two layers, one that is not there or where the direction is zero, or activations of
+            several instructions.
 
     Example:
         >>> layer_cosines(vector).to_frame()[["first", "second"]].head(2).values.tolist()
         [[0, 1], [0, 2]]
     """
-    layers = vector.layers
-    if len(layers) < 2:
-        raise SteerlensError(f"cosines between layers need at least two, got layer {layers[0]} alone; record others")
+    chosen = _layers(vector, layers)
+    if len(chosen) < 2:
+        got = f"layer {chosen[0]} alone" if chosen else "none"
+        raise SteerlensError(f"cosines between layers need at least two with a direction, got {got}; record others")
     if isinstance(vector, Activations):
         names = list(dict.fromkeys(vector.instructions))
         if len(names) > 1:
             raise DataError(
                 f"cosines between layers are of one instruction, got {len(names)}; take a part of by_instruction()"
             )
-        examples = examples_of(vector)
-        rows = np.concatenate([examples.differences(layer) for layer in layers])
-        item, query = np.repeat(np.arange(len(layers)), len(examples.query)), np.tile(examples.query, len(layers))
-        found = _resampled(rows, item, query, layers, whole(seed, "seed"))
+        examples = examples_of(vector, chosen)
+        rows = np.concatenate([examples.differences(layer) for layer in chosen])
+        item, query = np.repeat(np.arange(len(chosen)), len(examples.query)), np.tile(examples.query, len(chosen))
+        found = _resampled(rows, item, query, chosen, whole(seed, "seed"))
         about = names[0]
     else:
-        found = _plain(np.stack([vector.unit(layer).double().numpy() for layer in layers]))
+        found = _plain(np.stack([vector.unit(layer).double().numpy() for layer in chosen]))
         about = vector.name
     return _cosines(
-        found, list(layers), f"How alike the directions of {short_label(about)} are, layer by layer", "layer"
+        found, list(chosen), f"How alike the directions of {short_label(about)} are, layer by layer", "layer"
     )
+
+
+def _layers(vector: SteeringVector | Activations, layers: Iterable[WholeNumber] | None) -> tuple[int, ...]:
+    """The layers asked for, in order; by default those where there is a direction."""
+    if layers is not None:
+        return tuple(sorted(set(whole_numbers(layers, "layer"))))
+    if isinstance(vector, Activations):
+        moved = recorded_layers(vector, None)
+        means = vector.differences.double().mean(dim=0)
+        return tuple(layer for layer, mean in zip(moved, means, strict=True) if bool(mean.any()))
+    return tuple(layer for layer in vector.layers if bool(vector[layer].any()))
 
 
 def random_cosine(d_model: int) -> float:

@@ -1,6 +1,7 @@
 """Cosines of planted directions, their order, their intervals, and those of random directions."""
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 
@@ -84,6 +85,26 @@ def test_layers_stand_in_their_order() -> None:
     assert list(found.matrix.index) == list(vector.layers)
 
 
+def test_layers_may_be_chosen_and_those_without_a_direction_are_left_out() -> None:
+    directions = {layer: torch.tensor([1.0, float(layer)]) for layer in range(4)}
+    vector = SteeringVector({**directions, 0: torch.zeros(2)})
+    assert list(layer_cosines(vector).matrix.index) == [1, 2, 3]
+    assert list(layer_cosines(vector, layers=[3, 1]).matrix.index) == [1, 3]
+    acts = planted(layers=(1, 2, 5)).by_instruction()["b:two"]
+    acts.resid[:, 1, 0] = acts.resid[:, 0, 0]
+    assert list(layer_cosines(acts).matrix.index) == [2, 5]
+    whole, part = layer_cosines(acts).table, layer_cosines(acts, layers=(5, 2)).table
+    pd.testing.assert_frame_equal(whole, part)
+    with pytest.raises(SteerlensError, match="the direction at layer 0 is zero"):
+        layer_cosines(vector, layers=[0, 1])
+    with pytest.raises(SteerlensError, match=r"layer must be one of the vector's \[0, 1, 2, 3\], got 4"):
+        layer_cosines(vector, layers=[1, 4])
+    with pytest.raises(SteerlensError, match=r"layers must be among the recorded \[1, 2, 5\], got \[3\]"):
+        layer_cosines(acts, layers=[2, 3])
+    with pytest.raises(SteerlensError, match="need at least two with a direction, got none; record others"):
+        layer_cosines(0 * vector)
+
+
 def test_layers_of_activations_are_those_of_their_vector() -> None:
     part = planted().by_instruction()["b:two"]
     found = layer_cosines(part)
@@ -114,7 +135,9 @@ def test_what_cannot_be_compared_is_refused() -> None:
         cosines(planted(), layer=4)
     with pytest.raises(SteerlensError, match="vectors must have one width, got 2 and 3"):
         cosines({"a": one, "b": SteeringVector({3: torch.ones(3)})}, layer=3)
-    with pytest.raises(SteerlensError, match="cosines between layers need at least two, got layer 3 alone"):
+    with pytest.raises(
+        SteerlensError, match="cosines between layers need at least two with a direction, got layer 3 alone"
+    ):
         layer_cosines(one)
     with pytest.raises(DataError, match="cosines between layers are of one instruction, got 3"):
         layer_cosines(planted())
