@@ -13,12 +13,13 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from steerlens._typing import WholeNumber, several, whole
+from steerlens._typing import WholeNumber, several
 from steerlens.checks.registry import check_all
 from steerlens.data.pairs import InstructionPair
 from steerlens.errors import SteerlensError
 from steerlens.models.prompts import PromptFormat
 from steerlens.reading.patches import NOTHING, Cell, PatchedRuns
+from steerlens.reading.words import single_token
 from steerlens.steering.sampling import generate
 from steerlens.steering.settings import SamplingConfig
 
@@ -114,17 +115,12 @@ def _follows(text: str, pair: InstructionPair) -> bool:
 
 
 def token_ids(model: Any, tokens: Sequence[str | WholeNumber]) -> list[int]:
-    found = [_token_id(model, token) for token in several(tokens)]
+    """The ids of the tokens whose logits are compared.
+
+    Raises:
+        SteerlensError: if they are not two, or one is not one token of the tokenizer.
+    """
+    found = [single_token(model, token) for token in several(tokens)]
     if len(found) != 2 or found[0] == found[1]:
         raise SteerlensError(f'tokens must be two that differ, such as (" yes", " no"), got {tokens!r}')
     return found
-
-
-def _token_id(model: Any, token: str | WholeNumber) -> int:
-    ids = model.tokenizer.encode(token, add_special_tokens=False) if isinstance(token, str) else [whole(token, "token")]
-    if len(ids) != 1 or not 0 <= ids[0] < int(model.cfg.d_vocab):
-        raise SteerlensError(
-            f"a token must be a single one of the model's {model.cfg.d_vocab}, got {token!r}, which is {ids}; try it with or "
-            "without a leading space, or give an id"
-        )
-    return int(ids[0])

@@ -409,8 +409,11 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
     "tokens": ({"tokens": ("a", "b")}, r'tokens are for metric="logit_difference"'),
     "one": ({"metric": "logit_difference", "tokens": ["a"]}, "tokens must be two that differ"),
     "same": ({"metric": "logit_difference", "tokens": ["a", "a"]}, "tokens must be two that differ"),
-    "long": ({"metric": "logit_difference", "tokens": ["yes", "n"]}, "a token must be a single one .* got 'yes'"),
-    "id": ({"metric": "logit_difference", "tokens": [5, 10**6]}, "a token must be a single one .* got 1000000"),
+    "long": (
+        {"metric": "logit_difference", "tokens": ["yes", "n"]},
+        "a target must be one token of the tokenizer, got 'yes', which is 3",
+    ),
+    "id": ({"metric": "logit_difference", "tokens": [5, 10**6]}, "a token must be one of the 260 .* got 1000000"),
     "shape": ({"metric": lambda logits: logits}, "a metric must give one number for each of 1 rows of logits"),
     "batch": ({"batch_size": 0}, "batch_size must be at least 1, got 0"),
 }
