@@ -198,7 +198,7 @@ def _share(
     fitted = PCA(scores.shape[1], random_state=seed)
     control = float(fitted.fit(random).explained_variance_ratio_.sum()) if scores.any() else np.nan
     plain = _weighted_share(rows, scores, query, np.ones((1, len(ids))))
-    resampled = _weighted_share(rows, scores, query, weights if len(ids) > 1 else weights[:0])
+    resampled = _weighted_share(rows, scores, query, weights)
     return measured(plain[0], resampled, np.array([control]))
 
 

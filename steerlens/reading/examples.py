@@ -12,7 +12,8 @@ what all queries share: where the plain product has
 
 both means are weighted by draws, `w_q w_r` and `w_q`, and the shares 1 - 1/n and 1/n stay. With w = 1 it is the plain product.
 On planted differences with noise, 95 % intervals from 20 queries held the expected number in 92 to 99 % of 200 draws of the data;
-from 8 queries in 90 % and more, but for split-half stability (80 %).
+from 8 queries in 90 % and more, but for split-half stability (80 %). Of two queries, all resamples give one number: of fewer than
+`FEWEST` there is no interval.
 
 Controls deal labels out anew without taking queries apart (`shuffled`): pairs of one query are alike, so a control that parts
 those which share a label finds less than chance does, and one that moves labels from query to query, where each query has all of
@@ -38,6 +39,8 @@ from steerlens.vectors.activations import Activations
 
 N_RESAMPLES, N_SHUFFLES = 1000, 200
 CONFIDENCE = 0.95
+FEWEST = 5
+"""Queries of an interval; from 4, those that say 95 % held the expected number in 75 to 97 % of 60 draws, from 3 in 0 to 72 %."""
 MEASURED = ("value", "low", "high", "control", "control_low", "control_high")
 """Columns of a measured number: its interval over queries, and the mean and the middle 95 % of its control."""
 CHUNK = 2**24
@@ -147,7 +150,9 @@ def generator(seed: int, *names: Any) -> np.random.Generator:
 
 
 def resamples(n_queries: int, rng: np.random.Generator) -> Float[np.ndarray, "resample query"]:
-    """How often each query is drawn, in `N_RESAMPLES` draws with replacement."""
+    """How often each query is drawn, in `N_RESAMPLES` draws with replacement; no draws where there are fewer than `FEWEST`."""
+    if n_queries < FEWEST:
+        return np.empty((0, n_queries))
     return rng.multinomial(n_queries, np.full(n_queries, 1 / n_queries), size=N_RESAMPLES).astype(np.float64)
 
 

@@ -121,7 +121,7 @@ def line(
         differences = (with_ - without).numpy()
         x = differences[order]
         found = _measures(mean_products(x, item, query, np.ones((1, len(ids)))), numbers)
-        resampled = _measures(mean_products(x, item, query, draws[: 0 if len(ids) < 2 else None]), numbers)
+        resampled = _measures(mean_products(x, item, query, draws), numbers)
         control = _measures(np.stack([means @ means.T for means in (_means(x, one) for one in dealt)]), numbers)
         for name, value in found.items():
             row = measured(value[0], resampled[name], control[name])

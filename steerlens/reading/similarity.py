@@ -218,7 +218,7 @@ def _resampled(
             f"a cosine needs directions, and that of {zero[0]} is zero; were both sides the same prompts?"
         )
     draws = resamples(n_queries, generator(seed, "bootstrap", "cosines"))
-    drawn = _normalised(mean_products(rows, item, query, draws[: 0 if n_queries < 2 else None]))
+    drawn = _normalised(mean_products(rows, item, query, draws))
     ends = np.array([[spread(drawn[:, i, j]) for j in range(items)] for i in range(items)])
     return _Found(value, ends[..., 0], ends[..., 1], rows.shape[1])
 

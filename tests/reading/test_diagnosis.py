@@ -100,7 +100,7 @@ def test_stability_is_the_mean_cosine_of_all_halves() -> None:
 
 
 def test_pairs_that_move_one_way_agree_and_lie_on_one_line_without_doubt() -> None:
-    acts = alone(noise=0.0, n_queries=6)
+    acts = alone(noise=0.0, n_queries=8)
     found = one(acts)
     for name in ("agreement", "stability", "effective_rank"):
         assert found.loc[name, ["value", "low", "high"]].tolist() == pytest.approx([1, 1, 1], abs=1e-4)
@@ -130,6 +130,15 @@ def test_intervals_hold_the_expected_number_about_as_often_as_they_say() -> None
         expected = np.mean([table.loc[name, "value"] for table in tables])
         held = [table.loc[name, "low"] <= expected <= table.loc[name, "high"] for table in tables]
         assert np.mean(held) >= 0.85, name
+
+
+@pytest.mark.parametrize(("n_queries", "missing"), [(4, set(TITLES)), (7, {"stability"}), (8, set())])
+def test_too_few_queries_have_numbers_and_no_interval(n_queries: int, missing: set[str]) -> None:
+    found = diagnose(alone(size=2.0, n_queries=n_queries))
+    table = found.table.set_index("measure")
+    assert table[["value", "control_low", "control_high"]].notna().all(axis=None)
+    assert set(table.index[table["low"].isna() & table["high"].isna()]) == missing
+    assert found.profiles["low"].isna().all() == (n_queries < 5)
 
 
 def test_effective_rank_does_not_depend_on_the_number_of_pairs() -> None:

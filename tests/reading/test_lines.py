@@ -124,8 +124,9 @@ def test_means_that_do_not_differ_have_no_line() -> None:
     assert found[["value", "low", "high", "control"]].isna().all(axis=None)
 
 
-def test_of_one_query_there_is_no_interval() -> None:
-    found = measures(along([-9.0, -3.0, 3.0, 9.0], n_queries=1))
+@pytest.mark.parametrize("n_queries", [1, 4])
+def test_of_few_queries_there_is_no_interval(n_queries: int) -> None:
+    found = measures(along([-9.0, -3.0, 3.0, 9.0], n_queries=n_queries))
     assert found.loc["spearman", "value"] == 1
     assert found[["low", "high"]].isna().all(axis=None)
 

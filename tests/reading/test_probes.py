@@ -130,6 +130,12 @@ def test_what_cannot_be_judged_is_refused(acts: Activations, options: dict[str, 
         separability(acts, **options)
 
 
+def test_of_few_queries_there_is_no_interval() -> None:
+    few, enough = (values(planted(layers=(0,), n_queries=n), folds=2) for n in (4, 5))
+    assert few[["low", "high"]].isna().all(axis=None)
+    assert (enough["low"] <= enough["value"]).all()
+
+
 def test_an_instruction_with_fewer_queries_than_folds_is_named() -> None:
     acts = planted()
     with pytest.raises(DataError, match="the number of queries of 'c:three', got 3"):

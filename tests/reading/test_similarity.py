@@ -64,6 +64,12 @@ def test_of_one_query_there_is_no_interval() -> None:
     assert np.isnan([row["low"], row["high"]]).all()
 
 
+def test_of_few_queries_there_is_no_interval() -> None:
+    few, enough = (cosines(planted(size=2, n_queries=n), layer=2).table for n in (4, 5))
+    assert few[["low", "high"]].isna().all(axis=None)
+    assert (enough["low"] < enough["high"]).all()
+
+
 def test_another_order_of_the_pairs_changes_nothing() -> None:
     acts = planted(size=2)
     other = reordered(acts, np.random.default_rng(0).permutation(len(acts)))
