@@ -150,8 +150,8 @@ def necessity(
             layers of the vector; "all": every layer of the vector at once.
         layers: Around which layers; default: all of the vector's. Windows that reach beyond the vector's layers are left out.
         to: "mean" sets the projection to its mean without the instruction, "zero" to zero; see the module's docstring.
-        direction_of: The layer whose direction is ablated at all layers, to zero; default: each layer's own. A layer's own
-            direction holds all that the instruction wrote up to there, one layer's only what it wrote along that one.
+        direction_of: The layer whose direction is ablated at every layer of a window, to zero; default: each layer's own. A
+            layer's own direction holds all that the instruction wrote up to there, one layer's only what it wrote along that one.
         model, vectors, pairs, positions, trials, seed, quality, out, settings: As in `steer_by_layer`.
 
     Returns:

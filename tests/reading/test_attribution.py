@@ -211,6 +211,13 @@ def test_intervals_are_bootstraps_over_queries(llama: Subject) -> None:
     assert row["n"] == 3
 
 
+def test_spellings_of_a_query_are_one_query_of_the_interval(llama: Subject) -> None:
+    spelled = PairSet(InstructionPair(query, "Use capitals.") for query in ("Why?", "WHY?"))
+    table = attribute(llama.model, fitted(llama.model), spelled, layer=0, n_random=1).table
+    assert table["n"].tolist() == [2] * len(table)
+    assert table[["low", "high"]].isna().all(axis=None)
+
+
 def test_every_instruction_is_asked_of_its_own_vector_and_one_query_has_no_interval(llama: Subject) -> None:
     loud = PairSet([InstructionPair("Why?", "Be loud.")])
     vectors = {name: fitted(llama.model, pairs) for name, pairs in (PAIRS + loud).by_instruction().items()}

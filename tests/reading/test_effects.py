@@ -142,6 +142,12 @@ def test_a_table_row_is_the_mean_over_prompts_with_its_interval(llama: Subject) 
     assert not found.table.duplicated(keys).any()
 
 
+def test_spellings_of_a_prompt_are_one_query_of_the_interval(llama: Subject) -> None:
+    options: dict[str, Any] = {"coeff": COEFF, "layers": [0]}
+    assert vector_effects(llama.model, VECTOR, ["Why?", "WHY?"], **options).table[["low", "high"]].isna().all(axis=None)
+    assert vector_effects(llama.model, VECTOR, ["Why?", "Hm"], **options).table[["low", "high"]].notna().all(axis=None)
+
+
 def test_every_prompt_layer_and_condition_is_a_row_of_shared_batches(llama: Subject, passes: Passes) -> None:
     vector_effects(llama.model, VECTOR, PROMPTS, coeff=COEFF, batch_size=16)
     assert [len(rows.tokens) for rows, _ in passes][-3:] == [4, 16, 16]

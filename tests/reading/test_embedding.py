@@ -88,6 +88,15 @@ def test_the_share_of_noise_is_that_of_random_directions_and_the_share_of_cluste
     assert clusters["low"] < clusters["value"] < clusters["high"]
 
 
+def test_a_few_long_differences_hold_as_much_of_the_controls_variance() -> None:
+    """Of noise, in which two pairs are so much longer than the others that they span the plane."""
+    noise = np.random.default_rng(0).normal(size=(40, 1, 20))
+    noise[:2] *= 30
+    found = shares(activations(noise, ["a:a"] * 40, [f"q{i}" for i in range(40)])).iloc[0]
+    assert found["value"] > 0.9
+    assert found["control"] == pytest.approx(found["value"], abs=0.05)
+
+
 def test_another_order_of_the_pairs_changes_no_point() -> None:
     acts = planted()
     other = reordered(acts, np.random.default_rng(0).permutation(len(acts)))

@@ -109,6 +109,13 @@ def test_a_missing_number_has_no_interval_and_a_missing_control_is_missing() -> 
     assert np.isnan(measured(1.0, np.arange(3.0), np.full(2, np.nan))["control"])
 
 
+def test_an_interval_is_the_middle_95_percent_and_missing_draws_are_left_out() -> None:
+    drawn = np.concatenate([np.arange(1001.0), [np.nan] * 500])
+    row = measured(1.0, drawn, 2 * drawn)
+    assert [row["low"], row["high"]] == pytest.approx([25, 975])
+    assert [row["control"], row["control_low"], row["control_high"]] == pytest.approx([1000, 50, 1950])
+
+
 def test_draws_depend_on_seed_and_name_alone() -> None:
     first, same, other = (generator(seed, name).normal() for seed, name in ((1, "a"), (1, "a"), (1, "b")))
     assert first == same != other
