@@ -39,13 +39,30 @@ Frames = dict[str, pd.DataFrame]
 
 
 @dataclass(frozen=True)
-class Study:
-    """Settings of every script."""
+class Reading:
+    """Settings of every script; those that sample have more."""
 
     out: Path
     """Folder for responses, tables and figures."""
     model: str = "tiny"
     """A local folder, a named model, or a hub id."""
+    batch_size: int = 128
+    dtype: str = "float32"
+    """Of the weights; bfloat16 is faster for models of some size."""
+    seed: int = 0
+    redraw: bool = False
+    """Only draw the figures again, from the tables in `out`."""
+
+    @property
+    def pairs(self) -> str:
+        """The bundled prompts that suit the model."""
+        return pairs_for("auto", self.model)
+
+
+@dataclass(frozen=True)
+class Study(Reading):
+    """Settings of scripts that sample."""
+
     data: Path | None = None
     """Test prompts (JSONL, with base queries); default: bundled queries that nothing was fitted or searched on."""
     n_train: int = 32
@@ -59,17 +76,6 @@ class Study:
     positions: tuple[str, ...] = ("all", "last")
     """Which tokens to steer: rules to search."""
     max_new_tokens: int = 96
-    batch_size: int = 128
-    dtype: str = "float32"
-    """Of the weights; bfloat16 is faster for models of some size."""
-    seed: int = 0
-    redraw: bool = False
-    """Only draw the figures again, from the tables in `out`."""
-
-    @property
-    def pairs(self) -> str:
-        """The bundled prompts that suit the model."""
-        return pairs_for("auto", self.model)
 
 
 @dataclass(frozen=True)
@@ -168,6 +174,11 @@ class Lab:
         return Best.of(row)
 
 
+def at_depth(model: Any, share: float) -> int:
+    """The layer at a share of a model's depth, by which a layer of the paper's model (32 layers) has its like in others."""
+    return int(share * int(model.cfg.n_layers))
+
+
 @contextmanager
 def lab(settings: Study) -> Iterator[Lab]:
     """The laboratory of a script; its responses are kept in the output folder."""
@@ -197,14 +208,14 @@ def run_cells(settings: FormatStudy, **more: Any) -> Evaluation:
     return run(config, settings.out / "run", command=shlex.join(["python", *sys.argv])).evaluation
 
 
-def described(settings: Study) -> tuple[str, dict[str, Any]]:
+def described(settings: Reading) -> tuple[str, dict[str, Any]]:
     """An identity of the settings, and the settings: what config.json says of the tables beside it."""
     content = {"settings": {key: str(value) for key, value in asdict(settings).items() if key not in ("out", "redraw")}}
     return content_key(content), content | {"versions": library_versions()}
 
 
 def conduct(
-    settings: Study,
+    settings: Reading,
     measure: Callable[[Any], Frames],
     draw: Callable[[Frames], Mapping[str, go.Figure]],
     names: Sequence[str],

@@ -33,6 +33,15 @@ SCRIPTS = {
     "composition": (["pairs", "length"], {"coeffs": (0.5,)}),
     "cross_model": (["cells", "comparisons", "maps"], {}),
     "quality_by_instruction": (["quality"], {}),
+    "geometry": (
+        ["formats", "lengths", "separability", "cosines", "stability", "line", "line_points"],
+        {"n_queries": 6},
+    ),
+    "vocabulary": (
+        ["promoted", "ranks", "own_word", "formats", "effects"],
+        {"words": ("dream", "garden"), "n_queries": 6, "n_prompts": 2},
+    ),
+    "necessity": (["necessity", "transfer", "comparisons"], {"windows": ("1", "all")}),
 }
 
 
@@ -204,3 +213,84 @@ def pooled(here, groups, candidate):
             checks = check_all(record["text"], request.pair.instruction_ids, request.pair.kwargs)
             verdicts.append(all(check.strict for check in checks))
     return sum(verdicts) / len(verdicts)
+
+
+def test_the_cosine_matrix_has_on_its_diagonal_what_an_instruction_has_with_itself():
+    import geometry
+
+    pairs = [("b", "a", 0.5), ("b", "c", -0.2), ("a", "c", 0.1)]
+    cosines = pd.DataFrame(pairs, columns=["first", "second", "cosine"]).assign(layer=3, control_high=0.15)
+    stability = pd.DataFrame({"instruction": ["a", "b", "c"], "value": [0.7, 0.8, 0.9]}).assign(measure="stability")
+    other = stability.assign(measure="agreement", value=0.0)
+    (cells,) = geometry.draw_cosines(cosines, pd.concat([other, stability])).data
+    assert list(cells.x) == ["b", "a", "c"]  # the order of the table, not of the names
+    assert cells.z.tolist() == [[0.8, 0.5, -0.2], [0.5, 0.7, 0.1], [-0.2, 0.1, 0.9]]
+
+
+def test_parts_of_activations_are_put_together_under_their_names(tmp_path):
+    import geometry
+
+    import steerlens as sl
+
+    model = sl.load_model("tiny")
+    parts = {
+        f"exactly {n}": sl.record_activations(
+            model, sl.sentence_pairs(["Describe rain.", "Name a bird."], "exactly", n)
+        )
+        for n in (1, 2)
+    }
+    both = geometry.named(parts)
+    assert {name: part.resid.tolist() for name, part in both.by_instruction().items()} == {
+        name: part.resid.tolist() for name, part in parts.items()
+    }
+
+
+def test_a_word_counts_once_over_its_spellings_and_beside_it_stand_the_words_of_other_vectors():
+    import vocabulary
+
+    # Vector and word, piece, logit: random directions reach 1.
+    rows = [("a", "a", 0, 0.5), ("a", "a", 0, 2.0), ("a", "a", 1, 9.0)]  # one spelling promotes it
+    rows += [("a", "b", 0, 0.0), ("a", "b", 0, 0.0), ("b", "a", 0, 3.0), ("b", "a", 0, 3.0)]
+    rows += [("b", "b", 0, 0.5), ("b", "b", 1, 9.0)]  # a later piece of the word is not its beginning
+    table = pd.DataFrame(rows, columns=["word", "target", "piece", "logit"])
+    table = table.assign(rank=range(len(table)), kind="target", random_high=1.0, mode="exclude", part="whole", sign=1)
+    found = vocabulary.own_words(table.assign(layer=4)).set_index("of")
+    assert found["promoted"].to_dict() == {"own word": 1, "other words": 1}
+    assert found["n"].to_dict() == {"own word": 2, "other words": 2}
+    assert found["median_rank"].to_dict() == {"own word": (0 + 7) / 2, "other words": (3 + 5) / 2}
+
+
+def test_what_is_a_words_own_is_what_all_words_do_not_share():
+    import vocabulary
+
+    from steerlens.vectors.vector import SteeringVector
+
+    shared, apart = torch.tensor([0.0, 5.0]), torch.tensor([1.0, 0.0])
+    vectors = {"a": SteeringVector({2: shared + apart}), "b": SteeringVector({2: shared - apart})}
+    found = vocabulary.parts_of(vectors)
+    assert found["whole"]["a"][2].tolist() == [1.0, 5.0]
+    assert {word: vector[2].tolist() for word, vector in found["own"].items()} == {"a": [1.0, 0.0], "b": [-1.0, 0.0]}
+
+
+def test_a_study_of_layers_reads_back_from_its_file_as_it_was(tmp_path):
+    import necessity
+
+    table = pd.DataFrame({"window": [None, "1", "all"], "layer": pd.array([None, 3, None], dtype="Int64")})
+    for rows in (table, table[:2]):  # without "all", the file's windows read as numbers
+        rows.to_csv(tmp_path / "table.csv", index=False)
+        found = necessity.typed(pd.read_csv(tmp_path / "table.csv"))
+        assert found["window"].dropna().tolist() == rows["window"].dropna().tolist()
+        assert found["layer"].dropna().tolist() == [3]
+
+
+def test_what_an_ablation_loses_is_shown_beyond_what_a_random_push_loses():
+    import necessity
+
+    rows = [(condition, layer, loss) for layer in (2, 3) for condition, loss in (("text+vector", 0.5), ("random", 0.2))]
+    table = pd.DataFrame(rows, columns=["condition", "layer", "loss"]).astype({"layer": "Int64"})
+    table.loc[len(table)] = ["text+vector", pd.NA, 1.0]
+    table.loc[len(table)] = ["random", pd.NA, 0.0]
+    table["window"] = table["layer"].map(lambda layer: "all" if pd.isna(layer) else "1")
+    (cells,) = necessity.draw_by_instruction(table.assign(instruction="a:b", n=6)).data
+    assert list(cells.x) == ["2", "3", "all"]
+    assert cells.z.round(6).tolist() == [[30.0, 30.0, 100.0]]
