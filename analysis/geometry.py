@@ -10,13 +10,15 @@ difference of the last token's residuals with and without the instruction. The p
     formats.csv, lengths.csv            t-SNE of the differences at one layer, a row per pair
     separability.csv                    held-out probe and nearest centroid, silhouette; by layer, beside shuffled labels
     cosines.csv                         between the formats' mean differences at that layer, beside random directions
-    stability.csv                       cosine of the mean differences of two halves of the queries, beside swapped sides
+    stability.csv                       cosine of the mean differences of two halves of the queries, beside swapped sides;
+                                        both of the whole differences, and of what is each instruction's own (`part`): less the
+                                        mean of all formats, what any instruction changes
     line.csv, line_points.csv           rank correlation of the first component of the means with their order, and its share of
                                         their variance; by layer, beside shuffled numbers
 
-Intervals are over queries. What t-SNE shows has no numbers of its own: read it beside the other tables. An instruction to write
-exactly n sentences holds the number n as a token, so a line of numbers may be one of what was read and not of what will be said;
-the levels of length hold no number.
+Intervals are over queries. Of k directions less their mean, the mean cosine is about -1 / (k - 1). What t-SNE shows has no
+numbers of its own: read it beside the other tables. An instruction to write exactly n sentences holds the number n as a token,
+so a line of numbers may be one of what was read and not of what will be said; the levels of length hold no number.
 """
 
 from collections.abc import Mapping, Sequence
@@ -26,6 +28,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
+import torch
 import tyro
 from plotly.colors import sample_colorscale
 from study import Frames, Reading, at_depth, conduct
@@ -84,14 +87,21 @@ def measure(settings: Settings) -> Frames:
     found = {name: sl.reading.line(part, values, seed=settings.seed) for name, (part, values) in series.items()}
     embedded = {"formats": (formats, layer), "lengths": (named(lengths), length_layer)}
     separable = {"formats": formats, "lengths": series["sentences"][0]}
-    diagnosed = sl.reading.diagnose(formats, layers=layer, seed=settings.seed).to_frame()
+    parts = {"whole": formats, "own": less_mean(formats)}
+    diagnosed = pd.concat(
+        sl.reading.diagnose(one, layers=layer, seed=settings.seed).to_frame().assign(part=part)
+        for part, one in parts.items()
+    )
     return {
         **{name: embedding(part, at, settings.seed) for name, (part, at) in embedded.items()},
         "separability": pd.concat(
             sl.reading.separability(part, seed=settings.seed).to_frame().assign(of=name)
             for name, part in separable.items()
         ),
-        "cosines": sl.cosines(formats, layer=layer, seed=settings.seed).to_frame().assign(layer=layer),
+        "cosines": pd.concat(
+            sl.cosines(one, layer=layer, seed=settings.seed).to_frame().assign(layer=layer, part=part)
+            for part, one in parts.items()
+        ),
         "stability": diagnosed[diagnosed["measure"].isin(["stability", "agreement"])],
         "line": pd.concat(one.to_frame().assign(of=name) for name, one in found.items()),
         "line_points": pd.concat(
@@ -102,8 +112,6 @@ def measure(settings: Settings) -> Frames:
 
 def named(parts: Mapping[str, sl.Activations]) -> sl.Activations:
     """Activations of several parts as one, each pair under the name of its part."""
-    import torch
-
     first, *_ = parts.values()
     return replace(
         first,
@@ -112,6 +120,14 @@ def named(parts: Mapping[str, sl.Activations]) -> sl.Activations:
         instructions=tuple(name for name, part in parts.items() for _ in part.prompt_ids),
         pairs=sl.data.PairSet(pair for part in parts.values() for pair in part.pairs or ()),
     )
+
+
+def less_mean(activations: sl.Activations) -> sl.Activations:
+    """The same pairs, the mean difference of all instructions taken from each difference; each instruction counts once."""
+    means = torch.stack([part.differences.mean(dim=0) for part in activations.by_instruction().values()])
+    resid = activations.resid.clone()
+    resid[:, 1] -= means.mean(dim=0)
+    return replace(activations, resid=resid)
 
 
 def embedding(activations: sl.Activations, layer: int, seed: int) -> pd.DataFrame:
@@ -137,7 +153,10 @@ def draw(frames: Frames) -> dict[str, go.Figure]:
         title="How well each layer tells format instructions apart",
         **about,
     )
-    figures["cosines"] = draw_cosines(cosines, frames["stability"])
+    stability = frames["stability"]
+    for part, name, what in (("whole", "cosines", ""), ("own", "cosines_own", ", less what all share")):
+        rows = [one[one["part"] == part].drop(columns="part") for one in (cosines, stability)]
+        figures[name] = draw_cosines(*rows, about=what)
     names = {f"{of} {measure}": f"{LINES[of]}\n{LINE_MEASURES[measure]}" for of in LINES for measure in LINE_MEASURES}
     figures["line_by_layer"] = measure_curves(
         line.assign(panel=line["of"] + " " + line["measure"]),
@@ -174,7 +193,7 @@ def in_order(figure: go.Figure) -> go.Figure:
     return figure
 
 
-def draw_cosines(table: pd.DataFrame, measures: pd.DataFrame) -> go.Figure:
+def draw_cosines(table: pd.DataFrame, measures: pd.DataFrame, about: str = "") -> go.Figure:
     """The matrix in the order of the table; on its diagonal the cosine of an instruction's own halves."""
     names = names_of(table)
     stability = measures[measures["measure"] == "stability"].set_index("instruction")["value"]
@@ -184,7 +203,7 @@ def draw_cosines(table: pd.DataFrame, measures: pd.DataFrame) -> go.Figure:
     return cosine_heatmap(
         matrix,
         names,
-        title=f"How alike instructions are at layer {table['layer'].iloc[0]}",
+        title=f"How alike instructions are at layer {table['layer'].iloc[0]}{about}",
         note=f"cosines; diagonal: two halves of the queries; random: within \u00b1{table['control_high'].iloc[0]:.2f}",
     )
 

@@ -6,7 +6,7 @@
         --max-new-tokens 32 --no-transfer
 
     necessity.csv     the instruction stands in the prompt, and its direction is set to its mean without it, at every token: at
-                      one layer, at three neighbouring ones, at all; what is lost of the text's following, beside two controls
+                      one layer, or at all; what is lost of the text's following, beside two controls
     transfer.csv      the direction of layer i added at layer j to bare queries, as long as the mean difference of j
     comparisons.csv   paired differences of both, with tests
 
@@ -34,11 +34,13 @@ class Settings(FormatStudy):
     out: Path = Path("runs/analysis/necessity")
     n_test: int = 6
     layers: tuple[int, ...] = ()
-    """Around which layers to ablate, and between which to transfer; default: all."""
-    windows: tuple[str, ...] = ("1", "3", "all")
+    """Around which layers to ablate; default: all."""
+    windows: tuple[str, ...] = ("1", "all")
     """How many neighbouring layers are ablated together, or all."""
     transfer: bool = True
-    """Whether to transfer between layers, too: as many cells as the square of the layers."""
+    """Whether to transfer between layers, too: as many cells as the square of their number."""
+    transfer_layers: tuple[int, ...] = ()
+    """From and to which layers; default: every second of those that are ablated."""
     transfer_positions: str = "last"
     """Which tokens to steer in the transfer."""
 
@@ -48,12 +50,13 @@ def measure(settings: Settings) -> Frames:
     with lab(settings) as here:
         train, _, test = here.format_pairs()
         vectors = sl.fit_vectors(here.model, train.by_instruction(), batch_size=settings.batch_size, progress=True)
-        options: dict[str, Any] = {"layers": settings.layers or None, "seed": settings.seed}
-        studies = {"necessity": sl.study.necessity(here.sampler, vectors, test, windows=windows, **options)}
+        layers = settings.layers or tuple(range(int(here.model.cfg.n_layers)))
+        asked: Any = (here.sampler, vectors, test)
+        studies = {"necessity": sl.study.necessity(*asked, windows=windows, layers=layers, seed=settings.seed)}
         if settings.transfer:
-            studies["transfer"] = sl.study.transfer_between_layers(
-                here.sampler, vectors, test, positions=settings.transfer_positions, **options
-            )
+            places = settings.transfer_layers or layers[::2]
+            options: Any = {"layers": places, "positions": settings.transfer_positions, "seed": settings.seed}
+            studies["transfer"] = sl.study.transfer_between_layers(*asked, **options)
     return {
         "necessity": studies["necessity"].to_frame(),
         "transfer": studies["transfer"].to_frame() if settings.transfer else studies["necessity"].to_frame().iloc[:0],

@@ -227,6 +227,19 @@ def test_the_cosine_matrix_has_on_its_diagonal_what_an_instruction_has_with_itse
     assert cells.z.tolist() == [[0.8, 0.5, -0.2], [0.5, 0.7, 0.1], [-0.2, 0.1, 0.9]]
 
 
+def test_what_all_instructions_share_is_taken_from_each():
+    import geometry
+
+    from steerlens.vectors.activations import Activations
+
+    # Two pairs of a, one of b: both instructions count once.
+    with_ = torch.tensor([[1.0, 4.0], [1.0, 6.0], [-3.0, 5.0]])
+    resid = torch.stack([torch.zeros(3, 2), with_], dim=1)[:, :, None]
+    found = geometry.less_mean(Activations(resid, (3,), tuple("pqr"), ("a", "a", "b")))
+    assert found.differences[:, 0].tolist() == [[2.0, -1.0], [2.0, 1.0], [-2.0, 0.0]]
+    assert resid[0, 1, 0].tolist() == [1.0, 4.0]
+
+
 def test_parts_of_activations_are_put_together_under_their_names(tmp_path):
     import geometry
 
