@@ -75,13 +75,13 @@ def draw(frames: Frames) -> dict[str, go.Figure]:
 
 def draw_tradeoff(table: pd.DataFrame) -> go.Figure:
     """The rate of each layer against the perplexity of its answers, a panel per rule of positions, beside no steering."""
-    rules = list(table["positions"].dropna().unique())
+    rules = list(table.dropna(subset=["layer"])["positions"].unique())
     heads = [f"steering {name} tokens" for name in rules]
     figure = make_subplots(cols=len(rules), shared_yaxes=True, subplot_titles=heads, horizontal_spacing=0.04)
     for col, positions in enumerate(rules, 1):
         for condition, rows in table.groupby("condition", sort=False):
-            steered = rows[rows["positions"] == positions].sort_values("layer")
             unsteered = rows[rows["layer"].isna()]
+            steered = rows[rows["layer"].notna() & (rows["positions"] == positions)].sort_values("layer")
             names = [f"{layer:.0f}" for layer in steered["layer"]]
             reference = {"vector": "none", "text+vector": "text"}[condition]
             for part, name, look in (

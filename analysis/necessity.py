@@ -119,9 +119,10 @@ def draw_by_instruction(table: pd.DataFrame) -> go.Figure:
     figure.update_xaxes(title_text="ablated layer", type="category", showgrid=False)
     figure.update_yaxes(autorange="reversed", showgrid=False)
     n = int(rows["n"].max())
-    title = f"Following lost by ablation, beyond a random push ({n} prompts each)"
+    # Labels are long, so the title begins where the figure does.
+    title = {"text": f"Lost by ablation, beyond a random push (n = {n} each)", "xref": "container", "pad": {"l": 8}}
     height = max(320, 34 * len(names) + 130)
-    return figure.update_layout(title_text=title, width=900, height=height, margin={"t": 70})
+    return figure.update_layout(title=title, width=900, height=height, margin={"t": 70})
 
 
 if __name__ == "__main__":

@@ -307,3 +307,14 @@ def test_what_an_ablation_loses_is_shown_beyond_what_a_random_push_loses():
     (cells,) = necessity.draw_by_instruction(table.assign(instruction="a:b", n=6)).data
     assert list(cells.x) == ["2", "3", "all"]
     assert cells.z.round(6).tolist() == [[30.0, 30.0, 100.0]]
+
+
+def test_the_trade_off_has_a_panel_for_each_rule_that_was_steered_and_no_steering_in_each():
+    import layer_search
+
+    keys = ["condition", "layer", "positions", "rate", "median_perplexity"]
+    rows = [("vector", None, "all", 0.1, 1.2), ("vector", 3, "last", 0.7, 1.9), ("vector", 1, "last", 0.5, 1.5)]
+    figure = layer_search.draw_tradeoff(pd.DataFrame(rows, columns=keys))
+    assert [note.text for note in figure.layout.annotations] == ["steering last tokens"]
+    assert {trace.name: list(trace.x) for trace in figure.data} == {"vector": [1.5, 1.9], "none": [1.2]}
+    assert list(figure.data[0].text) == ["1", "3"]
