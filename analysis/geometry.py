@@ -18,7 +18,7 @@ difference of the last token's residuals with and without the instruction. The p
 
 Intervals are over queries. Of k directions less their mean, the mean cosine is about -1 / (k - 1). What t-SNE shows has no
 numbers of its own: read it beside the other tables. An instruction to write exactly n sentences holds the number n as a token,
-so a line of numbers may be one of what was read and not of what will be said; the levels of length hold no number.
+so a line of numbers may be one of what was read and not of what will be said; of the levels only "a sentence or two" has one.
 """
 
 from collections.abc import Mapping, Sequence
