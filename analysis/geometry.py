@@ -176,7 +176,7 @@ def draw_embedding(points: pd.DataFrame, separability: pd.DataFrame, title: str)
     at = (separability["layer"] == points["layer"].iloc[0]) & (separability["measure"] == "nearest_centroid")
     (row,) = separability[at].to_dict("records")
     notes = (
-        f"t-SNE, perplexity {points['perplexity'].iloc[0]:g}; nearest centroid right in {number_text(row)}, "
+        f"t-SNE, perplexity {points['perplexity'].iloc[0]:.3g}; nearest centroid right in {number_text(row)}, "
         f"shuffled {row['control']:.2f}"
     )
     return embedding_scatter(points, notes=notes, title=title)

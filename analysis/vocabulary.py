@@ -184,7 +184,7 @@ def draw_own_word(table: pd.DataFrame) -> go.Figure:
                 figure.data[-1].update(showlegend=row == col == 1, legendgroup=name)
     figure.update_xaxes(title_text="layer", row=2)
     figure.update_yaxes(tickformat=".0%", range=[-0.03, 1.03])
-    figure.update_yaxes(title_text="vectors that promote it", col=1)
+    figure.update_yaxes(title_text="promoted", col=1)
     title = "Do keyword vectors promote their word?"
     # The legend takes two lines on a narrow page, above the names of the panels.
     return figure.update_layout(title_text=title, width=900, height=640, margin={"t": 130}, legend={"y": 1.06})
