@@ -37,8 +37,8 @@ class Result:
         return iter(self.table.itertuples(index=False, name="Row"))
 
     def _repr_html_(self) -> str:
-        table = self.table.to_html(index=False, max_rows=24, float_format="{:.3f}".format)
-        return f"<p>{html.escape(repr(self))}</p>{table}"
+        table = self.table.to_html(index=False, max_rows=24, float_format="{:.3f}".format, na_rep="\u2013")
+        return f'<p style="white-space: pre-line">{html.escape(repr(self))}</p>{table}'
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({len(self)} rows: {', '.join(map(str, self.table.columns))})"

@@ -7,8 +7,10 @@ import pandas as pd
 import plotly.graph_objects as go
 
 from steerlens.errors import DataError, nearest
-from steerlens.figures.multiples import Cell, by_instruction, require_table, small_multiples
-from steerlens.figures.theme import CONDITION_COLORS, INK, PERCENT_TICKS, percent, rate_text, short_label
+from steerlens.figures.marks import whiskers
+from steerlens.figures.multiples import Cell, by_instruction, instruction_label, require_table, small_multiples
+from steerlens.figures.theme import CONDITION_COLORS, INK, PERCENT_TICKS, percent, rate_text
+from steerlens.figures.words import shown_name
 from steerlens.stats.rates import RATE_COLUMNS
 
 
@@ -44,9 +46,10 @@ def four_cells(table: pd.DataFrame, *, title: str | None = None, columns: int = 
     shown = [name for name in CONDITION_COLORS if name in set(table["condition"])]
     groups = by_instruction(table) if faceted else {"": table}
     height = (21 if faceted else 34) * len(shown) + 8
-    fig, cells = small_multiples([*groups], columns=columns, panels=(height,))
-    for (name, rows), (cell,) in zip(groups.items(), cells, strict=True):
-        _draw_bars(fig, cell, rows, shown, label=short_label(name))
+    labels = [instruction_label(name) if faceted else "" for name in groups]
+    fig, cells = small_multiples(labels, columns=columns, panels=(height,))
+    for label, rows, (cell,) in zip(labels, groups.values(), cells, strict=True):
+        _draw_bars(fig, cell, rows, shown, label=shown_name(label))
     where = "on each instruction" if faceted else "overall"
     title = title or f"How often responses follow their instruction, {where}"
     return fig.update_layout(title_text=title, barmode="overlay")
@@ -65,15 +68,7 @@ def _draw_bars(fig: go.Figure, cell: Cell, rows: pd.DataFrame, shown: Sequence[s
             orientation="h",
             name=condition,
             marker_color=CONDITION_COLORS[condition],
-            error_x={
-                "type": "data",
-                "symmetric": False,
-                "array": [record["high"] - record["rate"]],
-                "arrayminus": [record["rate"] - record["low"]],
-                "color": INK,
-                "thickness": 1.2,
-                "width": 3,
-            },
+            error_x=whiskers([record["rate"]], [record["low"]], [record["high"]], color=INK),
             hovertemplate=f"{what}: {rate_text(record)}<br>{count_text(record)}<extra></extra>",
         )
         fig.add_trace(bar, **cell.place)

@@ -4,7 +4,6 @@ The slider moves the points of fixed traces, so that what a reader hid in the le
 residuals grow with depth, and what is compared is the arrangement.
 """
 
-import html
 import textwrap
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -15,8 +14,13 @@ import plotly.graph_objects as go
 from plotly.colors import sample_colorscale
 
 from steerlens.errors import DataError
+from steerlens.figures.marks import with_subtitle
 from steerlens.figures.multiples import require_table
-from steerlens.figures.theme import INK, LINE, MUTED, instruction_style, number_text, short_label, theme
+from steerlens.figures.theme import INK, LINE, MUTED, instruction_style, number_text, theme
+from steerlens.figures.words import escaped, name_lines, shown_name
+
+_ENTRY = 19
+"""Pixels of a line of the legend."""
 
 _SYMBOLS_3D = {"triangle-up": "diamond-open", "star": "cross"}
 """What stands for a symbol that plotly does not have in three dimensions."""
@@ -64,15 +68,16 @@ def embedding_scatter(
         points = kind(
             **{axis: rows[axis] for axis in axes},
             mode="markers",
-            name=short_label(name),
+            name=name_lines(name, 26, most=2),
+            showlegend=True,  # also of one instruction, which nothing else would name
             marker={**marker, "size": 8 if flat else 4, "opacity": 0.85, "line": {"color": "white", "width": 0.5}},
             customdata=_wrapped(rows["query"]),
-            hovertemplate="<b>%{fullData.name}</b><br>%{customdata}<extra></extra>",
+            hovertemplate=f"<b>{shown_name(name)}</b><br>%{{customdata}}<extra></extra>",
         )
         fig.add_trace(points)
     unit = "no unit" if method == "tsne" else "residual units"
     places = ("first", "second", "third")[: len(axes)]
-    _name_axes(fig, [place if len(axes) == 3 else f"{place} axis ({unit})" for place in places], method == "tsne")
+    _name_axes(fig, [f"{place} axis ({unit})" for place in places], method == "tsne")
     names = list(dict.fromkeys(table["instruction"]))
     steps = {}
     for number, rows in layers.items():
@@ -136,7 +141,9 @@ def line_scatter(
         hovertemplate="mean of %{text}<extra></extra>",
     )
     fig.add_trace(path)
-    _name_axes(fig, ["first component of the means (residual units)", "second component"], hide_numbers=False)
+    _name_axes(
+        fig, ["first component of the means (residual units)", "second component (residual units)"], hide_numbers=False
+    )
     steps = {}
     for number, rows in layers.items():
         parts = [rows[rows["number"] == value] for value in numbers]
@@ -172,7 +179,7 @@ def _first_shown(layers: Iterable[int], layer: int | None) -> int:
 
 
 def _wrapped(queries: "pd.Series[Any]") -> list[str]:
-    return ["<br>".join(textwrap.wrap(html.escape(query), 60)) for query in queries]
+    return ["<br>".join(map(escaped, textwrap.wrap(query, 60))) for query in queries]
 
 
 def _moved(parts: Iterable[pd.DataFrame], axes: list[str]) -> dict[str, list[list[float]]]:
@@ -211,10 +218,13 @@ def _set_slider(fig: go.Figure, steps: Mapping[int, tuple[dict[str, Any], dict[s
     move, layout, note = steps[shown]
     for index, trace in enumerate(fig.data):
         trace.update({axis: values[index] for axis, values in move.items()})
-    subtitle = {"text": note, "font": {"size": 13, "color": MUTED}}
-    legend = {"orientation": "v", "x": 1.02, "y": 1, "yanchor": "top", "itemsizing": "constant"}
-    top = 76 + LINE * note.count("<br>")
-    fig.update_layout(title_subtitle=subtitle, margin={"t": top, "b": 40}, legend=legend, height=560)
+    # The legend may use the page below the title, not only what the slider leaves to the points.
+    legend = {"orientation": "v", "x": 1.02, "yref": "container", "y": 0.87, "yanchor": "top", "maxheight": 0.86}
+    height = max(560, _ENTRY * len(fig.data) + 130)
+    fig.update_layout(
+        title=with_subtitle("", note), margin={"t": 76 + LINE * note.count("<br>"), "b": 40}, height=height
+    )
+    fig.update_layout(legend={**legend, "itemsizing": "constant"})
     fig.update_layout({name.replace(".", "_"): value for name, value in layout.items()})
     if len(steps) == 1:
         return

@@ -7,6 +7,7 @@ import pandas as pd
 import plotly.graph_objects as go
 
 from steerlens.figures.cells import count_text
+from steerlens.figures.marks import band, whiskers
 from steerlens.figures.multiples import (
     Cell,
     by_instruction,
@@ -14,7 +15,8 @@ from steerlens.figures.multiples import (
     show_each_name_once,
     small_multiples,
 )
-from steerlens.figures.theme import CONDITION_COLORS, INK, MUTED, PERCENT_TICKS, faded, rate_text, short_label
+from steerlens.figures.theme import CONDITION_COLORS, INK, MUTED, PERCENT_TICKS, rate_text
+from steerlens.figures.words import shown_name
 from steerlens.stats.rates import RATE_COLUMNS
 
 _SERIES_COLORS = ("#F2A66B", "#D55E00", "#8A3C00", "#4A2000")  # light to dark, as the coefficient grows
@@ -50,13 +52,13 @@ def layer_curve(search: pd.DataFrame, *, title: str | None = None, columns: int 
     colors = _series_colors(search)
     span = layer_span(search)
     for name, (top, bottom) in zip(groups, cells, strict=True):
-        label, rows = short_label(name), groups[name]
+        label, rows = shown_name(name), groups[name]
         unsteered = rows[rows["layer"].isna()]
         steered = rows[rows["layer"].notna()].astype({"layer": int}).sort_values("layer")
         for series, color in colors.items():
             same = (steered["operator"] == series.operator) & (steered["positions"] == series.positions)
             line = steered[same & (steered["coeff"] == series.coeff) & (_units(steered) == series.unit)]
-            _draw_rates(fig, top, line, series.name, color, label=label, band=len(colors) == 1)
+            _draw_rates(fig, top, line, series.name, color, label=label, as_band=len(colors) == 1)
             _draw_degenerate(fig, bottom, line, series.name, color, label=label, legend=len(colors) == 1)
         _draw_references(fig, top, unsteered, steered, span=span, label=label)
         _style_curve_axes(fig, top, bottom, span)
@@ -76,35 +78,18 @@ class _Series:
 
 
 def _draw_rates(
-    fig: go.Figure, cell: Cell, line: pd.DataFrame, series: str, color: str, *, label: str, band: bool
+    fig: go.Figure, cell: Cell, line: pd.DataFrame, series: str, color: str, *, label: str, as_band: bool
 ) -> None:
     """Rate against layer. The interval is a band, or error bars where bands would cover each other."""
-    if band:
-        interval = go.Scatter(
-            x=[*line["layer"], *line["layer"][::-1]],
-            y=[*line["high"], *line["low"][::-1]],
-            fill="toself",
-            fillcolor=faded(color),
-            line_width=0,
-            mode="lines",
-            hoverinfo="skip",
-            name="95\u00a0% interval",
-        )
+    if as_band:
+        interval = band(line["layer"], line["low"], line["high"], color)
         fig.add_trace(interval, **cell.place)
-    whiskers = {
-        "type": "data",
-        "symmetric": False,
-        "array": line["high"] - line["rate"],
-        "arrayminus": line["rate"] - line["low"],
-        "thickness": 1,
-        "width": 2,
-        "visible": not band,
-    }
+    ends = whiskers(line["rate"], line["low"], line["high"], width=2, thickness=1, visible=not as_band)
     hover = f"{label}<br>layer %{{x}}, {series}: <b>%{{customdata[0]}}</b><br>%{{customdata[1]}}<extra></extra>"
     rates = go.Scatter(
         x=line["layer"],
         y=line["rate"],
-        error_y=whiskers,
+        error_y=ends,
         mode="lines+markers",
         line={"color": color, "width": 2},
         marker_size=5,

@@ -4,6 +4,7 @@ Tokens stand as they are written, with · for a space. Where the colour is of wh
 ones, bold where they are others than without steering.
 """
 
+import math
 from typing import Any
 
 import numpy as np
@@ -11,9 +12,11 @@ import pandas as pd
 import plotly.graph_objects as go
 
 from steerlens.errors import DataError, nearest
+from steerlens.figures.marks import colorbar, with_subtitle
 from steerlens.figures.multiples import require_table
 from steerlens.figures.theme import INK, theme
-from steerlens.figures.tokens import LETTER, PAGE, colorbar, only, shown, with_subtitle
+from steerlens.figures.tokens import LETTER, PAGE, only
+from steerlens.figures.words import shown
 
 _COLORS = {
     "probability": ("probability", "probability of the most likely token"),
@@ -54,7 +57,7 @@ def lens_heatmap(
             steered "kl", "entropy_change" or "top_change", of a target "log_prob_change" or "rank_change". Default: the
             probability; of a steered text the target's log_prob_change, without targets kl.
         target: which of the targets; default the first.
-        last: how many positions from the end are shown; None shows all.
+        last: how many positions from the end are shown; None shows all, and beyond some forty only their colours.
         title: what the figure is about; a phrase by default.
 
     Returns:
@@ -84,7 +87,13 @@ def lens_heatmap(
     tokens = cells.drop_duplicates("position").sort_values("position")
     labels = [shown(token, 10) for token in tokens["token"]]
     layers = sorted(set(cells["layer"]))
-    fig.update_xaxes(tickvals=positions, ticktext=labels, tickangle=-45, title_text="token that was read")
+    step = math.ceil(len(positions) / 40)
+    ticks = {
+        "tickvals": positions[::step],
+        "ticktext": labels[::step],
+        "tickfont_size": 12 if len(positions) <= 20 else 10,
+    }
+    fig.update_xaxes(**ticks, tickangle=-45, title_text="token that was read")
     fig.update_yaxes(type="category", tickfont_size=_font_size(len(layers)), dtick=1, title_text="layer")
     fig.update_xaxes(showgrid=False, ticks="").update_yaxes(showgrid=False, ticks="")
     begins = tokens.loc[tokens["generated"], "position"]
@@ -99,12 +108,9 @@ def lens_heatmap(
 def _heatmap(cells: pd.DataFrame, color: str, unit: str, n_positions: int) -> go.Heatmap:
     """Colour by layer and position, with the most likely token in each cell and its numbers on hovering."""
     size = _font_size(cells["layer"].nunique())
-    width = max(2, int(PAGE / (LETTER * size / 11 * n_positions)))
+    width = int(PAGE / (LETTER * size / 11 * n_positions))
     said = cells["top_steered" if color in _CHANGES else "top"]
-    text = [
-        f"<b>{shown(token, width)}</b>" if moved else shown(token, width)
-        for token, moved in zip(said, said != cells["top"], strict=True)
-    ]
+    text = [_in_cell(token, width, bold=moved) for token, moved in zip(said, said != cells["top"], strict=True)]
     values = np.log10(1 + cells["rank"]) if color == "rank" else cells[color]
     cells = cells.assign(cell=text, hover=_hovers(cells), value=values)
     grid = {name: cells.pivot(index="layer", columns="position", values=name) for name in ("value", "cell", "hover")}
@@ -127,6 +133,12 @@ def _heatmap(cells: pd.DataFrame, color: str, unit: str, n_positions: int) -> go
         colorbar=colorbar(unit),
         **(signed if color in _SIGNED else plain),
     )
+
+
+def _in_cell(token: str, width: int, *, bold: bool) -> str:
+    """The token, where there is room for two letters."""
+    text = shown(token, width) if width >= 2 else ""
+    return f"<b>{text}</b>" if bold and text else text
 
 
 def _font_size(n_layers: int) -> int:

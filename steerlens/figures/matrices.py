@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Mapping, Sequence
+from itertools import permutations
 from typing import Any
 
 import numpy as np
@@ -10,8 +11,10 @@ import plotly.graph_objects as go
 
 from steerlens.errors import DataError
 from steerlens.figures.cells import count_text
+from steerlens.figures.marks import colorbar, with_subtitle
 from steerlens.figures.multiples import Cell, chosen_instructions, instruction_label, require_table, small_multiples
-from steerlens.figures.theme import CONDITION_COLORS, INK, MUTED, percent, rate_text, short_label, theme
+from steerlens.figures.theme import CONDITION_COLORS, INK, percent, rate_text, theme
+from steerlens.figures.words import shown_name
 from steerlens.stats.rates import RATE_COLUMNS
 
 MOST_WRITTEN = 12
@@ -24,6 +27,9 @@ REFERENCES = {
 }
 """The rows below the matrix of a transfer, in their order, and what they are."""
 
+MISSING_CELL = "#C2C6CC"
+"""Of a cell without a number, which is no zero."""
+
 REFERENCE_GAP = 0.4
 """Between the matrix and these rows, in rows."""
 
@@ -35,6 +41,7 @@ def cosine_heatmap(
     axis: str = "instruction",
     title: str | None = None,
     note: str = "",
+    intervals: pd.DataFrame | None = None,
 ) -> go.Figure:
     """A heat map of cosine similarities: blue below zero, white at zero, red above, over all of [-1, 1].
 
@@ -44,9 +51,10 @@ def cosine_heatmap(
         axis: what the labels are.
         title: what the figure is about; a phrase by default.
         note: what stands below the title.
+        intervals: one row per pair of labels, for the hover: first, second, low, high.
 
     Returns:
-        A figure with one cell per pair of labels.
+        A figure with one cell per pair of labels; grey where a cosine is missing.
 
     Raises:
         DataError: another shape than one row and column per label, or values outside [-1, 1].
@@ -60,11 +68,11 @@ def cosine_heatmap(
         raise DataError(f"matrix must have a row and a column for each of {len(labels)} labels, got {values.shape}")
     if (np.abs(values) > 1 + 1e-4).any():  # cosines in float32 may round to a little more than one
         raise DataError(f"cosines must be in [-1, 1], got {np.nanmax(np.abs(values)):.3g}; use unit directions")
-    names = [short_label(label) for label in labels]
+    places, size = [*range(len(labels))], 12 if len(labels) <= 15 else 9
     cells = go.Heatmap(
         z=values,
-        x=names,
-        y=names,
+        x=places,
+        y=places,
         zmin=-1,
         zmid=0,
         zmax=1,
@@ -72,25 +80,35 @@ def cosine_heatmap(
         xgap=1,
         ygap=1,
         texttemplate="%{z:.2f}" if len(labels) <= 15 else None,
-        hovertemplate="%{y} and %{x}<br>cosine %{z:.3f}<extra></extra>",
-        colorbar={
-            "title": {"text": "cosine", "side": "right"},
-            "tickvals": [-1, -0.5, 0, 0.5, 1],
-            "thickness": 14,
-        },
+        customdata=_cosine_hovers(values, labels, intervals),
+        hovertemplate="%{customdata}<extra></extra>",
+        hoverongaps=False,
+        colorbar={**colorbar("cosine"), "tickvals": [-1, -0.5, 0, 0.5, 1]},
     )
     fig = go.Figure(cells, layout={"template": theme(), "height": max(320, 44 * len(labels) + 140)})
-    fig.update_xaxes(tickangle=-40, showgrid=False, title_text=axis)
+    look = {"tickvals": places, "tickfont_size": size, "showgrid": False, "zeroline": False, "title_text": axis}
+    names = [shown_name(label, 26) for label in labels]
+    fig.update_xaxes(**look, ticktext=names, tickangle=-40 if max(map(len, labels)) > 3 else 0)
     # Plotly counts rows from below, and a matrix is read from above.
-    fig.update_yaxes(autorange="reversed", showgrid=False, title_text=axis)
-    # Labels are long, so the title begins where the figure does, not where its cells do.
-    about = {
-        "text": title or "How alike the steering directions are (cosine similarity)",
-        "xref": "container",
-        "pad": {"l": 8},
-    }
-    subtitle = {"text": note, "font": {"size": 13, "color": MUTED}}
-    return fig.update_layout(title={**about, "subtitle": subtitle}, margin_t=76 if note else None)
+    fig.update_yaxes(**look, ticktext=[f"{name} " for name in names], autorange="reversed")
+    if np.isnan(values).any():
+        fig.update_layout(plot_bgcolor=MISSING_CELL)
+    heading = with_subtitle(title or "How alike the steering directions are (cosine similarity)", note)
+    return fig.update_layout(title=heading, margin_t=76 if note else None)
+
+
+def _cosine_hovers(values: np.ndarray, labels: Sequence[str], intervals: pd.DataFrame | None) -> list[list[str]]:
+    ends = {}
+    for row in [] if intervals is None else intervals.dropna(subset=["low", "high"]).to_dict("records"):
+        for pair in permutations((str(row["first"]), str(row["second"]))):
+            ends[pair] = f" [{row['low']:.3f}, {row['high']:.3f}]"
+    return [
+        [
+            f"{shown_name(one)} and {shown_name(other)}<br>cosine <b>{value:.3f}</b>{ends.get((one, other), '')}"
+            for other, value in zip(labels, line, strict=True)
+        ]
+        for one, line in zip(labels, values, strict=True)
+    ]
 
 
 def transfer_matrix(
@@ -139,9 +157,9 @@ def transfer_matrix(
         for part, start in ((matrix, 0.0), (references, len(layers) + REFERENCE_GAP)):
             fig.add_trace(_heat_map(part, layers, start=start, label=label), **cell.place)
         _style_matrix_axes(fig, cell, layers)
-    bar = {"title": {"text": "follow (%)", "side": "right"}, "tickvals": [0, 0.25, 0.5, 0.75, 1], "tickformat": ".0%"}
+    bar = {**colorbar("follow (%)"), "tickvals": [0, 0.25, 0.5, 0.75, 1], "tickformat": ".0%"}
     scale = [[0, "#FFFFFF"], [0.5, "#F2A66B"], [1, CONDITION_COLORS["vector"]]]
-    shared = {"cmin": 0, "cmax": 1, "colorscale": scale, "colorbar": {**bar, "thickness": 14, "outlinewidth": 0}}
+    shared = {"cmin": 0, "cmax": 1, "colorscale": scale, "colorbar": bar}
     fig.update_layout(coloraxis=shared, margin_r=80)
     return fig.update_layout(title_text=title or "A layer's direction at other layers (*: most texts degenerate)")
 
@@ -153,7 +171,10 @@ def _heat_map(rows: Mapping[str, pd.DataFrame], layers: Sequence[int], *, start:
         found = {None if pd.isna(one["layer"]) else int(one["layer"]): one for one in part.to_dict("records")}
         cells = [found.get(layer, found.get(None)) for layer in layers]
         records.append(
-            [(f"{label}<br>{words} at layer {layer}", cell) for layer, cell in zip(layers, cells, strict=True)]
+            [
+                (f"{shown_name(label)}<br>{words} at layer {layer}", cell)
+                for layer, cell in zip(layers, cells, strict=True)
+            ]
         )
     return go.Heatmap(
         x=[*range(len(layers))],

@@ -7,8 +7,9 @@ import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
 
-from steerlens.figures.multiples import Cell, require_table, small_multiples
-from steerlens.figures.theme import CONDITION_COLORS, INK, MUTED, faded, instruction_style, number_text
+from steerlens.figures.marks import band, whiskers
+from steerlens.figures.multiples import Cell, require_table, show_each_name_once, small_multiples
+from steerlens.figures.theme import CONDITION_COLORS, INK, MUTED, instruction_style, number_text
 
 _NEEDED = ("layer", "value", "low", "high", "control", "control_low", "control_high")
 
@@ -103,19 +104,11 @@ def projection_profiles(profiles: pd.DataFrame, *, title: str | None = None, col
 
 
 def _draw_value(fig: go.Figure, cell: Cell, rows: pd.DataFrame, color: str, control: str) -> None:
-    whiskers = {
-        "type": "data",
-        "symmetric": False,
-        "array": rows["high"] - rows["value"],
-        "arrayminus": rows["value"] - rows["low"],
-        "thickness": 1.2,
-        "width": 2,
-    }
     texts = [[number_text(row), _control_text(row)] for row in rows.to_dict("records")]
     line = go.Scatter(
         x=rows["layer"],
         y=rows["value"],
-        error_y=whiskers,
+        error_y=whiskers(rows["value"], rows["low"], rows["high"], width=2),
         mode="lines+markers",
         line={"color": color, "width": 2},
         marker_size=5,
@@ -167,18 +160,9 @@ def _draw_band(
     if not len(layers):
         return
     x = np.concatenate([[layers[0] - 0.4], layers, [layers[-1] + 0.4]])
-    band = go.Scatter(
-        x=[*x, *x[::-1]],
-        y=[*np.pad(low, 1, "edge"), *np.pad(high, 1, "edge")[::-1]],
-        fill="toself",
-        fillcolor=faded(color),
-        line_width=0,
-        mode="lines",
-        hoverinfo="skip",
-        name=name,
-        showlegend=legend,
+    fig.add_trace(
+        band(x, np.pad(low, 1, "edge"), np.pad(high, 1, "edge"), color, name=name, showlegend=legend), **cell.place
     )
-    fig.add_trace(band, **cell.place)
 
 
 def _height(groups: Collection[str], columns: int) -> int:
@@ -211,10 +195,6 @@ def _style(
 
 
 def _finish(fig: go.Figure, title: str) -> go.Figure:
-    """One legend entry per name, whose click hides that name in every panel."""
-    seen: set[str] = set()
-    for trace in fig.data:
-        trace.update(legendgroup=trace.name, showlegend=trace.showlegend is not False and trace.name not in seen)
-        seen.add(trace.name)
+    show_each_name_once(fig)
     # Names of two lines reach above the panels where a figure is made lower than it wants to be.
-    return fig.update_layout(title_text=title, legend_y=1.04, margin_t=100)
+    return fig.update_layout(title_text=title, legend_y=1.04, margin_t=fig.layout.margin.t + 16)

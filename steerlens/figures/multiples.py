@@ -1,7 +1,6 @@
 """Small multiples: one panel per instruction, in a grid that stays readable on a narrow page."""
 
 import math
-import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -12,6 +11,7 @@ from plotly.subplots import make_subplots
 
 from steerlens.errors import DataError, nearest
 from steerlens.figures.theme import FOOTER, GAP, LINE, short_label, theme
+from steerlens.figures.words import name_lines
 from steerlens.stats.rates import require_columns
 
 
@@ -29,6 +29,9 @@ class Cell:
         return {"row": self.row, "col": self.col}
 
 
+_PAGE, _SIGN, _LETTER, _LEGEND_LINE = 680, 48, 7, 21
+"""Pixels: a narrow page, the sign of a legend's entry, a letter of its name, and a line of the legend."""
+
 _NAME_WIDTH, _ROW_WIDTH = 22, 72  # characters: of a name, and what a narrow page holds side by side
 
 
@@ -45,13 +48,10 @@ def small_multiples(
     columns = min(columns, len(instructions))
     blocks, depth = math.ceil(len(instructions) / columns), len(panels)
     width = min(_NAME_WIDTH, _ROW_WIDTH // columns)
-    lines = [
-        [line for part in short_label(name).split("\n") for line in textwrap.wrap(part, width)] for name in instructions
-    ]
-    names = ["<br>".join(parts) for parts in lines]
+    names = [name_lines(name, width) for name in instructions]
     tops, total = [], 0
     for block in range(blocks):
-        tallest = max(map(len, lines[block * columns :][:columns]))
+        tallest = max((name.count("<br>") + 1) * bool(name) for name in names[block * columns :][:columns])
         tops.append(total + 12 + LINE * tallest)
         total = tops[-1] + sum(panels) + GAP * (depth - 1) + FOOTER
     filled = [[block * columns + col < len(instructions) for col in range(columns)] for block in range(blocks)]
@@ -91,11 +91,14 @@ def _write_above(fig: go.Figure, axes: Any, text: str) -> None:
 
 
 def show_each_name_once(fig: go.Figure) -> None:
-    """One legend entry per name; a click on it hides that name in every panel."""
+    """One legend entry per name; a click on it hides that name in every panel. Room for its lines on a narrow page is made."""
     seen: set[str] = set()
     for trace in fig.data:
         trace.update(legendgroup=trace.name, showlegend=trace.showlegend is not False and trace.name not in seen)
         seen.add(trace.name)
+    lines = math.ceil(sum(_SIGN + _LETTER * len(trace.name) for trace in fig.data if trace.showlegend) / _PAGE)
+    more = _LEGEND_LINE * max(0, lines - 1)
+    fig.update_layout(margin_t=fig.layout.margin.t + more, height=fig.layout.height + more)
 
 
 def by_instruction(table: pd.DataFrame) -> dict[str, pd.DataFrame]:

@@ -7,6 +7,7 @@ Colours are centred on zero wherever values have signs. What the maps do not sho
 part without a contribution of its own may still be what makes another part write.
 """
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -16,8 +17,10 @@ import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
 from steerlens.errors import DataError
+from steerlens.figures.marks import colorbar
 from steerlens.figures.multiples import by_instruction, require_table
-from steerlens.figures.theme import MUTED, short_label, theme
+from steerlens.figures.theme import MUTED, theme
+from steerlens.figures.words import name_lines, shown
 
 PATCHING = (
     *("instruction", "metric", "layer", "position", "token", "n", "value", "low", "high"),
@@ -64,16 +67,18 @@ def patching_map(table: pd.DataFrame, *, value: str = "restored", title: str | N
     sides = {value: "from the run with the instruction"}
     if table[control].notna().any():
         sides[control] = "control: from another query's run"
-    groups = by_instruction(table)
+    groups, width = by_instruction(table), 72 // len(sides)
     titles = [
-        f"{short_label(name)}<br>{side}" if len(groups) > 1 else side for name in groups for side in sides.values()
+        "<br>".join([name_lines(name, width)] * (len(groups) > 1) + [side] * (row == 0))
+        for row, name in enumerate(groups)
+        for side in sides.values()
     ]
     few = table["position"].nunique() < 4
-    fig = _panels(titles, columns=len(sides), height=13 * table["layer"].nunique() + 60, below=90 if few else 150)
+    fig = _panels(titles, columns=len(sides), height=13 * table["layer"].nunique() + 60, below=60 if few else 130)
     for row, group in enumerate(groups.values(), start=1):
         for col, side in enumerate(sides, start=1):
             fig.add_trace(_cells(group, side), row=row, col=col)
-            _style_positions(fig, group, angle=0 if few else -90, row=row, col=col)
+            _style_positions(fig, group, angle=0 if few else -90, last=row == len(groups), row=row, col=col)
     metric = str(table["metric"].iloc[0])
     unit = "restored" if value == "restored" else UNITS.get(metric, metric)
     fig.update_layout(
@@ -109,15 +114,15 @@ def attribution_map(table: pd.DataFrame, *, title: str | None = None, columns: i
     require_table(table, ATTRIBUTION, what="the table of an attribution")
     groups = by_instruction(table)
     columns = min(columns, len(groups))
-    titles = [short_label(name) for name in groups] if len(groups) > 1 else [""]
-    fig = _panels(titles, columns=columns, height=13 * table["layer"].nunique() + 60, below=64)
+    titles = [name_lines(name, 72 // columns) for name in groups] if len(groups) > 1 else [""]
+    fig = _panels(titles, columns=columns, height=13 * table["layer"].nunique() + 60, below=52)
     for place, group in enumerate(groups.values()):
         row, col = place // columns + 1, place % columns + 1
         fig.add_trace(_parts(group), row=row, col=col)
-        _style_parts(fig, group, row=row, col=col)
+        _style_parts(fig, group, last=place + columns >= len(groups), row=row, col=col)
     sizes = table["contribution"].abs().to_numpy(float)
     limit = max(float(np.quantile(sizes, 0.98)), sizes.max() / 4) or 1.0
-    fig.update_layout(coloraxis=_colors(sizes, "with minus without", limit=limit))
+    fig.update_layout(coloraxis=_colors(sizes, "with minus without (residual units)", limit=limit))
     layer = int(table["layer"].max())
     return fig.update_layout(
         title_text=title or f"Who writes the direction at layer {layer} (dots stand out from random ones)"
@@ -153,7 +158,7 @@ def _colors(values: np.ndarray, title: str, *, limit: float | None = None) -> di
     """A colour axis for all panels: from blue over white at zero to red where values have signs, else from white to blue."""
     known = values[np.isfinite(values)]
     largest = float(np.abs(known).max(initial=0.0)) or 1.0
-    bar = {"title": {"text": title, "side": "right", "font": {"size": 12}}, "thickness": 14, "tickfont": {"size": 11}}
+    bar = colorbar(title)
     if limit is None and (known >= 0).all():
         return {"cmin": 0, "cmax": largest, "colorscale": "Blues", "colorbar": bar}
     limit = largest if limit is None else limit
@@ -181,7 +186,7 @@ def _cells(group: pd.DataFrame, value: str) -> go.Heatmap:
 
 def _cell_text(row: Mapping[Any, Any]) -> str:
     lines = [
-        f"layer {row['layer']}, position {row['position']}: {visible(str(row['token']))}",
+        f"layer {row['layer']}, position {row['position']}: {shown(str(row['token']))}",
         f"restored <b>{row['restored']:.2f}</b> [{row['restored_low']:.2f}, {row['restored_high']:.2f}]",
         f"{row['metric']} {row['value']:.3g} [{row['low']:.3g}, {row['high']:.3g}], {row['n']} pairs",
         f"plain {row['plain']:.3g}, instructed {row['instructed']:.3g}",
@@ -190,29 +195,29 @@ def _cell_text(row: Mapping[Any, Any]) -> str:
     return "<br>".join(lines)
 
 
-def _style_positions(fig: go.Figure, group: pd.DataFrame, *, angle: int, row: int, col: int) -> None:
+def _style_positions(fig: go.Figure, group: pd.DataFrame, *, angle: int, last: bool, row: int, col: int) -> None:
     tokens = group.drop_duplicates("position").sort_values("position")
     labels = [
-        f"{visible(token)} {position}" for token, position in zip(tokens["token"], tokens["position"], strict=True)
+        f"{shown(token, 14)} {position}" for token, position in zip(tokens["token"], tokens["position"], strict=True)
     ]
     ticks = {"tickvals": [*range(len(labels))], "ticktext": labels, "tickfont_size": 10, "showgrid": False}
     fig.update_xaxes(
-        **ticks, tickangle=angle, zeroline=False, title_text="token, counted from the end", row=row, col=col
+        **ticks,
+        tickangle=angle,
+        zeroline=False,
+        title_text="token, counted from the end" if last else None,
+        row=row,
+        col=col,
     )
-    _style_layers(fig, row=row, col=col)
+    _style_layers(fig, group["layer"].nunique(), row=row, col=col)
 
 
-def _style_layers(fig: go.Figure, *, row: int, col: int) -> None:
+def _style_layers(fig: go.Figure, layers: int, *, row: int, col: int) -> None:
     first = col == 1
-    options = {"title_text": "layer" if first else None, "showticklabels": first, "tickformat": "d"}
+    options = {"title_text": "layer" if first else None, "showticklabels": first, "tickfont_size": 10}
+    # As categories, layers with gaps between them have cells of one height, and each tick is a layer that was run.
+    options |= {"type": "category", "dtick": math.ceil(layers / 16)}
     fig.update_yaxes(**options, showgrid=False, zeroline=False, ticks="", row=row, col=col)
-
-
-def visible(token: str) -> str:
-    """A token's text for an axis or a hover: spaces and line breaks shown, long ones cut, no markup."""
-    text = token.replace("\n", "⏎").replace("\t", "⇥").replace(" ", "␣")
-    text = text if len(text) <= 14 else f"{text[:13]}…"
-    return text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
 
 
 # --- layer by part --------------------------------------------------------------------------------------------------
@@ -270,7 +275,7 @@ def _part_text(row: Mapping[Any, Any]) -> str:
     return "<br>".join(lines)
 
 
-def _style_parts(fig: go.Figure, group: pd.DataFrame, *, row: int, col: int) -> None:
+def _style_parts(fig: go.Figure, group: pd.DataFrame, *, last: bool, row: int, col: int) -> None:
     n_heads = int(group["head"].max()) + 1
     step = max(1, n_heads // 8)
     others = {
@@ -283,9 +288,9 @@ def _style_parts(fig: go.Figure, group: pd.DataFrame, *, row: int, col: int) -> 
         tickfont={"size": 10, "color": MUTED},
         showgrid=False,
         zeroline=False,
-        title_text="head, and other parts",
+        title_text="head, and other parts" if last else None,
         row=row,
         col=col,
     )
-    _style_layers(fig, row=row, col=col)
+    _style_layers(fig, group["layer"].nunique(), row=row, col=col)
     fig.add_vline(x=n_heads - 0.5, line={"width": 5, "color": "white"}, row=row, col=col)

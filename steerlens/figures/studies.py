@@ -16,6 +16,7 @@ import plotly.graph_objects as go
 from steerlens.errors import DataError
 from steerlens.figures.cells import count_text
 from steerlens.figures.layers import layer_span
+from steerlens.figures.marks import band, whiskers
 from steerlens.figures.multiples import (
     Cell,
     chosen_instructions,
@@ -24,7 +25,8 @@ from steerlens.figures.multiples import (
     show_each_name_once,
     small_multiples,
 )
-from steerlens.figures.theme import CONDITION_COLORS, INK, MUTED, PERCENT_TICKS, faded, rate_text
+from steerlens.figures.theme import CONDITION_COLORS, INK, MUTED, PERCENT_TICKS, rate_text
+from steerlens.figures.words import shown_name
 from steerlens.stats.rates import RATE_COLUMNS
 
 MODE_WORDS = {"alone": "at one layer", "from": "from a layer on", "without": "at all layers but one"}
@@ -181,7 +183,9 @@ def _panels(
         references = rows[rows["condition"].isin(["none", "text"])]
         for kind in kinds:
             label, (top, bottom) = next(places)
-            panel = _Panel(label.replace("\n", ", "), rows[rows[column] == kind], references, top, bottom, span)
+            panel = _Panel(
+                shown_name(label.replace("\n", ", ")), rows[rows[column] == kind], references, top, bottom, span
+            )
             _style_axes(fig, panel)
             panels.append(panel)
     return fig, panels
@@ -208,7 +212,7 @@ def _draw_series(fig: go.Figure, panel: _Panel, series: Iterable[_Series], colum
         x = [(0.0 if pd.isna(layer) else float(layer)) + aside for layer in rows["layer"]]
         middle, low, high = (rows[column].tolist() for column in columns)
         if len(rows) > 1:
-            fig.add_trace(_band(x, low, high, one.color), **panel.top.place)
+            fig.add_trace(band(x, low, high, one.color), **panel.top.place)
         fig.add_trace(
             _line(x, middle, low, high, one, _hover(panel, one, rows), alone=len(rows) == 1), **panel.top.place
         )
@@ -225,19 +229,6 @@ def _draw_series(fig: go.Figure, panel: _Panel, series: Iterable[_Series], colum
         fig.add_trace(bars, **panel.bottom.place)
 
 
-def _band(x: Sequence[float], low: Sequence[float], high: Sequence[float], color: str) -> go.Scatter:
-    return go.Scatter(
-        x=[*x, *x[::-1]],
-        y=[*high, *low[::-1]],
-        fill="toself",
-        fillcolor=faded(color),
-        line_width=0,
-        mode="lines",
-        hoverinfo="skip",
-        name="95\u00a0% interval",
-    )
-
-
 def _line(
     x: Sequence[float],
     middle: Sequence[float],
@@ -248,19 +239,10 @@ def _line(
     *,
     alone: bool,
 ) -> go.Scatter:
-    whiskers = {
-        "type": "data",
-        "symmetric": False,
-        "array": [end - value for value, end in zip(middle, high, strict=True)],
-        "arrayminus": [value - end for value, end in zip(middle, low, strict=True)],
-        "thickness": 1,
-        "width": 3,
-        "visible": alone,
-    }
     return go.Scatter(
         x=x,
         y=middle,
-        error_y=whiskers,
+        error_y=whiskers(middle, low, high, thickness=1, visible=alone),
         mode="lines+markers",
         line={"color": series.color, "width": 2, "dash": series.dash},
         marker={"size": 6, "symbol": series.symbol},

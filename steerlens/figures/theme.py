@@ -75,10 +75,10 @@ def theme() -> go.layout.Template:
             "title": {
                 "font": {"size": 17},
                 "x": 0,
-                "xref": "paper",
+                "xref": "container",
                 "y": 1,
                 "yanchor": "top",
-                "pad": {"t": 14},
+                "pad": {"t": 14, "l": 8},
             },
             "paper_bgcolor": "white",
             "plot_bgcolor": "white",

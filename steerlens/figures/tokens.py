@@ -11,8 +11,10 @@ import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
 from steerlens.errors import DataError, nearest
+from steerlens.figures.marks import colorbar, with_subtitle
 from steerlens.figures.multiples import require_table
-from steerlens.figures.theme import CONDITION_COLORS, MUTED, short_label, theme
+from steerlens.figures.theme import CONDITION_COLORS, theme
+from steerlens.figures.words import shown, shown_name
 
 PAGE, NAMES, LETTER = 520, 90, 7.0
 """Pixels that a narrow page leaves for cells side by side, those that names before them take, and those of a letter."""
@@ -21,18 +23,6 @@ SIGNS = {1: "adding it says", -1: "subtracting it says"}
 
 _RAISED = [[0, "#FFFFFF"], [1, "#F2A66B"]]
 _NEEDED = ("vector", "layer", "sign", "kind", "rank", "token", "logit", "random_low", "random_high", "text", "piece")
-
-
-def shown(token: str, width: int = 24) -> str:
-    """A token as it stands in a figure: spaces and breaks seen, cut to a width, safe in plotly's markup.
-
-    >>> shown(" rain"), shown("a<b>"), shown("extraordinary", 6)
-    ('·rain', 'a&lt;b&gt;', 'extra…')
-    """
-    signs = ["\u00b7" if sign == " " else sign if sign.isprintable() else repr(sign)[1:-1] for sign in token]
-    seen = "".join(signs) or "\u2205"
-    cut = seen if len(seen) <= width else seen[: width - 1] + "\u2026"
-    return cut.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
 
 
 def token_table(
@@ -78,7 +68,7 @@ def token_table(
     else:
         rows = rows[rows["kind"] == "promoted"]
     names, layers = list(dict.fromkeys(rows["vector"])), sorted(set(rows["layer"]))
-    who = f"the {short_label(names[0])} vector" if len(names) == 1 else "each vector"
+    who = f"the {shown_name(names[0], 30)} vector" if len(names) == 1 else "each vector"
     where = f" at layer {layers[0]}" if len(layers) == 1 else ""
     what = "does to the target words" if show == "targets" else "says in the vocabulary"
     one = len(names) == len(layers) == 1
@@ -87,12 +77,8 @@ def token_table(
         rows = rows[rows["place"] < (top or (10 if one else 5))]
     fig = _bars(rows) if one else _cells(rows)
     bold = "" if one else "bold: more than any of the random directions"
+    bold = f"numbers: ranks, 0 is the most promoted; {bold}" if bold and show == "targets" else bold
     return fig.update_layout(template=theme(), title=with_subtitle(title or f"What {who} {what}{where}", bold))
-
-
-def with_subtitle(title: str, subtitle: str) -> dict[str, Any]:
-    """A figure's title with a line in small type below it."""
-    return {"text": title, "subtitle": {"text": subtitle, "font": {"size": 12, "color": MUTED}}}
 
 
 def only(table: pd.DataFrame, column: str, value: Any) -> pd.DataFrame:
@@ -157,7 +143,7 @@ def _cells(rows: pd.DataFrame) -> go.Figure:
         for col, (_, part) in enumerate(there.groupby("sign", sort=False), 1):
             fig.add_trace(_block(part, by, lines, size).update(visible=page == pages[-1]), row=1, col=col)
     _name_axes(fig, rows, by, lines)
-    return _with_slider(fig, pages) if len(pages) > 1 else fig
+    return _with_slider(fig, pages, below=120 if _of_words(rows) else 42) if len(pages) > 1 else fig
 
 
 def _block(rows: pd.DataFrame, by: str, lines: list[Any], size: int) -> go.Heatmap:
@@ -185,7 +171,7 @@ def _name_axes(fig: go.Figure, rows: pd.DataFrame, by: str, lines: list[Any]) ->
     signed = {"colorscale": "RdBu_r", "cmin": -largest, "cmid": 0, "cmax": largest}
     raised = {"colorscale": _RAISED, "cmin": rows["random_low"].min(), "cmax": largest}
     scale = signed if of_words else raised
-    names = [f"{line if by == 'layer' else shown_name(line)} " for line in lines]
+    names = [f"{line if by == 'layer' else shown_name(line, 22)} " for line in lines]
     # Vectors are read from above; layers go up, as in the lens of a text.
     direction = "reversed" if by == "vector" else True
     fig.update_yaxes(tickvals=[*range(len(lines))], ticktext=names, tickfont_size=11, autorange=direction)
@@ -197,7 +183,7 @@ def _name_axes(fig: go.Figure, rows: pd.DataFrame, by: str, lines: list[Any]) ->
         fig.update_xaxes(title_text="rank", dtick=1)
     fig.update_xaxes(showgrid=False, ticks="").update_yaxes(showgrid=False, ticks="")
     height = max(340, (22 if by == "layer" else 36) * len(lines) + 150)
-    margin = {"l": 8, "r": 8, "t": 70 if of_words else 80, "b": 34}
+    margin = {"l": 8, "r": 8, "t": 72 if of_words else 90, "b": 34}
     fig.update_layout(coloraxis={**scale, "colorbar": colorbar("logit")}, height=height, margin=margin)
 
 
@@ -209,8 +195,12 @@ def _panels(rows: pd.DataFrame, gap: float) -> go.Figure:
     return fig.update_annotations(font_size=13)
 
 
-def _with_slider(fig: go.Figure, layers: list[Any]) -> go.Figure:
-    """A step of the slider for each layer, whose blocks it shows; the last layer is shown first."""
+def _with_slider(fig: go.Figure, layers: list[Any], *, below: int) -> go.Figure:
+    """A step of the slider for each layer, whose blocks it shows; the last layer is shown first.
+
+    Args:
+        below: Pixels from the cells to the slider, for labels.
+    """
     each = len(fig.data) // len(layers)
     steps = [
         {
@@ -221,19 +211,8 @@ def _with_slider(fig: go.Figure, layers: list[Any]) -> go.Figure:
         for place, layer in enumerate(layers)
     ]
     shown_first = {"active": len(layers) - 1, "currentvalue": {"prefix": "layer "}}
-    slider = {**shown_first, "steps": steps, "pad": {"t": 42}, "len": 0.9}
-    return fig.update_layout(sliders=[slider], height=fig.layout.height + 80)
-
-
-def colorbar(unit: str) -> dict[str, Any]:
-    """A narrow bar with its unit beside it."""
-    return {"title": {"text": unit, "side": "right", "font": {"size": 13, "color": MUTED}}, "thickness": 14}
-
-
-def shown_name(name: str, width: int = 22) -> str:
-    """A vector's name on one line."""
-    label = short_label(name)
-    return label if len(label) <= width else f"{label[: width - 1]}…"
+    slider = {**shown_first, "steps": steps, "pad": {"t": below}, "len": 0.9}
+    return fig.update_layout(sliders=[slider], height=fig.layout.height + below + 38)
 
 
 def _of_words(rows: pd.DataFrame) -> bool:
@@ -256,7 +235,7 @@ def _label(record: dict[Any, Any], width: int) -> str:
 
 def _hovers(rows: pd.DataFrame) -> list[str]:
     return [
-        f"{short_label(str(record['vector']))}, layer {record['layer']}, {SIGNS[record['sign']]}<br>"
+        f"{shown_name(str(record['vector']))}, layer {record['layer']}, {SIGNS[record['sign']]}<br>"
         f"<b>{_label(record, 40)}</b>: logit {record['logit']:.3g}, rank {record['rank']}<br>"
         f"random directions: {record['random_low']:.3g} to {record['random_high']:.3g}"
         for record in rows.to_dict("records")

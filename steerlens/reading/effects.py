@@ -48,7 +48,7 @@ MEASURED = ["layer", "condition", "effect", "measure", "target"]
 """Columns that name what a number is."""
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class VectorEffects(Result):
     """Direct and total effects, layer by layer: the frame of `vector_effects`, means over prompts with intervals.
 

@@ -62,7 +62,7 @@ class Embedding(Result):
 
     def plot(self, **options: Any) -> "go.Figure":
         """The points, one colour and symbol per instruction, with a slider if there are several layers."""
-        notes = f"t-SNE, perplexity {self.perplexity:g}" if self.explained is None else self._shares()
+        notes = f"t-SNE, perplexity {self.perplexity:.3g}" if self.explained is None else self._shares()
         return embedding_scatter(self.table, **{"method": self.method, "notes": notes, **options})
 
     def _shares(self) -> dict[int, str]:

@@ -47,7 +47,7 @@ RESID_MEMORY = 2**29
 """Bytes that the residuals of one batch may take: every layer of every token is kept until it is read."""
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class PromptLens(Result):
     """The logit lens of texts: the frame of `prompt_lens`, one row per text, layer and position.
 

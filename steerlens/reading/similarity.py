@@ -29,7 +29,7 @@ from steerlens._results import Result
 from steerlens._typing import WholeNumber, whole, whole_numbers
 from steerlens.errors import DataError, SteerlensError
 from steerlens.figures.matrices import cosine_heatmap
-from steerlens.figures.theme import short_label
+from steerlens.figures.words import shown_name
 from steerlens.reading.examples import (
     CONFIDENCE,
     examples_of,
@@ -67,7 +67,8 @@ class Cosines(Result):
         bound = self.table["control_high"].iloc[0]
         note = f"cosine of mean differences; random directions: within \u00b1{bound:.2f}"
         labels = list(map(str, self.matrix.index))
-        return cosine_heatmap(self.matrix, labels, **{"title": self.about, "note": note, "axis": self.axis, **options})
+        about = {"title": self.about, "note": note, "axis": self.axis, "intervals": self.table}
+        return cosine_heatmap(self.matrix, labels, **{**about, **options})
 
 
 def cosines(
@@ -148,7 +149,7 @@ def layer_cosines(
         found = _plain(np.stack([vector.unit(layer).double().numpy() for layer in chosen]))
         about = vector.name
     return _cosines(
-        found, list(chosen), f"How alike the directions of {short_label(about)} are, layer by layer", "layer"
+        found, list(layers), f"How alike the directions of {shown_name(about, 30)} are, layer by layer", "layer"
     )
 
 

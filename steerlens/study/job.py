@@ -15,7 +15,7 @@ import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import pandas as pd
 
@@ -43,6 +43,9 @@ from steerlens.study.sweeps import Sweep, candidate_layers, sweep
 from steerlens.vectors.estimators import fit_vectors
 from steerlens.vectors.vector import SteeringVector
 
+if TYPE_CHECKING:
+    import plotly.graph_objects as go
+
 
 @dataclass(frozen=True, eq=False)
 class RunResult:
@@ -64,6 +67,10 @@ class RunResult:
     def to_frame(self) -> pd.DataFrame:
         """The scores of the test prompts, one row per response."""
         return self.evaluation.to_frame()
+
+    def plot(self, **options: Any) -> "go.Figure":
+        """The cells of the test prompts; see `figures.four_cells`. `search["vector"].plot()` draws the search."""
+        return self.evaluation.plot(**options)
 
     def _repr_html_(self) -> str:
         link = html.escape(str(self.report))

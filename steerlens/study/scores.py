@@ -20,7 +20,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Unpack, overload
+from typing import TYPE_CHECKING, Any, Unpack, overload
 
 import pandas as pd
 
@@ -37,6 +37,9 @@ from steerlens.stats.words import distinct_n, distinct_share, repetition, words
 from steerlens.steering.plan import Plan
 from steerlens.study.quality import Quality, Response, measure
 from steerlens.study.responses import Request, Sampler, SamplerSettings, requests_for, sampler_in
+
+if TYPE_CHECKING:
+    import plotly.graph_objects as go
 
 NAN = float("nan")
 
@@ -90,6 +93,12 @@ class Evaluation:
     def to_frame(self) -> pd.DataFrame:
         """The scores, one row per response, as a frame of the caller's own."""
         return self.scores.copy()
+
+    def plot(self, **options: Any) -> "go.Figure":
+        """Bars of the rate per condition with intervals, a panel per instruction; see `figures.four_cells`."""
+        from steerlens.figures.cells import four_cells  # plotly, where a picture is asked for
+
+        return four_cells(self.table, **options)
 
     def __len__(self) -> int:
         return len(self.scores)

@@ -24,7 +24,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal, Unpack, get_args, overload
+from typing import TYPE_CHECKING, Any, Literal, Unpack, get_args, overload
 
 import numpy as np
 import pandas as pd
@@ -43,6 +43,9 @@ from steerlens.study.quality import Quality
 from steerlens.study.responses import Request, SamplerSettings, requests_for, sampler_of
 from steerlens.study.scores import read_scores, score, start_results
 from steerlens.vectors.vector import SteeringVector
+
+if TYPE_CHECKING:
+    import plotly.graph_objects as go
 
 Spec = Sequence[Candidate] | Callable[[SteeringVector], Iterable[Candidate]]
 """What to try: a list (also of `grid` or `draws`), or a function of each instruction's vector."""
@@ -201,6 +204,12 @@ class Sweep:
     def __getitem__(self, index: slice) -> list[Best]: ...
     def __getitem__(self, index: int | slice) -> Best | list[Best]:
         return list(self)[index]
+
+    def plot(self, **options: Any) -> "go.Figure":
+        """Rate against layer, a panel per instruction, with the chosen layer; see `figures.layer_curve`."""
+        from steerlens.figures.layers import layer_curve  # plotly, where a picture is asked for
+
+        return layer_curve(self.table, **options)
 
     def _repr_html_(self) -> str:
         return f"<p>{html.escape(repr(self))}</p>{self.table.to_html(index=False, float_format='{:.3f}'.format)}"

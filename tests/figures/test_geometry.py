@@ -55,6 +55,20 @@ def test_the_layer_that_is_shown_first_is_the_middle_one_or_the_one_asked_for() 
     assert fig.layout.title.subtitle.text == "layer 6"
 
 
+def test_one_instruction_is_named_in_the_legend() -> None:
+    one = points()
+    (trace,) = embedding_scatter(one[one["instruction"] == NAMES[0]]).data
+    assert trace.showlegend
+
+
+def test_the_legend_of_many_instructions_has_the_height_of_the_page() -> None:
+    table = pd.concat([points().assign(instruction=f"own:{number}") for number in range(40)], ignore_index=True)
+    fig = embedding_scatter(table.sort_values("layer", kind="stable"))
+    legend = fig.layout.legend
+    assert legend.yref == "container"
+    assert fig.layout.height * legend.y >= 19 * 40
+
+
 def test_one_layer_has_no_slider() -> None:
     assert not embedding_scatter(points((2,))).layout.sliders
 
@@ -148,7 +162,7 @@ def test_curves_hold_each_number_with_its_interval_and_the_control_as_a_band() -
         assert np.asarray(trace.error_y.arrayminus) == pytest.approx(np.full(3, 0.1))
         assert trace.customdata[0][1] == "0 [-0.1, 0.2]"
     bands = [trace for trace in fig.data if trace.name == "shuffled (middle 95\u00a0%)"]
-    assert list(bands[0].y) == [-0.1] * 5 + [0.2] * 5
+    assert list(bands[0].y) == [0.2] * 5 + [-0.1] * 5
     assert list(bands[0].x[:5]) == [-0.4, 0, 2, 5, 5.4]
     assert [trace.showlegend for trace in bands] == [True, False]
     assert fig.layout.yaxis.title.text == "cosine"

@@ -11,7 +11,7 @@ from steerlens.errors import DataError
 from steerlens.figures.effects import effect_curves
 from steerlens.figures.lens import lens_heatmap
 from steerlens.figures.theme import CONDITION_COLORS
-from steerlens.figures.tokens import SIGNS, shown, token_table
+from steerlens.figures.tokens import SIGNS, token_table
 
 VECTORS = ["change_case:english_capital", "detectable_format:number_highlighted_sections", "my own"]
 
@@ -82,14 +82,6 @@ def effects(*targets: str) -> pd.DataFrame:
 
 def grid(trace: Any, name: str = "text") -> list[list[Any]]:
     return np.asarray(trace[name], dtype=object).tolist()
-
-
-@pytest.mark.parametrize(
-    ("token", "seen"),
-    [(" rain", "·rain"), ("\n", "\\n"), ("<b>&", "&lt;b&gt;&amp;"), ("", "∅"), ("é", "é"), ("a" * 30, "a" * 23 + "…")],
-)
-def test_a_token_is_seen_whole_and_is_no_markup(token: str, seen: str) -> None:
-    assert shown(token) == seen
 
 
 def test_one_vector_at_one_layer_is_bars_over_the_range_of_random_directions() -> None:
@@ -202,6 +194,13 @@ def test_only_the_last_positions_are_shown_unless_all_are_asked_for() -> None:
     assert lens_heatmap(table, targets).layout.shapes == ()  # all of them are generated
 
 
+def test_very_many_positions_are_shown_by_their_colours_alone() -> None:
+    fig = lens_heatmap(*lens(n_positions=100), last=None)
+    assert {text for line in grid(fig.data[0]) for text in line} == {""}
+    assert list(fig.layout.xaxis.tickvals) == list(range(0, 100, 3))
+    assert fig.layout.xaxis.ticktext[1] == "·p3"
+
+
 def test_a_target_may_be_chosen_and_an_unknown_one_or_another_colour_is_refused() -> None:
     table, targets = lens()
     assert grid(lens_heatmap(table, targets, target="y<", color="log_prob").data[0], "z")[0] == [-5.0] * 4
@@ -232,7 +231,7 @@ def test_effects_are_lines_by_layer_with_intervals_and_the_controls_colour() -> 
     }
     total = found["vector, total", "y"]
     assert (list(total.x), list(total.y)) == ([0, 1, 2], [0.5, 1.5, 2.5])
-    assert total.customdata[0] == "[0.25, 1]"
+    assert total.customdata[0] == [0, "0.5 [0.25, 1]"]
     assert (total.line.color, total.line.dash) == (CONDITION_COLORS["vector"], "solid")
     assert found["vector, direct", "y"].line.dash == "dot"
     assert found["random, total", "y3"].line.color == CONDITION_COLORS["random"]
@@ -240,6 +239,17 @@ def test_effects_are_lines_by_layer_with_intervals_and_the_controls_colour() -> 
     assert list(bands[0].y) == [1.0, 2.0, 3.0, 2.25, 1.25, 0.25]
     assert "9 prompts" in fig.layout.title.text
     assert fig.layout.yaxis3.title.text.endswith("·x")
+
+
+def test_effects_at_one_layer_are_points_side_by_side_with_whiskers() -> None:
+    fig = effect_curves(effects().query("layer == 1"))
+    points = [trace for (_, panel), trace in lines_of(fig).items() if panel == "y"]
+    assert len({point.x[0] for point in points}) == len(points) == 4
+    for point in points:
+        assert point.error_y.visible
+        assert (point.error_y.array[0], point.error_y.arrayminus[0]) == (0.5, 0.25)
+        assert point.customdata[0][0] == 1
+    assert fig.layout.xaxis.dtick == 1
 
 
 def test_effects_without_targets_have_two_panels_and_a_target_may_be_chosen() -> None:

@@ -12,7 +12,7 @@ import pytest
 from steerlens.errors import DataError
 from steerlens.figures.cells import four_cells
 from steerlens.figures.layers import layer_curve
-from steerlens.figures.matrices import cosine_heatmap
+from steerlens.figures.matrices import MISSING_CELL, cosine_heatmap
 from steerlens.figures.theme import CONDITION_COLORS, percent, rate_text, short_label, theme
 from steerlens.stats.rates import wilson_interval
 
@@ -235,11 +235,38 @@ def test_cosine_heatmap_is_centred_on_zero_and_labelled_on_both_axes() -> None:
     (cells,) = fig.data
     assert (cells.zmin, cells.zmid, cells.zmax) == (-1, 0, 1)
     assert (np.asarray(cells.z) == matrix).all()
-    assert list(cells.x) == list(cells.y) == ["english capital", "number highlighted sections", "quotation"]
+    names = ["english capital", "number highlighted sectio…", "quotation"]
+    assert list(fig.layout.xaxis.ticktext) == [name.strip() for name in fig.layout.yaxis.ticktext] == names
+    assert "english capital and number highlighted sections<br>cosine <b>-0.200</b>" in cells.customdata[0]
     assert fig.layout.yaxis.autorange == "reversed"
     assert cells.colorbar.title.text == "cosine"
     frame = pd.DataFrame(matrix, index=INSTRUCTIONS, columns=INSTRUCTIONS)
     assert (np.asarray(cosine_heatmap(frame, INSTRUCTIONS).data[0].z) == matrix).all()
+
+
+def test_a_cosine_that_is_missing_is_grey_and_an_interval_is_said_on_hovering() -> None:
+    matrix = np.array([[1.0, np.nan], [np.nan, 1.0]])
+    assert cosine_heatmap(matrix, ["a", "b"]).layout.plot_bgcolor == MISSING_CELL
+    assert cosine_heatmap(np.eye(2), ["a", "b"]).layout.plot_bgcolor is None
+    intervals = pd.DataFrame([{"first": 3, "second": 4, "low": 0.4, "high": 0.6}])
+    fig = cosine_heatmap(np.full((2, 2), 0.5), ["3", "4"], axis="layer", intervals=intervals)
+    assert fig.data[0].customdata[0][1] == "3 and 4<br>cosine <b>0.500</b> [0.400, 0.600]"
+    assert fig.data[0].customdata[1][0].endswith("[0.400, 0.600]")
+    assert fig.layout.xaxis.tickangle == 0
+
+
+def test_every_label_of_a_large_matrix_is_asked_for() -> None:
+    names = [f"language:response_language_{number}" for number in range(22)]
+    fig = cosine_heatmap(np.eye(22), names)
+    assert len(fig.layout.yaxis.tickvals) == len(fig.layout.yaxis.ticktext) == 22
+    assert fig.layout.yaxis.tickfont.size < 12
+
+
+def test_a_legend_of_several_lines_has_room_above_the_panels() -> None:
+    few, many = (layer_curve(search_of("a:b", [1, 2], coeffs=coeffs)) for coeffs in ((1.0,), tuple(range(1, 10))))
+    assert many.layout.margin.t > few.layout.margin.t
+    inner = {fig.layout.height - fig.layout.margin.t for fig in (few, many)}
+    assert len(inner) == 1
 
 
 def test_cosine_heatmap_refuses_other_shapes_and_values_that_are_no_cosines() -> None:
