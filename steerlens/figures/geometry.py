@@ -4,6 +4,7 @@ The slider moves the points of fixed traces, so that what a reader hid in the le
 residuals grow with depth, and what is compared is the arrangement.
 """
 
+import html
 import textwrap
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -19,8 +20,8 @@ from steerlens.figures.multiples import require_table
 from steerlens.figures.theme import INK, LINE, MUTED, instruction_style, number_text, theme
 from steerlens.figures.words import escaped, name_lines, shown_name
 
-_ENTRY = 19
-"""Pixels of a line of the legend."""
+_ENTRY, _LETTER = 19, 7
+"""Pixels of a line of the legend, and of a letter."""
 
 _SYMBOLS_3D = {"triangle-up": "diamond-open", "star": "cross"}
 """What stands for a symbol that plotly does not have in three dimensions."""
@@ -218,12 +219,12 @@ def _set_slider(fig: go.Figure, steps: Mapping[int, tuple[dict[str, Any], dict[s
     move, layout, note = steps[shown]
     for index, trace in enumerate(fig.data):
         trace.update({axis: values[index] for axis, values in move.items()})
-    # The legend may use the page below the title, not only what the slider leaves to the points.
-    legend = {"orientation": "v", "x": 1.02, "yref": "container", "y": 0.87, "yanchor": "top", "maxheight": 0.86}
+    # The legend may use the page below the title, not only what the slider leaves to the points; so plotly makes no room for it.
+    legend = {"orientation": "v", "x": 1.01, "yref": "container", "y": 0.87, "yanchor": "top", "maxheight": 0.86}
+    letters = max(len(line) for trace in fig.data for line in html.unescape(trace.name).split("<br>"))
+    margin = {"t": 76 + LINE * note.count("<br>"), "r": 60 + _LETTER * letters, "b": 40}
     height = max(560, _ENTRY * len(fig.data) + 130)
-    fig.update_layout(
-        title=with_subtitle("", note), margin={"t": 76 + LINE * note.count("<br>"), "b": 40}, height=height
-    )
+    fig.update_layout(title=with_subtitle("", note), margin=margin, height=height)
     fig.update_layout(legend={**legend, "itemsizing": "constant"})
     fig.update_layout({name.replace(".", "_"): value for name, value in layout.items()})
     if len(steps) == 1:

@@ -5,7 +5,7 @@ from typing import Any
 
 import plotly.graph_objects as go
 
-from steerlens.figures.theme import MUTED, faded
+from steerlens.figures.theme import GRID, MUTED, faded
 
 INTERVAL = "95\u00a0% interval"
 
@@ -44,7 +44,7 @@ def colorbar(unit: str) -> dict[str, Any]:
     'logit'
     """
     title = {"text": unit, "side": "right", "font": {"size": 13, "color": MUTED}}
-    return {"title": title, "thickness": 14, "tickfont": {"size": 11}, "outlinewidth": 0}
+    return {"title": title, "thickness": 14, "tickfont": {"size": 11}, "outlinewidth": 1, "outlinecolor": GRID}
 
 
 def with_subtitle(title: str, subtitle: str) -> dict[str, Any]:

@@ -50,7 +50,7 @@ MISSING = "\u2013"
 """What stands in a table or figure for a number that does not exist."""
 
 
-INK, MUTED, _GRID = "#1F2328", "#59636E", "#E6E8EB"
+INK, MUTED, GRID = "#1F2328", "#59636E", "#E6E8EB"
 
 
 _FONT = "system-ui, -apple-system, 'Segoe UI', Roboto, 'Helvetica Neue', Arial, 'DejaVu Sans', sans-serif"
@@ -62,9 +62,9 @@ PERCENT_TICKS = {"tickvals": [0, 0.25, 0.5, 0.75, 1], "tickformat": ".0%", "zero
 def theme() -> go.layout.Template:
     """The look that every figure here shares: a template for `fig.update_layout(template=theme())`."""
     axis = {
-        "gridcolor": _GRID,
-        "linecolor": _GRID,
-        "zerolinecolor": _GRID,
+        "gridcolor": GRID,
+        "linecolor": GRID,
+        "zerolinecolor": GRID,
         "automargin": True,
         "title": {"font": {"size": 13, "color": MUTED}, "standoff": 8},
         "tickfont": {"size": 12},

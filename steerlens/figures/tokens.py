@@ -4,7 +4,7 @@ Tokens stand as they are written, with · for a space. A token that no random di
 range of random directions lies behind them.
 """
 
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import pandas as pd
 import plotly.graph_objects as go
@@ -19,6 +19,8 @@ from steerlens.figures.words import shown, shown_name
 PAGE, NAMES, LETTER = 520, 90, 7.0
 """Pixels that a narrow page leaves for cells side by side, those that names before them take, and those of a letter."""
 
+Shown = Literal["tokens", "targets"]
+
 SIGNS = {1: "adding it says", -1: "subtracting it says"}
 
 _RAISED = [[0, "#FFFFFF"], [1, "#F2A66B"]]
@@ -28,7 +30,7 @@ _NEEDED = ("vector", "layer", "sign", "kind", "rank", "token", "logit", "random_
 def token_table(
     table: pd.DataFrame,
     *,
-    show: Literal["tokens", "targets"] = "tokens",
+    show: Shown = "tokens",
     vector: str | None = None,
     layer: int | None = None,
     top: int | None = None,
@@ -58,6 +60,10 @@ def token_table(
         ['range of random directions', 'this direction']
     """
     require_table(table, _NEEDED, what="the lens frame")
+    if show not in get_args(Shown):
+        raise DataError(
+            f'show must be "tokens" or "targets", got {show!r}; targets are those that were given to logit_lens'
+        )
     rows = only(only(table, "vector", vector), "layer", layer)
     if show == "targets":
         rows = rows[(rows["kind"] == "target") & (rows["sign"] == 1) & (rows["piece"] == 0)]

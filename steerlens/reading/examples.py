@@ -119,8 +119,13 @@ def recorded_layers(activations: Activations, layers: Iterable[WholeNumber] | Wh
     """The layers asked for, in their order; all recorded ones by default.
 
     Raises:
-        SteerlensError: if there is no pair or no layer, one was not recorded, or a number is not finite.
+        SteerlensError: for what are no activations, if there is no pair or no layer, one was not recorded, or a number is not
+            finite.
     """
+    if not isinstance(activations, Activations):
+        raise SteerlensError(
+            f"geometry needs activations, got {type(activations).__name__}; record them with record_activations(model, pairs)"
+        )
     if not len(activations):
         raise DataError("geometry needs recorded pairs, got activations of none; check the filter and the split")
     if not torch.isfinite(activations.resid).all():

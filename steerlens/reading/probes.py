@@ -104,8 +104,8 @@ def separability(
         >>> len(separability(sl.record_activations(model, pairs), folds=2))
         24
     """
-    require_instructions(activations.instructions, "separability")
     examples = examples_of(activations, layers)
+    require_instructions(examples.instructions, "separability")
     folds, seed = whole(folds, "folds"), whole(seed, "seed")
     fold = _folds(examples, folds, seed)
     shuffle = generator(seed, "labels")

@@ -93,6 +93,10 @@ def cosines(
     if isinstance(vectors, Activations):
         names, found = _of_activations(vectors, number, seed)
     else:
+        if not isinstance(vectors, Mapping):
+            raise SteerlensError(
+                f"cosines compares vectors by name, or activations, got {type(vectors).__name__}; give a dict of vectors"
+            )
         names = list(vectors)
         require_instructions(names, "cosines")
         first, *others = vectors.values()
@@ -198,8 +202,8 @@ def _plain(units: Float[np.ndarray, "item d_model"]) -> _Found:
 
 
 def _of_activations(activations: Activations, layer: int, seed: int) -> tuple[list[str], _Found]:
-    require_instructions(activations.instructions, "cosines")
     examples = examples_of(activations, [layer])
+    require_instructions(examples.instructions, "cosines")
     names = examples.instructions
     return list(names), _resampled(examples.differences(layer), examples.label, examples.query, names, seed)
 

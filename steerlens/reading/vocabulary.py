@@ -230,7 +230,8 @@ def _named(vectors: Any) -> dict[str, SteeringVector]:
     named = {vectors.name: vectors} if isinstance(vectors, SteeringVector) else vectors
     if not isinstance(named, Mapping) or not all(isinstance(one, SteeringVector) for one in named.values()):
         raise SteerlensError(
-            f"vectors must be a steering vector, or several by name, got {vectors!r:.80}; give a dict of them"
+            f"vectors must be a steering vector, or several by name, got {vectors!r:.80}; "
+            "give a dict of them, and make a vector of a tensor with SteeringVector({layer: tensor})"
         )
     if not named:
         raise SteerlensError("a lens needs a vector, got none; fit one with fit_steering_vector")

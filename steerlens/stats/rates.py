@@ -258,8 +258,12 @@ def require_columns(frame: pd.DataFrame, columns: Sequence[str], *, what: str) -
     """Refuse a table that lacks one of `columns`.
 
     Raises:
-        DataError: naming what is missing and what is there.
+        DataError: naming what is missing and what is there, or for what is no table.
     """
+    if not isinstance(frame, pd.DataFrame):
+        raise DataError(
+            f"{what} must be a table, got {type(frame).__name__}; give the table of a result, as to_frame() does"
+        )
     missing = [name for name in columns if name not in frame.columns]
     if missing:
         raise DataError(

@@ -67,6 +67,7 @@ def test_the_legend_of_many_instructions_has_the_height_of_the_page() -> None:
     legend = fig.layout.legend
     assert legend.yref == "container"
     assert fig.layout.height * legend.y >= 19 * 40
+    assert fig.layout.margin.r > 7 * len("own 39")
 
 
 def test_one_layer_has_no_slider() -> None:

@@ -12,6 +12,7 @@ from steerlens.figures.effects import effect_curves
 from steerlens.figures.lens import lens_heatmap
 from steerlens.figures.theme import CONDITION_COLORS
 from steerlens.figures.tokens import SIGNS, token_table
+from tests.unchecked import unchecked
 
 VECTORS = ["change_case:english_capital", "detectable_format:number_highlighted_sections", "my own"]
 
@@ -144,6 +145,13 @@ def test_targets_are_the_first_tokens_of_their_spellings_with_ranks_and_signed_c
     assert (fig.layout.coloraxis.cmin, fig.layout.coloraxis.cmid, fig.layout.coloraxis.cmax) == (-3, 0, 3)
     with pytest.raises(DataError, match="targets can be shown where they were looked up, and this frame has none"):
         token_table(vocabulary(VECTORS, [2]), show="targets")
+
+
+def test_what_cannot_be_shown_is_refused_by_name() -> None:
+    with pytest.raises(DataError, match='show must be "tokens" or "targets", got \'target\''):
+        unchecked(token_table)(vocabulary(VECTORS, [2]), show="target")
+    with pytest.raises(DataError, match="the lens frame must be a table, got dict; give the table of a result"):
+        unchecked(token_table)({})
 
 
 def test_ranks_are_only_written_where_they_fit() -> None:
