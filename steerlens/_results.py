@@ -11,6 +11,9 @@ if TYPE_CHECKING:
     import plotly.graph_objects as go
 
 
+MISSING = "\u2013"
+
+
 @dataclass(frozen=True, eq=False)
 class Result:
     """Rows of a tidy frame; each kind of result says what they are and draws them.
@@ -37,8 +40,17 @@ class Result:
         return iter(self.table.itertuples(index=False, name="Row"))
 
     def _repr_html_(self) -> str:
-        table = self.table.to_html(index=False, max_rows=24, float_format="{:.3f}".format, na_rep="\u2013")
+        formats = {name: _seen for name in self.table if not pd.api.types.is_float_dtype(self.table[name])}
+        look: dict[str, Any] = {"float_format": "{:.3f}".format, "formatters": formats, "na_rep": MISSING}
+        table = self.table.to_html(index=False, max_rows=24, **look)
         return f'<p style="white-space: pre-line">{html.escape(repr(self))}</p>{table}'
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({len(self)} rows: {', '.join(map(str, self.table.columns))})"
+
+
+def _seen(value: Any) -> str:
+    """What stands in a cell: a token in quotation marks where its spaces and breaks would not be seen."""
+    if not isinstance(value, str):
+        return MISSING if pd.isna(value) else str(value)
+    return value if value.isprintable() and value == value.strip() else repr(value)

@@ -4,7 +4,6 @@ The slider moves the points of fixed traces, so that what a reader hid in the le
 residuals grow with depth, and what is compared is the arrangement.
 """
 
-import html
 import textwrap
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -20,8 +19,8 @@ from steerlens.figures.multiples import require_table
 from steerlens.figures.theme import INK, LINE, MUTED, instruction_style, number_text, theme
 from steerlens.figures.words import escaped, name_lines, shown_name
 
-_ENTRY, _LETTER = 19, 7
-"""Pixels of a line of the legend, and of a letter."""
+_ENTRY = 19
+"""Pixels of a line of the legend."""
 
 _SYMBOLS_3D = {"triangle-up": "diamond-open", "star": "cross"}
 """What stands for a symbol that plotly does not have in three dimensions."""
@@ -78,12 +77,14 @@ def embedding_scatter(
         fig.add_trace(points)
     unit = "no unit" if method == "tsne" else "residual units"
     places = ("first", "second", "third")[: len(axes)]
-    _name_axes(fig, [f"{place} axis ({unit})" for place in places], method == "tsne")
+    deep = len(axes) == 3  # where long names of axes are cut off, so that the unit stands below the title
+    _name_axes(fig, [place if deep else f"{place} axis ({unit})" for place in places], method == "tsne")
     names = list(dict.fromkeys(table["instruction"]))
     steps = {}
     for number, rows in layers.items():
         parts = [rows[rows["instruction"] == name] for name in names]
         note = notes if isinstance(notes, str) else notes[number]
+        note = "; ".join([note] * bool(note) + [f"axes: {unit}"] * deep)
         steps[number] = (_moved(parts, axes), _ranges(rows, axes), f"layer {number}" + f": {note}" * bool(note))
     _set_slider(fig, steps, shown)
     return fig.update_layout(title_text=title or "What each instruction changes: one point per pair")
@@ -219,13 +220,19 @@ def _set_slider(fig: go.Figure, steps: Mapping[int, tuple[dict[str, Any], dict[s
     move, layout, note = steps[shown]
     for index, trace in enumerate(fig.data):
         trace.update({axis: values[index] for axis, values in move.items()})
-    # The legend may use the page below the title, not only what the slider leaves to the points; so plotly makes no room for it.
-    legend = {"orientation": "v", "x": 1.01, "yref": "container", "y": 0.87, "yanchor": "top", "maxheight": 0.86}
-    letters = max(len(line) for trace in fig.data for line in html.unescape(trace.name).split("<br>"))
-    margin = {"t": 76 + LINE * note.count("<br>"), "r": 60 + _LETTER * letters, "b": 40}
-    height = max(560, _ENTRY * len(fig.data) + 130)
-    fig.update_layout(title=with_subtitle("", note), margin=margin, height=height)
-    fig.update_layout(legend={**legend, "itemsizing": "constant"})
+    # The legend may reach down beside the slider, which leaves the points too little height for many names.
+    needed = _ENTRY * sum(1 + trace.name.count("<br>") for trace in fig.data)
+    legend = {
+        "orientation": "v",
+        "x": 1.02,
+        "y": 1,
+        "yanchor": "top",
+        "maxheight": needed + 30,
+        "itemsizing": "constant",
+    }
+    top = 76 + LINE * note.count("<br>")
+    fig.update_layout(title=with_subtitle("", note), margin={"t": top, "b": 40}, legend=legend)
+    fig.update_layout(height=max(560, top + needed + 50))
     fig.update_layout({name.replace(".", "_"): value for name, value in layout.items()})
     if len(steps) == 1:
         return

@@ -59,6 +59,17 @@ def test_the_parts_of_a_repr_of_several_lines_stay_apart_in_a_notebook() -> None
     assert '<p style="white-space: pre-line">VocabularyLens' in found._repr_html_()
 
 
+def test_a_table_shows_spaces_and_what_is_missing() -> None:
+    table = pd.DataFrame(
+        {"token": [" a", "b", "\n"], "piece": pd.array([1, None, 2], dtype="Int64"), "logit": [0.5, float("nan"), 1]}
+    )
+    page = Result(table)._repr_html_()
+    for cell in ("' a'", "b", "'\\n'", "\u2013", "0.500"):
+        assert f"<td>{cell}</td>" in page
+    assert page.count("\u2013") == 2
+    assert "NA" not in page
+
+
 def test_an_evaluation_draws_its_cells_and_a_sweep_its_layers() -> None:
     scores = test_report.fake_scores(3)
     fig = Evaluation(scores).plot()
