@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import pandas as pd
 
 if TYPE_CHECKING:
@@ -40,9 +41,9 @@ class Result:
         return iter(self.table.itertuples(index=False, name="Row"))
 
     def _repr_html_(self) -> str:
-        formats = {name: _seen for name in self.table if not pd.api.types.is_float_dtype(self.table[name])}
-        look: dict[str, Any] = {"float_format": "{:.3f}".format, "formatters": formats, "na_rep": MISSING}
-        table = self.table.to_html(index=False, max_rows=24, **look)
+        # Of what is missing, pandas writes only nan as it is told to.
+        cells = self.table.astype(object).where(self.table.notna(), np.nan)
+        table = cells.to_html(index=False, max_rows=24, formatters=dict.fromkeys(cells, _seen), na_rep=MISSING)
         return f'<p style="white-space: pre-line">{html.escape(repr(self))}</p>{table}'
 
     def __repr__(self) -> str:
@@ -52,5 +53,5 @@ class Result:
 def _seen(value: Any) -> str:
     """What stands in a cell: a token in quotation marks where its spaces and breaks would not be seen."""
     if not isinstance(value, str):
-        return MISSING if pd.isna(value) else str(value)
+        return f"{value:.3f}" if isinstance(value, float | np.floating) else str(value)
     return value if value.isprintable() and value == value.strip() else repr(value)

@@ -12,6 +12,7 @@ from steerlens.figures.effects import effect_curves
 from steerlens.figures.lens import lens_heatmap
 from steerlens.figures.theme import CONDITION_COLORS
 from steerlens.figures.tokens import SIGNS, token_table
+from steerlens.stats.rates import require_columns
 from tests.unchecked import unchecked
 
 VECTORS = ["change_case:english_capital", "detectable_format:number_highlighted_sections", "my own"]
@@ -151,7 +152,7 @@ def test_what_cannot_be_shown_is_refused_by_name() -> None:
     with pytest.raises(DataError, match='show must be "tokens" or "targets", got \'target\''):
         unchecked(token_table)(vocabulary(VECTORS, [2]), show="target")
     with pytest.raises(DataError, match="the lens frame must be a table, got dict; give the table of a result"):
-        unchecked(token_table)({})
+        unchecked(require_columns)({}, ["layer"], what="the lens frame")
 
 
 def test_ranks_are_only_written_where_they_fit() -> None:
