@@ -9,9 +9,9 @@ import os
 import shlex
 import sys
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
@@ -20,7 +20,7 @@ from steerlens.errors import SteerlensError
 from steerlens.files import user_path, writable_folder
 from steerlens.models.prompts import PromptFormat
 from steerlens.steering.settings import SamplingConfig
-from steerlens.study.config import ModelConfig, PairsConfig, RunConfig, SweepConfig, pairs_for
+from steerlens.study.config import LookConfig, ModelConfig, PairsConfig, RunConfig, SweepConfig, pairs_for
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -33,6 +33,8 @@ Prompts = Annotated[PromptFormat, tyro.conf.arg(name="")]
 Sampling = Annotated[SamplingConfig, tyro.conf.arg(name="")]
 Model = Annotated[ModelConfig, tyro.conf.arg(name="")]
 Pairs = Annotated[PairsConfig, tyro.conf.arg(name="")]
+Look = Annotated[LookConfig, tyro.conf.arg(name="")]
+Places = Annotated[tuple[Path, ...], tyro.conf.Positional]
 
 
 @dataclass(frozen=True)
@@ -236,6 +238,100 @@ def evaluate(
     _show(found.summary)
 
 
+def lens(
+    places: Places, look: Look = LookConfig(), top_k: int = 10, targets: tuple[str, ...] = (), n_prompts: int = 8
+) -> None:
+    """What vectors say: the tokens that they promote and suppress at each layer, and their effect on the next token.
+
+    Writes lens/tokens.csv and lens/effects.csv, and the report of a run, or lens.html.
+
+    For example:
+      steerlens lens runs/demo --targets rain
+      steerlens lens lowercase.safetensors --out seen
+
+    Args:
+        places: A run's folder, or vector files.
+        top_k: Tokens from each end.
+        targets: Words to follow: their tokens' ranks at each layer.
+        n_prompts: Bare queries of the effects, at most.
+    """
+    from steerlens.study.opened import opened, write_seen
+    from steerlens.study.seeing import see_lens
+
+    subject = opened(places, look, by_instruction=False)
+    tables = see_lens(subject, top_k=top_k, targets=targets, n_prompts=n_prompts)
+    said = tables["tokens"].query("chosen and kind == 'promoted' and sign == 1")
+    for (name, layer), rows in said.groupby(["vector", "layer"], sort=False):
+        print(f"{name} at layer {layer}: {', '.join(map(repr, rows['token']))}")
+    print(f"\n{subject.folder / 'lens'}, {write_seen(subject, 'lens')}")
+
+
+def geometry(places: Places, look: Look = LookConfig(), n_pairs: int = 20, n_layers: int = 10) -> None:
+    """How the differences that instructions make lie: t-SNE and PCA at each layer, cosines, separability.
+
+    Pairs are recorded again, those of a run's training part, or those that saved vectors name; so it takes a run of several
+    instructions, or several vectors. Writes geometry/*.csv, and the report of a run, or geometry.html.
+
+    For example:
+      steerlens geometry runs/demo
+      steerlens geometry lowercase.safetensors title.safetensors --out seen
+
+    Args:
+        places: A run's folder, or vector files.
+        n_pairs: Pairs of each instruction, at most.
+        n_layers: Layers, at most, spread over the depth; each costs a t-SNE.
+    """
+    from steerlens.study.opened import opened, write_seen
+    from steerlens.study.seeing import see_geometry
+
+    subject = opened(places, look)
+    tables = see_geometry(subject, n_pairs=n_pairs, n_layers=n_layers)
+    if "separability" in tables:
+        _show(tables["separability"])
+    print(f"\n{subject.folder / 'geometry'}, {write_seen(subject, 'geometry')}")
+
+
+def layers(
+    places: Places,
+    look: Look = LookConfig(),
+    studies: tuple[Literal["steering", "necessity", "transfer"], ...] = ("steering", "necessity", "transfer"),
+    layers: tuple[int, ...] = (),
+    n_prompts: int = 4,
+    positions: RuleName | None = None,
+    max_new_tokens: int | None = None,
+) -> None:
+    """Which layers matter: vectors steered, ablated and moved, layer by layer; the same command goes on with it.
+
+    On a run's validation prompts, or on prompts that saved vectors were not fitted on. Writes a folder layers/<study> for each
+    study, and the report of a run, or layers.html.
+
+    For example:
+      steerlens layers runs/demo
+      steerlens layers lowercase.safetensors --studies steering --layers 2 3 4 --positions prompt --out seen
+
+    Args:
+        places: A run's folder, or vector files.
+        studies: steering (at a layer alone, from it on, at all but it), necessity (ablated at a layer and at all, with the
+            instruction in the prompt), transfer (a layer's direction at another: as many cells as the layers' square).
+        layers: Default: every second one from a fifth of the depth on.
+        n_prompts: Of each instruction, at most; each is answered once in every cell.
+        positions: Which tokens to steer; default: the run's, or all. Ablation is at all.
+        max_new_tokens: Of an answer; default: as in the run's search, or 64.
+    """
+    from steerlens.study.opened import opened, write_seen
+    from steerlens.study.seeing import see_layers
+
+    subject = opened(places, look)
+    sampling = subject.sampling if max_new_tokens is None else replace(subject.sampling, max_new_tokens=max_new_tokens)
+    subject = replace(subject, sampling=sampling, positions=positions or subject.positions)
+    tables = see_layers(subject, studies=studies, layers=layers, n_prompts=n_prompts)
+    for study, table in tables.items():
+        first = table["instruction"].iloc[-1]  # all of them, where there are several
+        print(f"{study}, {first}:")
+        _show(table.loc[table["instruction"] == first, [*table.columns[1:8]]])
+    print(f"\n{subject.folder / 'layers'}, {write_seen(subject, 'layers')}")
+
+
 def info(path: Annotated[Path, tyro.conf.Positional]) -> None:
     """What a vector file, or the folder of a run, holds.
 
@@ -295,6 +391,9 @@ COMMANDS: dict[str, Callable[..., Any]] = {
     "fit": fit,
     "generate": generate,
     "evaluate": evaluate,
+    "lens": lens,
+    "geometry": geometry,
+    "layers": layers,
     "info": info,
     "models": models,
     "instructions": instructions,
@@ -307,7 +406,7 @@ def main() -> None:
         tyro.extras.subcommand_cli_from_dict(
             COMMANDS,
             prog="steerlens",
-            description="Instruction vectors: fit, search, steer, evaluate, report.",
+            description="Instruction vectors: fit, search, steer, evaluate, look at them, report.",
             config=(tyro.conf.OmitArgPrefixes,),
         )
     except SteerlensError as error:

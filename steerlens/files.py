@@ -102,6 +102,7 @@ def start_folder(folder: Path, kind: str, identity: str, settings: Mapping[str, 
 
     Args:
         kind: "run", "sweep", "evaluation" or a script's "measurement"; results share names, so a folder holds one kind.
+        results: Files in the folder, or in folders of it.
 
     Raises:
         DataError: if the folder holds another kind.
@@ -115,7 +116,7 @@ def start_folder(folder: Path, kind: str, identity: str, settings: Mapping[str, 
         )
     if before.get("identity") != identity:
         for name in results:
-            path.with_name(name).unlink(missing_ok=True)
+            (path.parent / name).unlink(missing_ok=True)
     write_atomically(path, json.dumps({"kind": kind, "identity": identity, **settings}, indent=2, default=str) + "\n")
 
 

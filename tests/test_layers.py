@@ -13,7 +13,8 @@ PACKAGE = Path(steerlens.__file__).parent
 ROOMS = {
     "": "_lazy errors _typing _results files",
     "stats": "words rates comparisons slopes pareto",
-    "figures": "theme words marks multiples cells layers studies matrices measures geometry tokens lens effects patching report",
+    "figures": "theme multiples cells layers studies matrices measures geometry tokens lens effects patching page summary "
+    "samples sections report",
     "checks": "arguments catalogue text ifeval registry",
     "data": "cells conditions readers pairs splits load families",
     "models": "facts load prompts stops rows backends passes probe",
@@ -21,7 +22,7 @@ ROOMS = {
     "vectors": "formats vector activations estimators transfer",
     "reading": "readout words vocabulary lens effects examples embedding similarity probes diagnosis lines "
     "patches metrics patching attribution",
-    "study": "config quality responses scores judge calibration sweeps arms layers engines job",
+    "study": "config quality responses scores judge calibration sweeps arms layers engines seeing pages job opened",
 }
 ORDER = [f"{room}.{name}".lstrip(".") for room, names in ROOMS.items() for name in names.split()] + ["cli", "__main__"]
 LOADS_NO_TORCH = [name for name in ORDER if name.startswith(("stats", "figures", "checks", "data")) or "." not in name]

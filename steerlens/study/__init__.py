@@ -16,9 +16,16 @@ if TYPE_CHECKING:
         steer_by_layer as steer_by_layer,
         transfer_between_layers as transfer_between_layers,
     )
+    from steerlens.study.opened import opened as opened
     from steerlens.study.quality import Quality as Quality
     from steerlens.study.responses import Sampler as Sampler, requests_for as requests_for
     from steerlens.study.scores import Evaluation as Evaluation, evaluate as evaluate, score as score
+    from steerlens.study.seeing import (
+        Subject as Subject,
+        see_geometry as see_geometry,
+        see_layers as see_layers,
+        see_lens as see_lens,
+    )
     from steerlens.study.sweeps import (
         Best as Best,
         Sweep as Sweep,

@@ -3,6 +3,7 @@
     ModelConfig, PairsConfig, EngineConfig      groups that several commands have
     SearchConfig                                all of them, and what a search tries and measures
     RunConfig, SweepConfig                      the two jobs
+    LookConfig                                  what looks at a run or at saved vectors
 
 Imports nothing heavy.
 """
@@ -140,6 +141,29 @@ class SweepConfig(SearchConfig):
     """Rows per batch; pairs per batch when recording."""
     sampling: SamplingConfig = SamplingConfig(max_new_tokens=64)
     """How responses are sampled, and when they stop."""
+
+
+@dataclass(frozen=True)
+class LookConfig:
+    """How a run's folder or saved vectors are opened to be looked at; a run has its own pairs, prompt format and folder.
+
+    Example:
+        >>> LookConfig(model="smollm2-135m").pairs is None
+        True
+    """
+
+    out: Path | None = None
+    """For saved vectors: the folder of the tables and the page; made if need be, gone on with if it was cut short."""
+    model: str | None = None
+    """A local folder, a named model, or a hub id; default: the run's, or the one that the vectors name."""
+    dtype: str | None = None
+    """Of the weights: float32, bfloat16 or float16; default: the run's, or float32."""
+    device: str | None = None
+    """As in PyTorch; default: the run's, or the best one present."""
+    pairs: str | None = None
+    """For saved vectors: where prompts come from: "tiny" or "format" (bundled), or a JSONL file; default: what they name."""
+    prompt_format: PromptFormat = PromptFormat()
+    """For saved vectors: how a prompt's text becomes what the model reads."""
 
 
 PLACE = ("device", "engine", "ray_address", "n_workers")

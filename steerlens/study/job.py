@@ -2,7 +2,8 @@
 
     load the model -> record both sides of the training pairs -> one vector per instruction, at every layer
     -> search the layer on validation prompts, without and with the instruction in them
-    -> answer the test prompts in all cells -> score -> tables and report.html
+    -> answer the test prompts in all cells -> score -> tables
+    -> what the vectors say, and how they lie (`seeing`) -> report.html
 
 Training, validation and test prompts share no base query. Every generation is in `generations.jsonl` before it is scored, under
 a key that covers all it depends on (`records`), so the same command goes on where a killed one stopped, and a changed setting
@@ -27,7 +28,6 @@ from steerlens.data.pairs import PairSet
 from steerlens.data.splits import at_most, query_ids, three_parts
 from steerlens.errors import DataError, SteerlensError
 from steerlens.figures.layers import layer_curve
-from steerlens.figures.report import write_report
 from steerlens.files import Journal, content_key, json_lines, start_folder, writable_folder, write_atomically
 from steerlens.models.facts import check_layer, library_versions, model_digest, model_facts, model_id
 from steerlens.models.load import load_model
@@ -36,9 +36,11 @@ from steerlens.models.stops import check_stop_ids
 from steerlens.steering.candidates import draws, grid
 from steerlens.steering.settings import SamplingConfig
 from steerlens.study.config import PLACE, RunConfig, SearchConfig, SweepConfig, pairs_for
+from steerlens.study.pages import RESULTS, write_facts, write_run_report
 from steerlens.study.quality import Quality
 from steerlens.study.responses import Engine, Sampler, requests_for
 from steerlens.study.scores import Evaluation, score
+from steerlens.study.seeing import Subject, see_geometry, see_lens
 from steerlens.study.sweeps import Sweep, candidate_layers, sweep
 from steerlens.vectors.estimators import fit_vectors
 from steerlens.vectors.vector import SteeringVector
@@ -119,7 +121,8 @@ def run(
     quality = Quality(True, config.quality_model, config.kl, config.reward_model)
     quality.load()
     identity = run_identity(config, model, quality, train, valid, test)
-    start_folder(folder, "run", identity, {"config": asdict(config), "versions": library_versions()}, RESULTS)
+    settings = {"config": asdict(config), "versions": library_versions(), "made_of": made_of(model, train, valid)}
+    start_folder(folder, "run", identity, settings, RESULTS)
     vectors = vectors_in(folder, config, model, train, valid, progress=progress)
     with Journal(folder / "generations.jsonl") as journal, engine_for(config) as engine:
 
@@ -160,8 +163,11 @@ def run(
         )
         evaluation = Evaluation(score(sampler(config.sampling), requests, quality=quality))
     facts = _facts(config, model, identity, (train, valid, test), found, notes, command)
-    report = _write_results(folder, config, evaluation, found, facts)
-    return RunResult(folder, evaluation, found, vectors, report, facts)
+    _write_results(folder, evaluation, found)
+    subject = subject_of(folder, config, model, vectors, train, valid)
+    facts = {**facts, **_see(subject, progress=progress)}
+    write_facts(folder, f"{facts['model']}: instruction vectors from {Path(config.pairs).name}", facts)
+    return RunResult(folder, evaluation, found, vectors, write_run_report(folder), facts)
 
 
 def run_sweep(config: SweepConfig, out: str | Path, *, progress: bool = True) -> Sweep:
@@ -338,7 +344,51 @@ def search_sampling(config: RunConfig) -> SamplingConfig:
     return replace(config.sampling, max_new_tokens=config.search_tokens)
 
 
-RESULTS = ("scores.jsonl", "search_scores.jsonl", "table.csv", "comparisons.csv", "search.csv", "report.html")
+def made_of(model: Any, train: PairSet, valid: PairSet) -> dict[str, str]:
+    """What a run's vectors come from, by content: who looks at them later must have the same."""
+    return {"weights": model_digest(model), "train": train.content_hash, "valid": valid.content_hash}
+
+
+def subject_of(
+    folder: Path,
+    config: RunConfig,
+    model: Any,
+    vectors: Mapping[str, SteeringVector],
+    train: PairSet,
+    valid: PairSet,
+) -> Subject:
+    """A run's vectors as they are looked at: on training and validation prompts, so that no test prompt is."""
+    search = pd.read_csv(folder / "search.csv", keep_default_na=False, na_values=[""])
+    chosen: dict[str, int] = {}
+    for condition in SEARCHED:  # the choice without the text, and where that is none, the one with it
+        rows = search[search["chosen"] & (search["condition"] == condition)].dropna(subset="layer")
+        chosen = {name: int(layer) for name, layer in zip(rows["instruction"], rows["layer"], strict=True)} | chosen
+    return Subject(
+        model,
+        vectors,
+        folder,
+        train=train,
+        held_out=valid,
+        prompts=tuple(dict.fromkeys(pair.text("none") for pair in valid)),
+        chosen=chosen,
+        prompt_format=config.prompt_format,
+        positions=config.positions[0],
+        sampling=search_sampling(config),
+        batch_size=config.batch_size,
+        seed=config.seed,
+    )
+
+
+def _see(subject: Subject, *, progress: bool) -> dict[str, str]:
+    """Look at the vectors; what cannot be seen of them is said, and is no reason to lose a run."""
+    _say(progress, "see: what the vectors say, and how they lie")
+    unseen = []
+    for see in (see_lens, see_geometry):
+        try:
+            see(subject)
+        except SteerlensError as error:
+            unseen.append(str(error))
+    return {"not shown": "; ".join(unseen)} if unseen else {}
 
 
 def vectors_in(
@@ -419,17 +469,12 @@ def _in_unit(unit: str) -> str:
     return " mean residual norms" if unit == "resid_norm" else ""
 
 
-def _write_results(
-    folder: Path, config: RunConfig, evaluation: Evaluation, found: Mapping[str, Sweep], facts: dict[str, Any]
-) -> Path:
-    tables = {condition: one.table for condition, one in found.items()}
+def _write_results(folder: Path, evaluation: Evaluation, found: Mapping[str, Sweep]) -> None:
     searched = pd.concat([one.scores for one in found.values()])
-    search_table = pd.concat([table.assign(condition=condition) for condition, table in tables.items()])
+    search_table = pd.concat([one.table.assign(condition=condition) for condition, one in found.items()])
     evaluation.save(folder)
     write_atomically(folder / "search_scores.jsonl", json_lines(searched))
     write_atomically(folder / "search.csv", search_table.to_csv(index=False))
-    title = f"{facts['model']}: instruction vectors from {Path(config.pairs).name}"
-    return write_report(folder / "report.html", scores=evaluation.scores, search=tables, facts=facts, title=title)
 
 
 def _say(progress: bool, text: str) -> None:

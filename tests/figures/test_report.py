@@ -12,7 +12,9 @@ import pandas as pd
 import pytest
 
 from steerlens.errors import DataError
-from steerlens.figures.report import mark_changes, summarize, write_report
+from steerlens.figures.report import write_report
+from steerlens.figures.samples import mark_changes
+from steerlens.figures.summary import summarize
 from steerlens.stats.rates import rate_table, wilson_interval
 from steerlens.stats.words import distinct_n, repetition, words
 
