@@ -4,11 +4,17 @@ import shutil
 import subprocess
 import sys
 from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
 
 from steerlens.cli import main
 from steerlens.data.pairs import InstructionPair, PairSet
+from steerlens.steering.settings import SamplingConfig
+from steerlens.study.config import RunConfig
+from steerlens.study.job import run
+from steerlens.study.responses import answer
+from steerlens.study.scores import read_scores
 from steerlens.vectors.vector import SteeringVector
 
 NO_COMMA = "punctuation:no_comma"
@@ -55,7 +61,10 @@ def test_help_is_quick_and_has_examples():
     assert "steerlens run --model smollm2-135m" in done.stdout
 
 
-@pytest.mark.parametrize("command", ["run", "sweep", "fit", "generate", "evaluate", "info", "models", "instructions"])
+@pytest.mark.parametrize(
+    "command",
+    ["run", "sweep", "fit", "generate", "evaluate", "lens", "geometry", "layers", "info", "models", "instructions"],
+)
 def test_every_command_explains_itself(steerlens, command):
     done = steerlens(command, "--help")
     assert done.returncode == 0
@@ -86,6 +95,13 @@ def test_options_have_one_name_on_every_command(steerlens, command):
         (["run", "--pairs", "nothing.jsonl"], "nothing.jsonl"),
         (["generate", "--prompt", "Hi", "--temperature", "-1"], "temperature must be 0 (greedy) or above"),
         (["fly"], "fly"),
+        (["lens"], "there must be something to look at, got nothing"),
+        (["lens", "nothing.safetensors"], "must be kept in a folder, got none; give --out"),
+        (["geometry", "nothing.safetensors", "--out", "seen"], "a vector file must exist, got 'nothing.safetensors'"),
+        (["layers", "."], "a folder to look at must be that of a run, got one without a run"),
+        (["lens", ".", "nothing.safetensors"], "a run's folder is looked at alone, got 2 places"),
+        (["lens", ".", "--out", "seen"], "a run has its own folder, pairs and prompt format, got out as well"),
+        (["layers", ".", "--studies", "flying"], "invalid choice 'flying'"),
     ],
 )
 def test_bad_arguments_end_with_code_2_and_say_why(steerlens, arguments, sentence, tmp_path, monkeypatch):
@@ -237,3 +253,138 @@ def test_a_layer_without_a_vector_is_refused_before_the_model_loads(steerlens):
     done = steerlens("generate", "--prompt", "a", "--layer", 3, "--model", "nothing-of-this-name")
     assert done.returncode == 2
     assert "--layer 3 needs --vector" in done.stderr
+
+
+LOWERCASE = "change_case:english_lowercase"
+
+
+@pytest.fixture(scope="module")
+def run_folder(tmp_path_factory, tiny_folders):
+    """A finished run of two instructions on a model of four layers."""
+    root = tmp_path_factory.mktemp("looked")
+    PairSet(
+        InstructionPair(f"Say {i}.", text, name)
+        for i in range(12)
+        for text, name in (("Use no commas.", NO_COMMA), ("Use lowercase.", LOWERCASE))
+    ).save(root / "pairs.jsonl")
+    config = RunConfig(
+        model=str(tiny_folders["llama"]),
+        pairs=str(root / "pairs.jsonl"),
+        n_train=4,
+        n_valid=2,
+        n_test=1,
+        layers=(1,),
+        sampling=SamplingConfig(4),
+        search_tokens=4,
+        batch_size=8,
+    )
+    run(config, root / "run", progress=False)
+    return root / "run"
+
+
+@pytest.fixture
+def looked(run_folder, tmp_path):
+    """A copy of that run, to look at."""
+    return Path(shutil.copytree(run_folder, tmp_path / "run"))
+
+
+SECTIONS = {"lens": "What the vectors say", "geometry": "How they lie", "layers": "Which layers matter"}
+FEW = ["--studies", "steering", "--layers", 1, 2, "--n-prompts", 1]
+
+
+def sections(page: Path) -> list[str]:
+    text = page.read_text(encoding="utf-8")
+    return [kind for kind, name in SECTIONS.items() if f"<h2>{name}</h2>" in text or f">{name}</h2>" in text]
+
+
+def test_a_run_is_looked_at_again_and_its_report_grows(steerlens, looked):
+    assert sections(looked / "report.html") == ["lens", "geometry"]
+    before = (looked / "report.html").read_bytes()
+    same = steerlens("lens", looked)
+    assert same.returncode == 0, same.stderr
+    assert (looked / "report.html").read_bytes() == before
+    assert f"{NO_COMMA} at layer" in same.stdout
+    more = steerlens("lens", looked, "--targets", "rain", "--top-k", 3)
+    assert more.returncode == 0, more.stderr
+    assert b"targets-figure" in (looked / "report.html").read_bytes()
+    assert "probe" in steerlens("geometry", looked, "--n-layers", 2).stdout
+    done = steerlens("layers", looked, *FEW)
+    assert done.returncode == 0, done.stderr
+    assert str(looked / "report.html") in done.stdout
+    assert sections(looked / "report.html") == ["lens", "geometry", "layers"]
+    assert {path.name for path in (looked / "layers" / "steering").iterdir()} == {
+        *("config.json", "generations.jsonl", "scores.jsonl", "table.csv", "comparisons.csv")
+    }
+
+
+def test_a_second_look_runs_no_model(steerlens, looked, monkeypatch):
+    steerlens("layers", looked, *FEW)
+    for name in ("logit_lens", "vector_effects", "record_activations"):
+        monkeypatch.setattr(f"steerlens.study.seeing.{name}", None)
+    monkeypatch.setattr("steerlens.study.responses.answer", None)
+    for command in (["lens", looked], ["geometry", looked], ["layers", looked, *FEW]):
+        done = steerlens(*command)
+        assert done.returncode == 0, done.stderr
+
+
+def test_a_look_that_is_cut_short_goes_on_with_what_is_missing(steerlens, looked, monkeypatch):
+    whole = steerlens("layers", looked, *FEW)
+    rows = (looked / "layers" / "steering" / "generations.jsonl").read_bytes().count(b"\n")
+    shutil.rmtree(looked / "layers")
+    asked = []
+
+    def cut_short(model, batch, *rest):
+        if asked:
+            raise KeyboardInterrupt
+        asked.extend(batch)
+        return answer(model, batch, *rest)
+
+    with monkeypatch.context() as patch:
+        patch.setattr("steerlens.study.responses.answer", cut_short)
+        stopped = steerlens("layers", looked, *FEW)
+        assert stopped.returncode == 130
+        assert "the same command goes on" in stopped.stderr
+        assert sections(looked / "report.html") == ["lens", "geometry", "layers"]  # as it was
+        monkeypatch.setattr(
+            "steerlens.study.responses.answer",
+            lambda model, batch, *rest: (asked.extend(batch), answer(model, batch, *rest))[1],
+        )
+        again = steerlens("layers", looked, *FEW)
+    assert again.returncode == 0, again.stderr
+    assert len(asked) == rows
+    assert again.stdout == whole.stdout
+
+
+def test_a_run_whose_model_or_pairs_have_changed_is_refused(steerlens, looked, tiny_folders):
+    done = steerlens("lens", looked, "--model", tiny_folders["gpt2"])
+    assert done.returncode == 2
+    assert "its model has other weights now" in done.stderr
+    (looked / "facts.json").unlink()
+    done = steerlens("layers", looked)
+    assert done.returncode == 2
+    assert "a run must be finished to be looked at" in done.stderr
+
+
+def test_saved_vectors_are_looked_at_with_prompts_that_they_were_not_fitted_on(
+    steerlens, run_folder, tiny_folders, tmp_path
+):
+    vectors = sorted((run_folder / "vectors").iterdir())
+    common = ["--model", tiny_folders["llama"], "--out", tmp_path / "seen"]
+    for command in (["lens", vectors[0]], ["geometry", *vectors], ["layers", *vectors, *FEW]):
+        done = steerlens(*command, *common)
+        assert done.returncode == 0, done.stderr
+        page = tmp_path / "seen" / f"{command[0]}.html"
+        assert sections(page) == [command[0]]
+        assert '<details class="section"' not in page.read_text(encoding="utf-8")
+    alone = steerlens("geometry", vectors[0], *common)
+    assert alone.returncode == 2
+    assert f"geometry compares at least two instructions with two pairs each, got {LOWERCASE}" in alone.stderr
+    fitted_on = SteeringVector.load(vectors[0]).metadata["queries"].split()
+    scores = read_scores(tmp_path / "seen" / "layers" / "steering")
+    assert not {InstructionPair(query, "", NO_COMMA).query_id for query in scores["query"]} & set(fitted_on)
+    total = SteeringVector.load(vectors[0]) + SteeringVector.load(vectors[1])
+    total.save(tmp_path / "sum.safetensors")
+    assert steerlens("lens", tmp_path / "sum.safetensors", *common).returncode == 0
+    refused = steerlens("layers", tmp_path / "sum.safetensors", *common)
+    assert refused.returncode == 2
+    assert "a vector must be that of one instruction" in refused.stderr

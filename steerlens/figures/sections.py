@@ -31,6 +31,7 @@ Frames = Mapping[str, pd.DataFrame]
 N_SHOWN = 8
 """Tokens in a line of the table."""
 
+METHODS = {"tsne": "t-SNE, one point per pair", "pca": "PCA, one point per pair"}
 MEASURES = {
     "probe": "linear probe (accuracy)",
     "nearest_centroid": "nearest centroid (accuracy)",
@@ -152,9 +153,9 @@ def _geometry_section(frames: Frames) -> str:
     for method in dict.fromkeys(points["method"]):
         shares = embeddings[embeddings["method"] == method]
         rows = points[points["method"] == method].drop(columns="method")
-        fig = embedding_scatter(
-            rows, method=method, notes={row["layer"]: _note(row) for row in shares.to_dict("records")}
-        )
+        notes = {row["layer"]: _note(row) for row in shares.to_dict("records")}
+        title = f"What each instruction changes: {METHODS[method]}"
+        fig = embedding_scatter(rows, method=method, notes=notes, title=title)
         parts.append(titled_figure(fig, f"{method}-figure"))
     cosines = frames["cosines"]
     bound, layer = float(cosines["control_high"].iloc[0]), cosines["layer"].iloc[0]
@@ -174,8 +175,8 @@ def _geometry_section(frames: Frames) -> str:
 def _note(row: Mapping[Any, Any]) -> str:
     """What stands above the points of a layer."""
     if row["method"] == "tsne":
-        return f"t-SNE, perplexity {row['perplexity']:g}"
-    return f"PCA, {row['value']:.0%} of the variance; random directions {row['control']:.0%}"
+        return f"perplexity {row['perplexity']:g}"
+    return f"{row['value']:.0%} of the variance; random directions {row['control']:.0%}"
 
 
 def _square(cosines: pd.DataFrame, names: Sequence[str]) -> np.ndarray:

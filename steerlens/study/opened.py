@@ -42,7 +42,7 @@ def opened(places: Iterable[str | Path], config: LookConfig = LookConfig(), *, b
     if not any(path.is_dir() for path in paths):
         if config.out is None:
             raise SteerlensError("what is seen of saved vectors must be kept in a folder, got none; give --out")
-        return _of_files(paths, writable_folder(config.out), config, by_instruction)
+        return _of_files(paths, config.out, config, by_instruction)
     if len(paths) > 1:
         raise SteerlensError(f"a run's folder is looked at alone, got {len(paths)} places; give one, or vector files")
     given = [name for name in ("out", "pairs", "prompt_format") if getattr(config, name) != getattr(LookConfig(), name)]
@@ -76,7 +76,7 @@ def _config(kept: dict[str, Any]) -> RunConfig:
     return RunConfig(**values)
 
 
-def _of_files(paths: Sequence[Path], folder: Path, config: LookConfig, by_instruction: bool) -> Subject:
+def _of_files(paths: Sequence[Path], out: Path, config: LookConfig, by_instruction: bool) -> Subject:
     """The subject of saved vectors of one model."""
     vectors = {path: SteeringVector.load(path) for path in paths}
     names = [vector.name for vector in vectors.values()]
@@ -104,7 +104,7 @@ def _of_files(paths: Sequence[Path], folder: Path, config: LookConfig, by_instru
     return Subject(
         loaded,
         named,
-        folder,
+        writable_folder(out),
         train=train if len(train) else every,
         held_out=held_out,
         prompts=tuple(dict.fromkeys(pair.text("none") for pair in (held_out or every))),

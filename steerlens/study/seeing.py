@@ -9,6 +9,7 @@ Each has a subfolder with its settings (config.json). The same call finds its ta
 other settings, vectors or prompts remove them first. Tables are read back from their files, also by the call that wrote them.
 """
 
+import csv
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -257,6 +258,7 @@ def see_layers(
         "seed": subject.seed,
         "sampling": subject.sampling,
         "prompt_format": subject.prompt_format,
+        "batch_size": subject.batch_size,
         "progress": progress,
     }
     run: dict[str, Callable[..., Any]] = {
@@ -286,12 +288,17 @@ def _kept(
     start_folder(folder, kind, content_key([subject.digest(), asked]), {"asked": asked}, names)
     for name, make in tables.items():
         if not (folder / f"{name}.csv").is_file():
-            write_atomically(folder / f"{name}.csv", make().to_csv(index=False))
+            write_atomically(folder / f"{name}.csv", table_text(make()))
     return {name: read_table(folder / f"{name}.csv") for name in tables}
 
 
+def table_text(table: pd.DataFrame) -> str:
+    """A table as CSV, every text in quotes: a token may be a line break."""
+    return str(table.to_csv(index=False, quoting=csv.QUOTE_NONNUMERIC))
+
+
 def read_table(path: Path) -> pd.DataFrame:
-    """A table as it was written: texts as texts, whatever they look like, and every digit of a number."""
+    """A table as it was written: texts are texts, whatever they look like."""
     names = pd.read_csv(path, nrows=0).columns
     texts = [name for name in names if name in _TEXTS]
     missing = {name: [""] for name in names if name not in texts}
@@ -300,5 +307,4 @@ def read_table(path: Path) -> pd.DataFrame:
         dtype=dict.fromkeys(texts, str),
         keep_default_na=False,
         na_values=missing,
-        float_precision="round_trip",
     )

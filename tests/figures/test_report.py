@@ -348,11 +348,15 @@ needs_browser = pytest.mark.skipif(
 )
 
 
-def render(page: Path, profile: Path) -> tuple[str, list[str]]:
-    """The page's DOM after its scripts ran, and what the browser wrote on its console."""
+def render(page: Path, profile: Path, address: str = "") -> tuple[str, list[str]]:
+    """The page's DOM after its scripts ran, and what the browser wrote on its console.
+
+    Args:
+        address: where in the page it is opened, such as "#overall".
+    """
     quiet = "--disable-gpu --disable-quic --no-first-run --disable-background-networking --disable-component-update"
     command = [CHROMIUM, "--headless", "--no-sandbox", "--disable-sync", *quiet.split(), f"--user-data-dir={profile}"]
-    options = ["--enable-logging=stderr", "--v=0", "--virtual-time-budget=15000", "--dump-dom", page.as_uri()]
+    options = ["--enable-logging=stderr", "--v=0", "--virtual-time-budget=15000", "--dump-dom", page.as_uri() + address]
     done = subprocess.run([*command, *options], capture_output=True, encoding="utf-8", timeout=120, check=True)
     return done.stdout, [line for line in done.stderr.splitlines() if "CONSOLE" in line]
 

@@ -25,6 +25,7 @@ from steerlens.study.config import RunConfig
 from steerlens.study.job import run, run_identity, select_pairs
 from steerlens.study.quality import Quality
 from steerlens.study.scores import Evaluation
+from steerlens.study.seeing import GEOMETRY, LENS
 from steerlens.vectors.vector import SteeringVector
 
 NO_COMMA, LOWERCASE = "punctuation:no_comma", "change_case:english_lowercase"
@@ -75,7 +76,9 @@ def test_a_run_leaves_everything_it_promises(config, tmp_path):
     pd.testing.assert_frame_equal(Evaluation.load(tmp_path / "run").scores, done.to_frame(), atol=1e-8)
     names = {str(path.relative_to(done.folder)) for path in done.folder.rglob("*") if path.is_file()}
     vectors = {name for name in names if name.startswith("vectors/")}
-    assert names == {*RESULTS, *vectors, "config.json", "generations.jsonl", "report.html"}
+    seen = {f"{kind}/{name}.csv" for kind, names in (("lens", LENS), ("geometry", GEOMETRY)) for name in names}
+    seen |= {"lens/config.json", "geometry/config.json"}
+    assert names == {*RESULTS, *vectors, *seen, "config.json", "generations.jsonl", "facts.json", "report.html"}
     assert set(done.evaluation.scores["instruction"]) == {NO_COMMA, LOWERCASE}
     stored = pd.read_json(done.folder / "scores.jsonl", lines=True)
     assert stored["response"].tolist() == done.evaluation.scores["response"].tolist()
