@@ -381,7 +381,7 @@ def test_saved_vectors_are_looked_at_with_prompts_that_they_were_not_fitted_on(
     assert f"geometry compares at least two instructions with two pairs each, got {LOWERCASE}" in alone.stderr
     fitted_on = SteeringVector.load(vectors[0]).metadata["queries"].split()
     scores = read_scores(tmp_path / "seen" / "layers" / "steering")
-    assert not {InstructionPair(query, "", NO_COMMA).query_id for query in scores["query"]} & set(fitted_on)
+    assert not {InstructionPair(query, "Text.", NO_COMMA).query_id for query in scores["query"]} & set(fitted_on)
     total = SteeringVector.load(vectors[0]) + SteeringVector.load(vectors[1])
     total.save(tmp_path / "sum.safetensors")
     assert steerlens("lens", tmp_path / "sum.safetensors", *common).returncode == 0

@@ -70,10 +70,13 @@ def _of_run(folder: Path, look: LookConfig) -> Subject:
 
 def _config(kept: dict[str, Any]) -> RunConfig:
     """A run's settings as config.json holds them."""
-    values: dict[str, Any] = {name: tuple(value) if isinstance(value, list) else value for name, value in kept.items()}
-    values["sampling"] = SamplingConfig(**values["sampling"])
-    values["prompt_format"] = PromptFormat(**values["prompt_format"])
-    return RunConfig(**values)
+    sampling, prompt_format = SamplingConfig(**_tuples(kept["sampling"])), PromptFormat(**kept["prompt_format"])
+    return RunConfig(**{**_tuples(kept), "sampling": sampling, "prompt_format": prompt_format})
+
+
+def _tuples(kept: dict[str, Any]) -> dict[str, Any]:
+    """JSON has lists where settings have tuples."""
+    return {name: tuple(value) if isinstance(value, list) else value for name, value in kept.items()}
 
 
 def _of_files(paths: Sequence[Path], out: Path, config: LookConfig, by_instruction: bool) -> Subject:
