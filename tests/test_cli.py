@@ -345,10 +345,12 @@ def test_a_look_that_is_cut_short_goes_on_with_what_is_missing(steerlens, looked
         assert stopped.returncode == 130
         assert "the same command goes on" in stopped.stderr
         assert sections(looked / "report.html") == ["lens", "geometry", "layers"]  # as it was
-        monkeypatch.setattr(
-            "steerlens.study.responses.answer",
-            lambda model, batch, *rest: (asked.extend(batch), answer(model, batch, *rest))[1],
-        )
+
+        def counted(model, batch, *rest):
+            asked.extend(batch)
+            return answer(model, batch, *rest)
+
+        patch.setattr("steerlens.study.responses.answer", counted)
         again = steerlens("layers", looked, *FEW)
     assert again.returncode == 0, again.stderr
     assert len(asked) == rows
