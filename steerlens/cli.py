@@ -255,10 +255,10 @@ def lens(
         targets: Words to follow: their tokens' ranks at each layer.
         n_prompts: Bare queries of the effects, at most.
     """
-    from steerlens.study.opened import opened, write_seen
+    from steerlens.study.opened import look_at, write_seen
     from steerlens.study.seeing import see_lens
 
-    subject = opened(places, look, by_instruction=False)
+    subject = look_at(places, look, by_instruction=False)
     tables = see_lens(subject, top_k=top_k, targets=targets, n_prompts=n_prompts)
     said = tables["tokens"].query("chosen and kind == 'promoted' and sign == 1")
     for (name, layer), rows in said.groupby(["vector", "layer"], sort=False):
@@ -281,10 +281,10 @@ def geometry(places: Places, look: Look = LookConfig(), n_pairs: int = 20, n_lay
         n_pairs: Pairs of each instruction, at most.
         n_layers: Layers, at most, spread over the depth; each costs a t-SNE.
     """
-    from steerlens.study.opened import opened, write_seen
+    from steerlens.study.opened import look_at, write_seen
     from steerlens.study.seeing import see_geometry
 
-    subject = opened(places, look)
+    subject = look_at(places, look)
     tables = see_geometry(subject, n_pairs=n_pairs, n_layers=n_layers)
     if "separability" in tables:
         _show(tables["separability"])
@@ -318,10 +318,10 @@ def layers(
         positions: Which tokens to steer; default: the run's, or all. Ablation is at all.
         max_new_tokens: Of an answer; default: as in the run's search, or 64.
     """
-    from steerlens.study.opened import opened, write_seen
+    from steerlens.study.opened import look_at, write_seen
     from steerlens.study.seeing import see_layers
 
-    subject = opened(places, look)
+    subject = look_at(places, look)
     sampling = subject.sampling if max_new_tokens is None else replace(subject.sampling, max_new_tokens=max_new_tokens)
     subject = replace(subject, sampling=sampling, positions=positions or subject.positions)
     tables = see_layers(subject, studies=studies, layers=layers, n_prompts=n_prompts)

@@ -52,7 +52,7 @@ def sections_of(seen: Mapping[str, Frames], *, order: Sequence[str] = ()) -> lis
         ['What the vectors say']
     """
     lens, geometry, layers = (seen.get(name) or {} for name in ("lens", "geometry", "layers"))
-    return [
+    sections = [
         Section(
             "What the vectors say",
             _lens_section(lens, order) if lens else "",
@@ -69,6 +69,7 @@ def sections_of(seen: Mapping[str, Frames], *, order: Sequence[str] = ()) -> lis
             "steered, ablated and moved, layer by layer",
         ),
     ]
+    return [section for section in sections if section.content]
 
 
 def _lens_section(frames: Frames, order: Sequence[str]) -> str:

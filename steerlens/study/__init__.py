@@ -16,7 +16,7 @@ if TYPE_CHECKING:
         steer_by_layer as steer_by_layer,
         transfer_between_layers as transfer_between_layers,
     )
-    from steerlens.study.opened import opened as opened
+    from steerlens.study.opened import look_at as look_at
     from steerlens.study.quality import Quality as Quality
     from steerlens.study.responses import Sampler as Sampler, requests_for as requests_for
     from steerlens.study.scores import Evaluation as Evaluation, evaluate as evaluate, score as score

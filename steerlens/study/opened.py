@@ -21,7 +21,7 @@ from steerlens.study.seeing import Subject
 from steerlens.vectors.vector import SteeringVector
 
 
-def opened(places: Iterable[str | Path], config: LookConfig = LookConfig(), *, by_instruction: bool = True) -> Subject:
+def look_at(places: Iterable[str | Path], config: LookConfig = LookConfig(), *, by_instruction: bool = True) -> Subject:
     """What one run's folder, or vector files, hold, with their model loaded.
 
     Args:
@@ -33,7 +33,7 @@ def opened(places: Iterable[str | Path], config: LookConfig = LookConfig(), *, b
 
     Example:
         >>> from steerlens.study.config import LookConfig
-        >>> opened([vector.save(folder / "v.safetensors")], LookConfig(folder / "seen", model="tiny")).used_layers()
+        >>> look_at([vector.save(folder / "v.safetensors")], LookConfig(folder / "seen", model="tiny")).used_layers()
         {'change_case:english_lowercase': 4}
     """
     paths = [user_path(place) for place in places]

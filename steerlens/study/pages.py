@@ -87,7 +87,7 @@ def require_run(folder: Path) -> dict[str, Any]:
 def write_vector_page(subject: Subject, kind: str) -> Path:
     """Write the page of saved vectors: the section of this kind ("lens", "geometry" or "layers"), and what they are."""
     seen = {kind: tables_in(subject.folder).get(kind, {})}
-    sections = [replace(section, fold="") for section in sections_of(seen) if section.content]
+    sections = [replace(section, fold="") for section in sections_of(seen)]
     facts = {
         name: {key: value if len(value) <= 200 else f"{value[:190]}\u2026" for key, value in vector.metadata.items()}
         for name, vector in subject.vectors.items()

@@ -171,6 +171,12 @@ def see_geometry(subject: Subject, *, n_pairs: WholeNumber = 20, n_layers: Whole
 
     Raises:
         DataError: for one instruction, or one with fewer than two queries.
+
+    Example:
+        >>> pairs = sl.load_pairs("tiny", instructions=["startend:quotation", "punctuation:no_comma"], n_queries=4)
+        >>> vectors = sl.fit_vectors(model, pairs.by_instruction())
+        >>> list(see_geometry(Subject(model, vectors, folder, train=pairs), n_layers=2))
+        ['points', 'embeddings', 'cosines', 'separability']
     """
     pairs = at_most(subject.train, n_pairs, subject.seed)
     sizes = {name: len(pairs_of) for name, pairs_of in pairs.by_instruction().items()}
@@ -248,6 +254,11 @@ def see_layers(
     Raises:
         DataError: if there are no such prompts.
         SteerlensError: for an unknown study, or a layer that a vector does not have.
+
+    Example:
+        >>> subject = Subject(model, {vector.name: vector}, folder, held_out=valid, sampling=SamplingConfig(4))
+        >>> see_layers(subject, studies="transfer", layers=[4], n_prompts=1, progress=False)["transfer"]["condition"].tolist()
+        ['none', 'text', 'vector', 'random']
     """
     if len(subject.held_out) == 0:
         raise DataError("a study needs prompts that the vectors were not fitted on, got none; use other prompts")
