@@ -34,7 +34,7 @@ class Intervention:
     layer: WholeNumber
     """Block index; the site is `blocks.{layer}.hook_resid_post`."""
     direction: Float[Tensor, " d_model"]
-    """The unit direction that is read, and written unless `write` is given; float32 on the CPU."""
+    """The unit direction that is read and written; with `write`, what is read, of any norm; float32 on the CPU."""
     operator: Operator = "add"
     coeff: RealNumber = 1.0
     """`add`: the step in absolute units along the direction; other operators: the share of the full change."""
@@ -72,7 +72,8 @@ class Intervention:
                 continue
             # A copy: what the caller does to the tensor later must not change what a plan says it does.
             vector = vector.detach().to("cpu", torch.float32, copy=True)
-            if vector.ndim != 1 or abs(vector.norm().item() - 1.0) > UNIT_TOLERANCE:
+            free = name == "direction" and self.write is not None and 0 < vector.norm().item() < float("inf")
+            if vector.ndim != 1 or not (free or abs(vector.norm().item() - 1.0) <= UNIT_TOLERANCE):
                 raise SteerlensError(
                     f"{name} must be one unit vector, got shape {list(vector.shape)} and norm {vector.norm():.4g}; "
                     "divide it by its norm and keep the norm in coeff"
@@ -180,8 +181,14 @@ class Plan:
     def placebo(self, *, seed: WholeNumber) -> "Plan":
         """The plan's control: the amount that each step would add along its direction goes along a random one instead.
 
-        With one step the change has the same norm at every token. With several, the random directions have the same angles
-        between them as the plan's own, but a later step reads a residual that went another way, so norms only agree about.
+        A step that reads the residual (`set_projection`, `ablate`) finds in it what earlier steps wrote: the plan's along u, the
+        placebo's along r, with the angles of u between them. So a step after the first reads r as well, without which each
+        would push by the full amount once more, and the part of u in the span of all r (projector P) is left out:
+
+            amount = offset + slope * h.(u - Pu + r)            (u - Pu + r_k).r_j = r_k.r_j = u_k.u_j
+
+        One step changes every token by the plan's own norm. Several do so where blocks leave residuals alone and h has no part
+        in the span of r; what blocks make of a change, which differs between directions, later steps answer in the placebo, too.
         An effect that the placebo shares is not the direction's.
 
         Args:
@@ -190,10 +197,20 @@ class Plan:
         """
         if not self.interventions:
             return self
-        directions = torch.stack([step.direction for step in self], dim=1)
         # float64: what is left of rounding is far below the float32 that a step keeps, so processors agree on the control.
-        writes = random_directions(directions.double(), seed=whole(seed, "seed"))
-        return Plan(tuple(replace(step, write=write) for step, write in zip(self, writes.T, strict=True)))
+        directions = torch.stack([step.direction for step in self], dim=1).double()
+        writes = random_directions(directions, seed=whole(seed, "seed"))
+        gram = writes.T @ writes + 1e-9 * torch.eye(len(self))  # where directions repeat, it is singular
+        reads = directions - writes @ torch.linalg.solve(gram, writes.T @ directions) + writes
+        first = min(range(len(self)), key=lambda place: self.interventions[place].layer)
+        return Plan(
+            tuple(
+                replace(
+                    step, write=write, direction=step.direction if place == first or step.operator == "add" else read
+                )
+                for place, (step, write, read) in enumerate(zip(self, writes.T, reads.T, strict=True))
+            )
+        )
 
     def __str__(self) -> str:
         return "; ".join(map(str, self)) or "no steering"

@@ -20,7 +20,7 @@ from steerlens.errors import DataError
 from steerlens.files import derived_seed, json_lines, user_path, write_atomically
 from steerlens.stats.comparisons import compare_conditions
 from steerlens.stats.rates import rates_and_quality
-from steerlens.steering.plan import Intervention, Plan
+from steerlens.steering.plan import Plan
 from steerlens.study.quality import Quality
 from steerlens.study.responses import Request, SamplerSettings, control_seed, requests_for, sampler_of
 from steerlens.study.scores import read_scores, score, start_results
@@ -94,27 +94,13 @@ class Arm:
         return found
 
 
-def pushed(plan: Plan, seed: int) -> Plan:
-    """The control that pushes by the plan's amounts along random directions with the plan's angles between them.
-
-    A step that reads the residual (`set_projection`, `ablate`) finds in it what earlier steps wrote. Those of the control wrote
-    along random directions r instead of u, so a step after the first reads u + r: what was written along r_k counts at r as much
-    as it would have along u_k at u, since `r_k.r = u_k.u`. Without that every step would push by the full amount once more.
-
-        amount = offset + slope * h.(u + r) = offset + slope * n * h.d        d = (u + r) / n,  n = |u + r|
-    """
-    steps: list[Intervention] = []
-    for step in sorted(plan.placebo(seed=seed), key=lambda step: step.layer):  # the order in which they act
-        if steps and step.write is not None and step.operator != "add":
-            both = step.direction + step.write
-            n = float(both.norm())
-            step = replace(step, direction=both / n, coeff=step.coeff * n, target=step.target / n)
-        steps.append(step)
-    return Plan(tuple(steps))
+def placebo(plan: Plan, seed: int) -> Plan:
+    """The control that pushes by the plan's amounts along random directions."""
+    return plan.placebo(seed=seed)
 
 
 def randomly_ablated(plan: Plan, seed: int) -> Plan:
-    """The control that takes away the component along random directions: those of `pushed`."""
+    """The control that takes away the component along random directions: those of the placebo."""
     drawn = [(step, step.write) for step in plan.placebo(seed=seed)]
     options: Any = {"write": None, "operator": "ablate", "name": "a random direction"}
     return Plan(tuple(replace(step, direction=write, **options) for step, write in drawn if write is not None))

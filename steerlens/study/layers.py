@@ -40,7 +40,7 @@ from steerlens.errors import SteerlensError, nearest
 from steerlens.models.facts import check_layer
 from steerlens.steering.plan import Plan
 from steerlens.steering.positions import Window
-from steerlens.study.arms import Arm, Control, LayerStudy, pushed, randomly_ablated, run_study
+from steerlens.study.arms import Arm, Control, LayerStudy, placebo, randomly_ablated, run_study
 from steerlens.study.quality import Quality
 from steerlens.study.responses import SamplerSettings
 from steerlens.vectors.vector import SteeringVector
@@ -51,7 +51,7 @@ MODES: tuple[Mode, ...] = get_args(Mode)
 
 ABLATED: dict[str, Control | None] = {
     "text+vector": None,
-    "random": pushed,
+    "random": placebo,
     "random ablated": randomly_ablated,
 }
 """The conditions of a necessity study, with what they make of the plan that ablates the direction."""
@@ -114,7 +114,7 @@ def steer_by_layer(
             for layer in places:
                 plan = vector.at(steered_layers(mode, layer, usable), **options)
                 yield Arm("vector", plan, layer, {"mode": mode})
-                yield Arm("random", plan, layer, {"mode": mode}, control=pushed)
+                yield Arm("random", plan, layer, {"mode": mode}, control=placebo)
 
     asked = {"modes": chosen, **{name: str(value) for name, value in options.items()}}
     return run_study("steering", model, vectors, pairs, arms, trials, seed, quality, out, settings, asked)
@@ -242,7 +242,7 @@ def transfer_between_layers(
                 plan = Plan(tuple(replace(step, layer=layer, resid_norm=norm) for step in steps))
                 yield Arm("vector", plan, layer, {"from_layer": source})
             # One control for all: the amount, which is all that it takes from a plan, is the same.
-            yield Arm("random", vector.at(layer, **options), layer, control=pushed)
+            yield Arm("random", vector.at(layer, **options), layer, control=placebo)
 
     asked = {"coeff": size, "positions": str(positions)}
     return run_study("transfer", model, vector, pairs, arms, trials, seed, quality, out, settings, asked)

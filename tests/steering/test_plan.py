@@ -10,9 +10,10 @@ import pytest
 import torch
 
 from steerlens.errors import SteerlensError
+from steerlens.steering.operators import rank_one
 from steerlens.steering.plan import Intervention, Plan, as_plan, random_directions, tensor_digest
 from steerlens.steering.positions import Window, as_window
-from tests.steps import unit
+from tests.steps import OPERATORS, unit
 from tests.unchecked import unchecked
 
 STEP = Intervention(1, unit(0), "set_projection", coeff=0.5, target=3.0, positions="last", resid_norm=10.0)
@@ -74,12 +75,11 @@ def test_a_direction_is_kept_in_float32_on_its_own() -> None:
 def test_the_placebo_is_seeded_and_its_directions_have_the_plans_own_angles() -> None:
     plan = Plan((STEP, replace(STEP, layer=2, direction=unit(8)), replace(STEP, layer=3)))
     placebo = plan.placebo(seed=4)
-    own, writes = (
-        torch.stack(vectors) for vectors in zip(*((step.direction, step.write) for step in placebo), strict=True)
-    )
+    own, writes = torch.stack([step.direction for step in plan]), torch.stack([step.write for step in placebo])
     torch.testing.assert_close(writes @ writes.T, own @ own.T, rtol=1e-4, atol=1e-5)
     assert (writes * own).sum(-1).abs().max() < 0.8
-    assert [replace(step, write=None).record() for step in placebo] == [step.record() for step in plan]
+    back = [replace(step, write=None, direction=own) for step, own in zip(placebo, own, strict=True)]
+    assert back == list(plan)
     assert placebo.digest == plan.placebo(seed=4).digest != plan.placebo(seed=5).digest
     assert Plan().placebo(seed=0) == Plan()
 
@@ -222,6 +222,70 @@ def test_a_placebo_is_the_same_direction_to_rounding_when_the_vector_is_rounded_
     writes = [torch.stack([step.write for step in plan]) for plan in plans]
     for other in writes[1:]:
         torch.testing.assert_close(other, writes[0], rtol=0, atol=2e-5)
+
+
+def through(resid: torch.Tensor, plan: Plan) -> torch.Tensor:
+    """How far a plan has moved each residual after each of its steps, in a model whose blocks do nothing."""
+    changed, moved = resid, []
+    for step in sorted(plan, key=lambda step: step.layer):
+        write = step.direction if step.write is None else step.write
+        changed = rank_one(changed, step.direction, write, *step.affine)
+        moved.append((changed - resid).norm(dim=-1))
+    return torch.stack(moved)
+
+
+U, V = torch.eye(32)[0], 0.6 * torch.eye(32)[0] + 0.8 * torch.eye(32)[1]
+SEVERAL = {
+    "one": [(2, U)],
+    "repeated": [(layer, U) for layer in range(8)],
+    "related": [(0, U), (1, V), (2, U), (3, V)],
+    "opposite": [(1, U), (2, -U), (3, U)],
+    "at one layer": [(1, U), (1, V), (1, unit(3))],
+    "not in order": [(3, U), (0, V), (2, unit(3))],
+}
+
+
+@pytest.mark.parametrize("operator", [*OPERATORS, "mixed"])
+@pytest.mark.parametrize("steps", SEVERAL.values(), ids=SEVERAL)
+def test_a_placebo_moves_every_token_as_far_as_the_plan_does_at_every_layer(steps: list, operator: str) -> None:
+    operators = (
+        [operator] * len(steps) if operator != "mixed" else [OPERATORS[place % 3] for place in range(len(steps))]
+    )
+    plan = Plan(
+        tuple(
+            Intervention(layer, direction, one, coeff=0.75, target=9.0)
+            for (layer, direction), one in zip(steps, operators, strict=True)
+        )
+    )
+    for seed in range(4):
+        placebo = plan.placebo(seed=seed)
+        span = torch.linalg.svd(torch.stack([step.write for step in placebo]), full_matrices=False)
+        basis = span.Vh[span.S > 1e-3]
+        tokens = 5.0 * torch.randn(6, 32, generator=torch.Generator().manual_seed(seed))
+        tokens = tokens - tokens @ basis.T @ basis  # nothing of theirs lies along the random directions
+        torch.testing.assert_close(through(tokens, placebo), through(tokens, plan), rtol=1e-4, atol=1e-4)
+
+
+def test_a_placebo_of_repeated_steps_by_hand() -> None:
+    """At 3 along u, to be set to 9: the first step writes 6 and all later ones nothing, along u and along r."""
+    plan = Plan(tuple(Intervention(layer, U, "set_projection", target=9.0) for layer in range(8)))
+    placebo = plan.placebo(seed=0)
+    across = placebo.interventions[0].write
+    token = 3.0 * U - 3.0 * (U @ across) * across
+    token = token * 3.0 / (token @ U)
+    torch.testing.assert_close(through(token[None], placebo), torch.full((8, 1), 6.0))
+    each_reads_the_plans_own = Plan(tuple(replace(step, direction=U) for step in placebo))
+    assert through(token[None], each_reads_the_plans_own)[-1] > 12.0
+
+
+def test_a_placebo_leaves_what_an_added_or_a_first_step_reads_as_it_is() -> None:
+    added = Plan(tuple(Intervention(layer, unit(layer), "add", coeff=2.0) for layer in range(3)))
+    single = Plan((Intervention(1, U, "set_projection", target=5.0),))
+    for plan in (added, single, single + added):
+        for step, own in zip(plan.placebo(seed=4), plan, strict=True):
+            assert torch.equal(step.direction, own.direction) or (step.operator, step.layer) == ("set_projection", 1)
+    (step,) = single.placebo(seed=4)
+    assert torch.equal(step.direction, U)
 
 
 def test_a_placebo_of_more_steps_than_coordinates_keeps_their_angles() -> None:
