@@ -4,25 +4,23 @@
 
 The map: all layers x 24 positions of one pair (or a few), KL to the instructed run, on smollm2-135m; the instruction stands
 before the query, so that as many positions align. One run per cell is the plain prompt alone with one patch, without the logits
-of other tokens. They take turns, so that a busy machine slows both; what is reported is the ratio, per round, of seconds on the
-clock and of the processor's. Values must agree.
+of other tokens; TransformerLens' own is `patching.generic_activation_patch`, with them. What is reported is how many times the
+seconds of the shared batches these take, on the clock and of the processor. Values must agree.
 """
 
-import json
-import statistics
-import time
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 import torch
 import tyro
+from contest import report, take_turns
 
 import steerlens as sl
 from steerlens.data.pairs import InstructionPair, PairSet
-from steerlens.files import write_atomically
-from steerlens.models.facts import library_versions, resid_post
+from steerlens.models.facts import resid_post
 from steerlens.models.passes import Read, run_pass
 from steerlens.models.prompts import encode_all
 from steerlens.models.rows import pad
@@ -76,47 +74,55 @@ def by_cell(model: Any, pairs: PairSet, settings: Settings) -> list[float]:
     return found
 
 
-def clocks() -> tuple[float, float]:
-    """Seconds on the clock, and of this process on the processor."""
-    return time.perf_counter(), time.process_time()
+def by_transformer_lens(model: Any, pairs: PairSet, settings: Settings) -> list[float]:
+    """The same by `patching.generic_activation_patch`."""
+    from transformer_lens.patching import generic_activation_patch
+
+    index = pd.DataFrame(
+        product(range(int(model.cfg.n_layers)), range(-settings.positions, 0)), columns=["layer", "pos"]
+    )
+    found: list[float] = []
+    for pair in pairs:
+        with_, without = (torch.tensor([ids]) for ids in encode_all(model, [pair.text("text"), pair.text("none")]))
+        with torch.inference_mode():
+            logits, cache = model.run_with_cache(with_, names_filter=lambda name: name.endswith("hook_resid_post"))
+            p = logits[0, -1].float().log_softmax(-1)
+
+            def kl(logits: torch.Tensor, p: torch.Tensor = p) -> torch.Tensor:
+                return (p.exp() * (p - logits[0, -1].float().log_softmax(-1))).sum()
+
+            def write(resid: torch.Tensor, index: Any, clean: torch.Tensor) -> torch.Tensor:
+                _, position = index
+                resid[:, position] = clean[:, position]  # counted from the end, on both sides
+                return resid
+
+            values = generic_activation_patch(model, without, cache, kl, write, "resid_post", index_df=index)
+        found += values.flatten().tolist()
+    return found
 
 
 def measure(settings: Settings) -> dict[str, Any]:
-    """Seconds of each round, the ratio, and the largest difference of a value."""
+    """Seconds and ratios, and the largest difference of a value."""
     model, pairs = sl.load_model(settings.model), pairs_of(settings)
+    model.eval()
     options: Any = {"positions": settings.positions, "control": False, "batch_size": settings.batch_size}
     patch(model, pairs[:1], **options | {"positions": 1})  # what the model can do is found out before
-    rounds, differences = [], []
-    for _ in range(settings.rounds):
-        start = clocks()
-        together = patch(model, pairs, **options).cells
-        middle = clocks()
-        one_by_one = by_cell(model, pairs, settings)
-        end = clocks()
-        differences.append(float((together["value"] - pd.Series(one_by_one)).abs().max()))
-        rounds.append(
-            {
-                name: {"together": b - a, "one_by_one": c - b, "ratio": (c - b) / (b - a)}
-                for name, a, b, c in zip(("wall", "processor"), start, middle, end, strict=True)
-            }
-        )
+    contestants = {
+        "together": lambda: patch(model, pairs, **options).cells["value"].tolist(),
+        "one_by_one": lambda: by_cell(model, pairs, settings),
+        "transformer_lens": lambda: by_transformer_lens(model, pairs, settings),
+    }
+    results, found = take_turns(contestants, settings.rounds)
+    values = torch.tensor([list(one.values()) for one in results])  # [round, contestant, cell]
     return {
-        "settings": {key: str(value) for key, value in asdict(settings).items()},
-        "cells": len(one_by_one),
+        "cells": values.shape[-1],
         "prompt_tokens": [len(ids) for ids in encode_all(model, pairs.prompts("none"))],
-        "rounds": rounds,
-        "ratio": statistics.median(one["wall"]["ratio"] for one in rounds),
-        "largest_difference": max(differences),
-        "versions": library_versions(),
+        **found,
+        "largest_value": float(values.max()),
+        "largest_difference": float((values - values[:, :1]).abs().max()),
     }
 
 
-def main(settings: Settings) -> None:
-    found = measure(settings)
-    print(json.dumps(found, indent=2))
-    if settings.out is not None:
-        write_atomically(settings.out, json.dumps(found, indent=2) + "\n")
-
-
 if __name__ == "__main__":
-    main(tyro.cli(Settings))
+    asked = tyro.cli(Settings)
+    report(asked, measure(asked))

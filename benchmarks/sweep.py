@@ -3,23 +3,19 @@
     python benchmarks/sweep.py --out runs/benchmarks/sweep.json
 
 The sweep: 4 layers x 3 coefficients x 12 instructions on `tiny`, greedy. Both contestants call `generate`: the sweep once
-with all rows, the other one configuration at a time, each with its prompts as one batch. They take turns, so that a busy machine
-slows both; what is reported is the ratio, per round. Texts must be identical.
+with all rows, the other one configuration at a time, each with its prompts as one batch. What is reported is how many
+times the sweep's seconds these take. Texts must be identical.
 """
 
-import json
-import statistics
-import time
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import tyro
+from contest import report, take_turns
 
 import steerlens as sl
 from steerlens.data.pairs import PairSet
-from steerlens.files import write_atomically
-from steerlens.models.facts import library_versions
 from steerlens.steering.candidates import Candidate, grid
 from steerlens.steering.plan import Plan
 from steerlens.vectors.vector import SteeringVector
@@ -79,37 +75,23 @@ def texts(model: Any, rows: list[tuple[str, Plan]], settings: Settings) -> list[
 
 
 def measure(settings: Settings) -> dict[str, Any]:
-    """Seconds of each round, the ratio, and how many texts differ."""
+    """Seconds and ratios, and how many texts differ."""
     model, rows, parts = prepare(settings)
-    rounds = []
-    different = 0
-    for _ in range(settings.rounds):
-        start = time.perf_counter()
-        together = texts(model, rows, settings)
-        middle = time.perf_counter()
-        one_by_one = [text for part in parts for text in texts(model, part, settings)]
-        end = time.perf_counter()
-        different += sum(a != b for a, b in zip(together, one_by_one, strict=True))
-        rounds.append(
-            {"together": middle - start, "one_by_one": end - middle, "ratio": (end - middle) / (middle - start)}
-        )
+    contestants = {
+        "together": lambda: texts(model, rows, settings),
+        "one_by_one": lambda: [text for part in parts for text in texts(model, part, settings)],
+    }
+    results, found = take_turns(contestants, settings.rounds)
     return {
-        "settings": {key: str(value) for key, value in asdict(settings).items()},
         "configurations": len(parts),
         "rows": len(rows),
-        "rounds": rounds,
-        "ratio": statistics.median(one["ratio"] for one in rounds),
-        "different_texts": different,
-        "versions": library_versions(),
+        **found,
+        "different_texts": sum(
+            a != b for one in results for a, b in zip(one["together"], one["one_by_one"], strict=True)
+        ),
     }
 
 
-def main(settings: Settings) -> None:
-    found = measure(settings)
-    print(json.dumps(found, indent=2))
-    if settings.out is not None:
-        write_atomically(settings.out, json.dumps(found, indent=2) + "\n")
-
-
 if __name__ == "__main__":
-    main(tyro.cli(Settings))
+    asked = tyro.cli(Settings)
+    report(asked, measure(asked))

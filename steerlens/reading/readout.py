@@ -34,15 +34,16 @@ _CHECKED: "WeakKeyDictionary[Any, set[Any]]" = WeakKeyDictionary()
 
 
 def iter_logits(
-    model: Any, resid: Float[Tensor, "n d_model"], *, raw: bool = False
+    model: Any, resid: Float[Tensor, "n d_model"], *, raw: bool = False, parts: int = 1
 ) -> Iterator[tuple[slice, Float[Tensor, "chunk d_vocab"]]]:
     """Which of the rows, and their logits in float32 on the model's device, a chunk at a time; of a model that was checked.
 
     Args:
         raw: Only `x @ W_U`: without norm, bias and softcap.
+        parts: As many chunks at least. The kernel holds some four copies of a chunk, for entropies.
     """
     readout = _kernel()
-    step = max(1, CHUNK_MEMORY // (4 * int(model.cfg.d_vocab)))
+    step = max(1, min(CHUNK_MEMORY // (4 * int(model.cfg.d_vocab)), len(resid) // parts))
     for start in range(0, len(resid), step):
         rows = resid[start : start + step]
         if raw:
