@@ -16,6 +16,7 @@ import pytest
 import torch
 
 from steerlens.data.load import load_pairs
+from steerlens.data.pairs import InstructionPair, PairSet
 from steerlens.errors import ModelError, SteerlensError
 from steerlens.models.facts import (
     coordinate_frame,
@@ -32,13 +33,17 @@ from steerlens.models.passes import Read, run_pass
 from steerlens.models.probe import Abilities, abilities
 from steerlens.models.prompts import PromptFormat, encode
 from steerlens.models.rows import pad
+from steerlens.reading.attribution import attribute
 from steerlens.reading.effects import vector_effects
+from steerlens.reading.embedding import embed
 from steerlens.reading.lens import prompt_lens
+from steerlens.reading.patching import patch
 from steerlens.reading.vocabulary import logit_lens
 from steerlens.steering.residual import steer
 from steerlens.steering.sampling import SamplingConfig, generate
 from steerlens.study.config import RunConfig
 from steerlens.study.job import run
+from steerlens.study.layers import steer_by_layer
 from steerlens.vectors.activations import record_activations
 from steerlens.vectors.estimators import fit_steering_vector
 from steerlens.vectors.vector import SteeringVector
@@ -354,3 +359,63 @@ def test_a_lens_is_refused_in_a_sentence(build: Build, lens: Callable[..., Any])
         ModelError, match=r"a lens needs the readout that TransformerLens has since version 4\.3, got 3\."
     ):
         lens(model, *arguments, **({"coeff": 1.0} if lens is vector_effects else {}))
+
+
+# --- what is read of it --------------------------------------------------------------------------------------------
+
+INSTRUCTED = PairSet(
+    InstructionPair(query, text, name, prompt=f"{text} {query}")
+    for text, name in (("Use capitals.", "change_case:english_capital"), ("No commas.", "punctuation:no_comma"))
+    for query in ("Describe rain.", "Why is the sky blue?", "Name a river.")
+)
+STYLE = PromptFormat(style="plain")
+
+
+@pytest.fixture
+def both(build: Build, tiny: Subject) -> tuple[Any, Any]:
+    """The HookedTransformer, and a bridge of the same weights."""
+    return build(tiny.name), load_model(tiny.folder, device="cpu", progress=False)
+
+
+def assert_same_numbers(found: pd.DataFrame, expected: pd.DataFrame, columns: list[str]) -> None:
+    for column in columns:
+        pd.testing.assert_series_equal(found[column], expected[column], rtol=1e-3, atol=1e-3)
+
+
+def test_a_patched_cell_is_the_bridges(both: tuple[Any, Any]) -> None:
+    for site in ("resid", "attn", "mlp"):
+        options: Any = {"site": site, "layers": [0, 2], "positions": [-4, -1], "prompt_format": STYLE}
+        found, expected = (patch(model, INSTRUCTED[:2], **options).cells for model in both)
+        assert_same_numbers(found, expected, ["value", "control", "plain", "instructed"])
+        assert (found["value"] - found["plain"]).abs().max() > 1e-2  # something was patched
+
+
+def test_parts_write_what_the_bridges_do_and_sum_to_the_projection(both: tuple[Any, Any]) -> None:
+    vector = SteeringVector({2: unit(0)})
+    found, expected = (attribute(model, vector, INSTRUCTED, layer=2, prompt_format=STYLE).table for model in both)
+    if not (expected["component"] == "attention bias").any():  # a HookedTransformer has one of zeros then
+        bias = found["component"] == "attention bias"
+        assert not found.loc[bias, "contribution"].any()
+        found = found[~bias].reset_index(drop=True)
+    assert_same_numbers(found, expected, ["contribution", "proj_with", "proj_without"])
+    acts = record_activations(both[0], INSTRUCTED, prompt_format=STYLE)
+    for name, part in acts.by_instruction().items():
+        change = fit_steering_vector(part)[2] @ unit(0)
+        parts = found.loc[found["instruction"] == name, "contribution"]
+        assert parts.sum() == pytest.approx(float(change), rel=1e-3, abs=1e-3)
+
+
+def test_what_instructions_change_lies_as_in_the_bridge(both: tuple[Any, Any]) -> None:
+    found, expected = (
+        embed(record_activations(model, INSTRUCTED, prompt_format=STYLE), method="pca", layers=2).to_frame()
+        for model in both
+    )
+    assert_same_numbers(found, expected, ["x", "y"])
+
+
+def test_a_study_of_layers_says_what_it_says_of_the_bridge(both: tuple[Any, Any]) -> None:
+    vector = SteeringVector(dict.fromkeys([1, 2], 20 * unit(0)), proj_with=dict.fromkeys([1, 2], 20.0))
+    options: Any = {"modes": ["alone", "from"], "max_new_tokens": 4, "prompt_format": STYLE}
+    found, expected = (steer_by_layer(model, vector, INSTRUCTED[:2], **options).scores for model in both)
+    assert found["response"].tolist() == expected["response"].tolist()
+    assert found["response"].nunique() > 1
