@@ -13,13 +13,13 @@ from steerlens.stats.comparisons import tango_interval
 from steerlens.stats.rates import wilson_interval
 from steerlens.steering.operators import rank_one
 from steerlens.steering.plan import Intervention, Plan
-from steerlens.study import responses
 from steerlens.study.arms import LayerStudy, randomly_ablated
 from steerlens.study.layers import necessity, steer_by_layer, transfer_between_layers
 from steerlens.study.scores import Evaluation
 from steerlens.study.sweeps import Sweep
 from steerlens.vectors.vector import SteeringVector
 from tests.steps import unit
+from tests.study.cut_short import assert_goes_on
 
 NO_COMMA, CAPITAL = "punctuation:no_comma", "change_case:english_capital"
 
@@ -162,26 +162,11 @@ STUDIES = [
 
 @pytest.mark.parametrize("study", STUDIES, ids=["steering", "necessity", "transfer"])
 def test_a_study_with_a_folder_goes_on_where_it_was_cut_short(llama, vector, pairs, tmp_path, monkeypatch, study):
-    options = {"layers": [1, 2], "max_new_tokens": 4, "batch_size": 8}
-    study(llama.model, vector, pairs, out=tmp_path / "whole", **options)
-    original, calls = responses.answer, []
+    def ask(folder):
+        return study(llama.model, vector, pairs, out=folder, layers=[1, 2], max_new_tokens=4, batch_size=8)
 
-    def dies(*args, **kwargs):
-        calls.append(1)
-        if len(calls) == 3:
-            raise KeyboardInterrupt
-        return original(*args, **kwargs)
-
-    monkeypatch.setattr("steerlens.study.responses.answer", dies)
-    with pytest.raises(KeyboardInterrupt):
-        study(llama.model, vector, pairs, out=tmp_path / "cut", **options)
-    assert not (tmp_path / "cut" / "table.csv").exists()
-    kept = (tmp_path / "cut" / "generations.jsonl").read_text()
-    assert kept.count("\n") == 16
-    study(llama.model, vector, pairs, out=tmp_path / "cut", **options)
-    assert (tmp_path / "cut" / "generations.jsonl").read_text().startswith(kept)
-    for name in ("scores.jsonl", "table.csv", "comparisons.csv"):
-        assert (tmp_path / "cut" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+    files = ("scores.jsonl", "table.csv", "comparisons.csv")
+    assert_goes_on(ask, tmp_path, monkeypatch, kept_rows=16, files=files)
 
 
 @pytest.mark.parametrize("study", STUDIES, ids=["steering", "necessity", "transfer"])

@@ -19,6 +19,7 @@ from steerlens.study.responses import Sampler
 from steerlens.study.scores import Evaluation
 from steerlens.study.sweeps import Best, Sweep, candidate_layers, choose, sweep
 from steerlens.vectors.vector import SteeringVector
+from tests.study.cut_short import assert_goes_on
 from tests.unchecked import unchecked
 
 NO_COMMA = "punctuation:no_comma"
@@ -348,25 +349,11 @@ def test_trials_are_rows_of_their_own_and_their_spread_is_reported(llama, vector
 
 def test_a_sweep_with_a_folder_goes_on_where_it_was_cut_short(llama, vector, pairs, tmp_path, monkeypatch):
     options = {"layers": [1, 3], "coeffs": [1.0, 2.0], "max_new_tokens": 6, "batch_size": 4}
-    whole = sweep(llama.model, vector, pairs, out=tmp_path / "whole", **options)
-    original, calls = responses.answer, []
 
-    def dies(*args, **kwargs):
-        calls.append(1)
-        if len(calls) == 3:
-            raise KeyboardInterrupt
-        return original(*args, **kwargs)
+    def ask(folder):
+        return sweep(llama.model, vector, pairs, out=folder, **options)
 
-    monkeypatch.setattr("steerlens.study.responses.answer", dies)
-    with pytest.raises(KeyboardInterrupt):
-        sweep(llama.model, vector, pairs, out=tmp_path / "cut", **options)
-    assert not (tmp_path / "cut" / "table.csv").exists()
-    kept = (tmp_path / "cut" / "generations.jsonl").read_text()
-    assert kept.count("\n") == 8
-    sweep(llama.model, vector, pairs, out=tmp_path / "cut", **options)
-    assert (tmp_path / "cut" / "generations.jsonl").read_text().startswith(kept)
-    for name in ("scores.jsonl", "table.csv"):
-        assert (tmp_path / "cut" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+    whole = assert_goes_on(ask, tmp_path, monkeypatch, kept_rows=8, files=("scores.jsonl", "table.csv"))
     lines = (tmp_path / "cut" / "generations.jsonl").read_text().count("\n")
     more = sweep(llama.model, vector, pairs, out=tmp_path / "cut", **{**options, "layers": [1, 2, 3]})
     assert len(more.table) == len(whole.table) + 2
