@@ -5,11 +5,11 @@
 TransformerLens' `interchange.run_with_intervention` and `patching.generic_activation_patch` do one hook point's patch to all rows
 of a pass, so a map of cells is a pass per cell; here a row carries its own edit, and all cells are rows of shared batches.
 
-    begun    the plain prompts are run once, up to the first position that a batch patches, and the batch's rows go on from their
-             keys and values: what comes before a patched token is as it was
+    begun    the plain prompts are run up to the position once, and every row patched there goes on from their keys and values:
+             what comes before a patched position is as it was
     whole    every row is run from its first token, for models whose cache gives something else
 
-Which of the two is right is seen on the model itself: the first batch from every position holds the plain prompts, too, and they
+Which of the two is right is seen on the model itself: the first batch of every position holds the plain prompts, too, and they
 must come out as they do alone.
 """
 
@@ -141,17 +141,20 @@ class PatchedRuns:
 
     def logits(self, cells: Sequence[Cell]) -> Iterator[tuple[list[int], Float[Tensor, "cell d_vocab"]]]:
         """The next-token logits of every cell, batch by batch, with the places of the batch's cells; float32 on the CPU."""
-        order = sorted(range(len(cells)), key=lambda place: cells[place].offset)
+        by_offset: dict[int, list[int]] = {place: [] for place in range(len(self.offsets))}
+        for place, cell in enumerate(cells):
+            by_offset[cell.offset].append(place)
         runner = Runner(self.model, self.sites)
         begun = _Begun(self, runner) if self.able.cache else None
-        for start in range(0, len(cells), self.batch_size):
-            places = order[start : start + self.batch_size]
-            rows = [cells[place] for place in places]
-            with runner:  # never while a batch is in the caller's hands
-                found = begun.logits(rows) if begun else None
-                if found is None:
-                    begun, found = None, self._whole(runner, rows)
-            yield places, found
+        for places in by_offset.values():
+            for start in range(0, len(places), self.batch_size):
+                batch = places[start : start + self.batch_size]
+                rows = [cells[place] for place in batch]
+                with runner:  # never while a batch is in the caller's hands
+                    found = begun.logits(rows, checked=start > 0) if begun else None
+                    if found is None:
+                        begun, found = None, self._whole(runner, rows)
+                yield batch, found
 
     def _whole(self, runner: Runner, cells: Sequence[Cell]) -> Float[Tensor, "cell d_vocab"]:
         """Logits of cells, every row from its first token."""
@@ -165,7 +168,7 @@ class PatchedRuns:
 
 
 class _Begun:
-    """Keys and values of the plain prompts up to the first position that is patched now; it moves on, from batch to batch."""
+    """Keys and values of the plain prompts up to the position that is patched now; it moves on, from position to position."""
 
     def __init__(self, runs: PatchedRuns, runner: Runner) -> None:
         self.runs, self.runner = runs, runner
@@ -174,13 +177,12 @@ class _Begun:
         self.until = 0
         """The position, counted from the end, before which all tokens are cached."""
 
-    def logits(self, cells: Sequence[Cell]) -> Float[Tensor, "cell d_vocab"] | None:
-        """Logits of cells, from the first of their positions; None where plain prompts beside them differ from those alone."""
-        first = min(cell.offset for cell in cells)
-        plain = [Cell(pair, NOTHING, 0, first) for pair in range(len(self.runs.plain))]
+    def logits(self, cells: Sequence[Cell], *, checked: bool) -> Float[Tensor, "cell d_vocab"] | None:
+        """Logits of cells of one position; None where the plain prompts beside them do not come out as they do alone."""
+        plain = [Cell(pair, NOTHING, 0, cells[0].offset) for pair in range(len(self.runs.plain))]
         try:
-            moved = self._move_to(self.runs.offsets[first])
-            found = self._ends([*cells, *(plain if moved else [])])
+            self._move_to(self.runs.offsets[cells[0].offset])
+            found = self._ends([*cells, *([] if checked else plain)])
         except (torch.OutOfMemoryError, MemoryError):
             raise
         except (
@@ -188,24 +190,25 @@ class _Begun:
         ):  # single tokens after a cache may be all that an architecture takes; a prompt may have no beginning
             return None
         alone, beside = self.runs.plain_logits, found[len(cells) :]
-        if moved and bool(((beside - alone).norm(dim=-1) > tolerance(self.runs.model) * alone.norm(dim=-1)).any()):
+        if not checked and bool(
+            ((beside - alone).norm(dim=-1) > tolerance(self.runs.model) * alone.norm(dim=-1)).any()
+        ):
             return None
         return found[: len(cells)]
 
-    def _move_to(self, offset: int) -> bool:
-        """Run the plain prompts up to the position, from where they are; False if they are there."""
+    def _move_to(self, offset: int) -> None:
+        """Run the plain prompts up to the position, from where they are."""
         if offset == self.until:
-            return False
+            return
         if self.rows is None:
             rows = pad([ids[:offset] for ids in self.runs.plain], pad_id=pad_id(self.runs.model))
         else:
             rows = self.rows.then(torch.tensor([ids[self.until : offset] for ids in self.runs.plain]))
         self.cache = self.runner.run(rows, cache=self.cache, keep_cache=True).cache
         self.rows, self.until = rows, offset
-        return True
 
     def _ends(self, cells: Sequence[Cell]) -> Float[Tensor, "cell d_vocab"]:
-        """From there to the end of the prompt, patched."""
+        """From the position to the end of the prompt, patched."""
         assert self.rows is not None
         assert self.cache is not None
         pairs = torch.tensor([cell.pair for cell in cells])

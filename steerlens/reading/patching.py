@@ -124,7 +124,7 @@ def patch(
     values = np.full((len(pairs), 2, len(kept), len(offsets)), np.nan)
     ends = np.full((len(pairs), 2), np.nan)
     with tqdm(total=len(pairs), desc="patch", unit="pair", disable=not progress) as bar:
-        # The cells of a group's pairs at one position fill a pass at most; where they do not, those of the next join them.
+        # The cells of a group's pairs at one position about fill a pass.
         for group in able.batches([len(ids) for ids in with_], max(1, batch_size // ((1 + bool(others)) * len(kept)))):
             runs = PatchedRuns(
                 model,

@@ -120,16 +120,6 @@ def test_the_batch_changes_nothing(tiny: Subject, batch_size: int) -> None:
     assert one.drop(columns=["value", "control", "plain"]).equals(other.drop(columns=["value", "control", "plain"]))
 
 
-def test_cells_of_several_positions_share_a_pass_from_the_first_of_them_on(tiny: Subject, passes: Passes) -> None:
-    patch(tiny.model, PAIRS[:1], layers=[1, 3], positions=[-5, -2, -1], control=False)
-    beside_the_plain_prompt = 2 * 3 + 1
-    assert [tuple(rows.tokens.shape) for rows, _ in passes if len(rows.tokens) > 3] == [(beside_the_plain_prompt, 5)]
-    passes.clear()
-    patch(tiny.model, PAIRS[:1], layers=[1, 3], positions=[-5, -2, -1], control=False, batch_size=4)
-    widths = [rows.tokens.shape[1] for rows, _ in passes if len(rows.tokens) in (4 + 1, 2 + 1)]
-    assert widths[-2:] == [5, 1]  # the second pass goes on where the first of its own positions is
-
-
 @pytest.mark.parametrize("able", [Abilities(False, True), Abilities(False, False)])
 def test_models_without_a_cache_or_batches_are_run_whole_and_give_the_same(
     tiny: Subject, able: Abilities, monkeypatch: pytest.MonkeyPatch, passes: Passes
