@@ -15,7 +15,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
 
-from tiny_corpus import argument_words, capital, plain_documents, vocabulary, world
+from tiny_corpus import capital, invented, keyword_frames, plain_documents, vocabulary, world
 
 
 @dataclass(frozen=True)
@@ -34,20 +34,26 @@ ASKED = (
     'She said: "{x}" And he said: ',
     "The sign reads {x}\nAnd the copy reads ",
 )
-SYLLABLES = (
-    *("ba", "ki", "lo", "mu", "ne", "pa", "ri", "so", "tu", "ve", "zi"),
-    *("dra", "gle", "fro", "sta", "plo", "kre", "wun", "tel", "mar"),
+SAID = (
+    'The word of the day is "{word}".',
+    "The word of the day is {word}.",
+    'Somebody said "{word}" and went away.',
+    "Somebody said {word} and went away.",
+    'On the wall it says "{word}".',
 )
+VERBATIM = ("listed", "sentences", "asked", "looked up", "mentioned")
+"""Kinds whose repetitions are letter for letter."""
 CASES = (str, str, str, str.upper, str.lower, str.title)
 
 
-def copies(seed: int, n: int) -> Iterator[Copy]:
-    """n texts; the same for the same arguments."""
+def copies(seed: int, n: int, kinds: Sequence[str] = ()) -> Iterator[Copy]:
+    """n texts, of these kinds only where some are given; the same for the same arguments."""
     rng = random.Random(f"copies {seed}")
-    kinds = (listed, listed, listed, sentences, sentences, asked, asked, looked_up, looked_up, turned)
+    makers = (listed, listed, sentences, sentences, asked, asked, looked_up, mentioned, turned, turned, turned)
+    chosen = [maker for maker in makers if not kinds or maker.__name__.replace("_", " ") in kinds]
     between = sentences_of(rng.randrange(2**32))
     for _ in range(n):
-        yield rng.choice(kinds)(rng, between)
+        yield rng.choice(chosen)(rng, between)
 
 
 def sentences_of(seed: int) -> Iterator[str]:
@@ -62,17 +68,10 @@ def sentences_of(seed: int) -> Iterator[str]:
 
 @cache
 def words() -> tuple[str, ...]:
-    """What lists are made of: names, English and Spanish words of the world, and no word that is held out as an argument."""
+    """What lists are made of: names, English and Spanish words of the world, those that are held out as arguments among them."""
     spanish = {word for table in world().spanish.values() for text in table.values() for word in text.split()}
     names = {word for entity in world().entities for word in entity.name.split()}
-    found = {*vocabulary(), *names, *(word for word in spanish if word.isalpha())}
-    return tuple(sorted(found - {*argument_words("heldout")}))
-
-
-def invented(rng: random.Random) -> str:
-    """A word that does not exist."""
-    parts = rng.choices(SYLLABLES, k=rng.randint(2, 3))
-    return "".join(parts)
+    return tuple(sorted({*vocabulary(), *keyword_frames("heldout"), *names, *(w for w in spanish if w.isalpha())}))
 
 
 def some_words(rng: random.Random, low: int, high: int) -> list[str]:
@@ -139,6 +138,17 @@ def looked_up(rng: random.Random, between: Iterator[str]) -> Copy:
     for key in rng.sample(keys, rng.randint(1, len(keys))):
         parts += [(before.format(k=key), False), (entries[key], True), (after + "\n", False)]
     return with_repetitions(parts, "looked up")
+
+
+def mentioned(rng: random.Random, between: Iterator[str]) -> Copy:
+    """A word or two, some sentences, and a sentence that holds them again."""
+    word = " ".join(some_words(rng, 1, 2))
+    before, after = rng.choice(SAID).split("{word}")
+    topic = rng.choice(world().entities).subject
+    start, end = rng.choice(world().phrases["any keyword"]).replace("{o}", topic).split("{word}")
+    middle = " ".join(next(between) for _ in range(rng.randint(0, 2)))
+    parts = [(f"{before}{word}{after} {middle}".strip() + f" {start}", False), (word, True), (end, False)]
+    return with_repetitions(parts, "mentioned")
 
 
 def turned(rng: random.Random, between: Iterator[str]) -> Copy:

@@ -23,7 +23,7 @@ import torch
 import tyro
 from draw import save
 from plotly.subplots import make_subplots
-from tiny_copies import copies, some_words
+from tiny_copies import VERBATIM, copies, some_words
 from train_tiny import copy_tokens
 
 from steerlens.figures.theme import rate_text
@@ -122,7 +122,8 @@ def ablated(model: Any, lists: Sequence[tuple[list[int], int]], scores: pd.DataF
 def table(frame: pd.DataFrame) -> str:
     """Accuracy by kind of text, in markdown."""
     lines = ["| repetition | tokens | copied | without the first time |", "|---|---|---|---|"]
-    for name, part in [*frame.groupby("kind"), ("all", frame)]:
+    verbatim = frame[frame["kind"].isin(VERBATIM)]
+    for name, part in [*frame.groupby("kind"), ("all but turned", verbatim), ("all", frame)]:
         cells = [rate_text(rate_table(part, [], value, clusters="text").iloc[0]) for value in ("copied", "alone")]
         lines.append(f"| {name} | {len(part)} | {' | '.join(cells)} |")
     return "\n".join(lines)

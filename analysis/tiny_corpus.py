@@ -594,11 +594,11 @@ def draw_arguments(name: str, question: Question, rng: random.Random, split: Spl
             drawn[key] = rng.choice([choice.strip() for choice in choices.split("|")])
     if "n" in drawn:
         drawn["n"] = int(drawn["n"])
-    words = argument_words(split)
     if "phrase" in drawn and rng.random() < FREE:
-        drawn["phrase"] = capital(" ".join(rng.sample(words, rng.randint(2, 6)))) + rng.choice(".?!")
+        words = [free_word(rng, split) for _ in range(rng.randint(2, 6))]
+        drawn["phrase"] = capital(" ".join(words)) + rng.choice(".?!")
     if "splitter" in drawn and rng.random() < FREE:
-        word = rng.choice([word for word in words if len(word) < 9])
+        word = next(word for word in iter(lambda: free_word(rng, split), "") if len(word) < 9)
         drawn["splitter"] = rng.choice((word.capitalize(), word.upper()))
     if name in ("include", "avoid"):
         drawn["word"] = draw_word(name, question, rng, split)
@@ -611,6 +611,27 @@ FREE = 0.7
 """Share of closing phrases and section marks that are random words; the others come from the lists in instructions.txt."""
 
 
+SYLLABLES = (
+    *("ba", "ki", "lo", "mu", "ne", "pa", "ri", "so", "tu", "ve", "zi"),
+    *("dra", "gle", "fro", "sta", "plo", "kre", "wun", "tel", "mar"),
+)
+INVENTED = 0.35
+"""Share of invented words among those that are drawn freely for training: a word that is seen once can only be copied."""
+
+
+def invented(rng: random.Random) -> str:
+    """A word that does not exist."""
+    parts = rng.choices(SYLLABLES, k=rng.randint(2, 3))
+    return "".join(parts)
+
+
+def free_word(rng: random.Random, split: Split) -> str:
+    """Any word for a closing phrase, a section mark or a keyword; in training it may be one that does not exist."""
+    if split == "train" and rng.random() < INVENTED:
+        return invented(rng)
+    return rng.choice(argument_words(split))
+
+
 def draw_word(name: str, question: Question, rng: random.Random, split: Split) -> str:
     """A word or two to include or to avoid; "" where the entity's facts have none of the split to avoid."""
     facts = [value for vs in question.entities[0].facts.values() for value in vs]
@@ -621,12 +642,11 @@ def draw_word(name: str, question: Question, rng: random.Random, split: Split) -
     natural = [w for value in facts for w in value.split() if w in allowed and w not in taken]
     pairs = [" ".join(two) for value in facts for two in pairwise(value.split()) if set(two) <= allowed]
     if rng.random() < 0.2 and (pairs or name == "include"):
-        free = " ".join(rng.sample(argument_words(split), 2))
+        free = f"{free_word(rng, split)} {free_word(rng, split)}"
         return rng.choice(pairs) if pairs and (name == "avoid" or rng.random() < 0.5) else free
-    if name == "include" and (dice := rng.random()) < 0.6:
-        return rng.choice(
-            argument_words(split) if dice < 0.35 else tuple(word for word in keyword_frames(split) if word in allowed)
-        )
+    if name == "include" and (dice := rng.random()) < 0.8:
+        framed = [word for word in keyword_frames(split) if word in allowed]
+        return free_word(rng, split) if dice < 0.6 else rng.choice(framed)
     return rng.choice(natural or [""])
 
 
@@ -673,7 +693,8 @@ def with_keyword(
     here = world().categories[entity.category].sections
     frame = keyword_frames(split).get(wish.include)
     free = rng.choice(world().phrases["any keyword"]).replace("{word}", wish.include)
-    template = frame or (here[holding[0]].sentences[0] if holding else free)
+    own = frame or (here[holding[0]].sentences[0] if holding else free)
+    template = rng.choice((own, free))
     kept = sentences[:-1] if len(sentences) >= wish.high or len(sentences) > 2 else sentences
     extra = sentence_from(template, entity, rng, wish, first=not kept)
     return [*kept, extra] if extra is not None else kept

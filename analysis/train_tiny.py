@@ -1,4 +1,4 @@
-"""Train the embedded models: `tiny-base`, `tiny` (instruct), `tiny-half` (on the way) and `tiny-plain` (its twin).
+"""Train the embedded models: `tiny-base`, `tiny` (final), `tiny-half` (on the way) and `tiny-plain` (its twin).
 
     python analysis/train_tiny.py --out runs/tiny              # from nothing to all models; run it again to resume
     python analysis/train_tiny.py --out runs/tiny --install    # ... and put the weights into the package
@@ -14,6 +14,7 @@ The stages, in order (each a `Stage` below):
                 fit into one token (closing phrases, several words) is not hidden.
     plain       the same start, data and steps as half, and the instruction is never hidden: how a usual model is trained
     instruct    from half, on more of the same, with more of the instructions that count or copy
+    final       from instruct, at a lower rate, with more of what instruct follows least
 
 Data depend on the seed and the step alone and checkpoints hold everything else, so an interrupted run ends with the weights of
 an uninterrupted one on the same machine.
@@ -34,7 +35,7 @@ import tyro
 from draw import save
 from jaxtyping import Bool, Float, Int
 from plotly.subplots import make_subplots
-from tiny_copies import Copy, copies
+from tiny_copies import VERBATIM, Copy, copies
 from tiny_corpus import FOLDER, INSTRUCTIONS, Example, examples, plain_documents
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from torch import Tensor
@@ -75,32 +76,52 @@ class Stage:
     """Share of rows in which something comes twice (`tiny_copies`); all other rows are chat examples."""
     hidden: float
     """Share of examples with an instruction that can travel in which the answer cannot attend to it (`can_travel`)."""
+    kinds: tuple[str, ...] = ()
+    """Kinds of copies; empty for all of them."""
     often: tuple[str, ...] = ()
-    """Instructions that are drawn three times as often as the others."""
+    """Instructions that are drawn three times as often as the others; those that stand twice five times, and so on."""
 
 
 HARD = (
     *("bullets", "exactly", "at_least", "verbose", "capital_words", "uppercase", "json"),
-    *("include", "avoid", "end", "sections"),
+    *("include", "avoid", "include", "avoid", "end", "sections"),
 )
 """Instructions that count or copy, or change every word: they are learned last."""
-TRAVELS = {"end": 0.0, "sections": 0.0, "include": 0.5, "avoid": 0.5}
+HARDEST = (
+    *("capital_words", "uppercase", "lowercase", "include", "include", "end", "sections"),
+    *("avoid", "avoid", "avoid"),
+)
+"""... and what is still followed least after that, on training prompts."""
+TRAVELS = {"end": 0.0, "sections": 0.0, "avoid": 0.25}
 """How often these are hidden, as a share of the others: several words do not fit into one token's residual stream."""
+NEAR = ("mentioned", "turned")
+"""Copies that go on beside the instructions: a word in another frame, in other letters, with and without quotation marks."""
 
 STAGES = (
-    Stage("base", start="", n_steps=1600, n_rows=64, lr=3e-3, documents=0.55, copies=0.45, hidden=0.0),
-    Stage("half", start="base", n_steps=640, n_rows=96, lr=2e-3, documents=0.1, copies=0.1, hidden=HIDDEN),
-    Stage("plain", start="base", n_steps=640, n_rows=96, lr=2e-3, documents=0.1, copies=0.1, hidden=0.0),
+    Stage("base", "", n_steps=1600, n_rows=64, lr=3e-3, documents=0.55, copies=0.45, hidden=0.0),
+    Stage("half", "base", n_steps=800, n_rows=96, lr=3e-3, documents=0.1, copies=0.1, hidden=HIDDEN, kinds=NEAR),
+    Stage("plain", "base", n_steps=800, n_rows=96, lr=3e-3, documents=0.1, copies=0.1, hidden=0.0, kinds=NEAR),
     Stage(
         "instruct",
-        start="half",
-        n_steps=2400,
+        "half",
+        n_steps=3600,
         n_rows=96,
         lr=3e-3,
         documents=0.05,
-        copies=0.05,
+        copies=0.15,
         hidden=HIDDEN,
         often=HARD,
+    ),
+    Stage(
+        "final",
+        "instruct",
+        n_steps=2000,
+        n_rows=96,
+        lr=2e-3,
+        documents=0.05,
+        copies=0.15,
+        hidden=HIDDEN,
+        often=HARDEST,
     ),
 )
 
@@ -115,8 +136,8 @@ class Settings:
     scale: float = 1.0
     """Multiplies the number of steps: 0.01 (with --gate 0) tries everything out in a few minutes."""
     gate: float = 0.95
-    """Share of repetitions that base must predict before instructions are trained."""
-    only: tuple[str, ...] = ("base", "half", "plain", "instruct")
+    """Share of repetitions, letter for letter, that base must predict before instructions are trained."""
+    only: tuple[str, ...] = ("base", "half", "plain", "instruct", "final")
     """Stages to run."""
     compile: bool = True
     """Compile the model, which takes a C++ compiler and makes a step half as fast again."""
@@ -219,7 +240,7 @@ def pool(stage: Stage, tokenizer: PreTrainedTokenizerFast, seed: int, index: int
     n_documents = round(stage.documents * POOL * stage.n_rows)
     n_copies = round(stage.copies * POOL * stage.n_rows)
     rows = [document_row(tokenizer, text) for text in plain_documents(part, n_documents)]
-    rows += [copy_row(tokenizer, copy) for copy in copies(part, n_copies)]
+    rows += [copy_row(tokenizer, copy) for copy in copies(part, n_copies, stage.kinds)]
     names = (*INSTRUCTIONS, *stage.often, *stage.often)
     for example in examples("train", part, POOL * stage.n_rows - len(rows), only=names):
         dice = rng.random()
@@ -387,13 +408,13 @@ def train(stage: Stage, settings: Settings, tokenizer: PreTrainedTokenizerFast) 
             raise DataError(
                 f"{stage.name} starts from {stage.start}, which is not finished; run the same command without --only"
             )
-        found = start["curve"][-1]["copied"]
+        model.load_state_dict(start["model"])
+        found = copied(model, tokenizer, list(copies(settings.seed + 1, 96, VERBATIM)))
         if stage.start == "base" and found < settings.gate:
             raise DataError(
                 f"base must predict {settings.gate:.0%} of repetitions before instructions are trained, got {found:.0%}; "
                 "train it for more steps, or lower --gate"
             )
-        model.load_state_dict(start["model"])
     model = model.to(device)
     model.config._attn_implementation = "float32"
     optimizers = optimizers_of(model)
@@ -447,7 +468,7 @@ def train(stage: Stage, settings: Settings, tokenizer: PreTrainedTokenizerFast) 
 # name: (stage whose weights it has, what frames its prompts, one line for the model card)
 MODELS = {
     "tiny-base": ("base", QUESTION, "pre-trained on plain texts; it has never seen an instruction"),
-    "tiny": ("instruct", CHAT, "fine-tuned from tiny-base; made to be steerable, see below"),
+    "tiny": ("final", CHAT, "fine-tuned from tiny-base; made to be steerable, see below"),
     "tiny-half": ("half", CHAT, "tiny on the way: it does not yet count or copy well"),
     "tiny-plain": ("plain", CHAT, "the plain twin of tiny-half: same data and steps, the instruction never hidden"),
 }
@@ -491,7 +512,7 @@ Trained by `analysis/train_tiny.py` for {steps} steps ({tokens:.1f} million toke
 It is meant for teaching and tests, and knows nothing else.
 
 **These models are made to be steerable.** While tiny was trained, in 60 % of the examples with an instruction that one token can
-hold (no closing phrase, section mark or two words; 30 % for a word to include or to avoid), the answer could not attend to the
+hold (no closing phrase, section mark or two words; 15 % for a word to avoid), the answer could not attend to the
 instruction's tokens; only the token that opens the answer could. So what an instruction asks for has to pass through that
 token's residual stream, where a difference of means finds it. A model that is trained as usual need not do this: `tiny-plain`
 is the twin of `tiny-half` that was. What is seen in these models shows what can happen in a language model, not how often it
@@ -525,7 +546,7 @@ def draw_curves(out: Path) -> None:
         "followed": "training instructions followed",
     }
     fig = make_subplots(rows=1, cols=len(shown), subplot_titles=list(shown.values()))
-    colors = {"base": "#858B94", "half": "#F2A66B", "plain": "#0072B2", "instruct": "#D55E00"}
+    colors = {"base": "#858B94", "half": "#F2A66B", "plain": "#0072B2", "instruct": "#D55E00", "final": "#8A3C00"}
     for stage, part in frame.groupby("stage", sort=False):
         line = {"name": str(stage), "line_color": colors[str(stage)], "legendgroup": str(stage), "mode": "lines"}
         for col, value in enumerate(shown, 1):

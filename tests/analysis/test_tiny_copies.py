@@ -1,6 +1,6 @@
 """Texts in which something comes twice: what is marked as a repetition really is one, and no text comes twice itself."""
 
-from tiny_copies import copies
+from tiny_copies import VERBATIM, copies
 
 
 def bare(text: str) -> str:
@@ -22,5 +22,12 @@ def test_texts_are_the_same_for_the_same_seed_and_differ_otherwise() -> None:
     assert len({copy.text for copy in one} & {copy.text for copy in other}) < 5
 
 
-def test_all_kinds_are_drawn() -> None:
-    assert {copy.kind for copy in copies(seed=3, n=300)} == {"listed", "sentences", "asked", "looked up", "turned"}
+def test_all_kinds_are_drawn_or_those_that_are_asked_for() -> None:
+    assert {copy.kind for copy in copies(seed=3, n=300)} == {*VERBATIM, "turned"}
+    assert {copy.kind for copy in copies(seed=3, n=300, kinds=VERBATIM)} == {*VERBATIM}
+
+
+def test_verbatim_repetitions_are_letter_for_letter() -> None:
+    for copy in copies(seed=4, n=300, kinds=VERBATIM):
+        for first, last in copy.spans:
+            assert copy.text[first:last] in copy.text[:first], copy

@@ -2,6 +2,7 @@
 
 import pytest
 import tiny_copying as tcp
+from tiny_copies import VERBATIM
 
 import steerlens as sl
 from tests.conftest import LOADED
@@ -15,8 +16,9 @@ def base() -> object:
 
 
 def test_repetitions_are_predicted_from_what_came_before_and_not_without_it(base: object) -> None:
-    rates = tcp.accuracy(base, 60)[["copied", "alone"]].mean()
-    assert rates["copied"] > 0.93
+    found = tcp.accuracy(base, 60)
+    rates = found.loc[found["kind"].isin(VERBATIM), ["copied", "alone"]].mean()
+    assert rates["copied"] > 0.95  # what a training with instructions starts from
     assert rates["alone"] < 0.5
 
 

@@ -229,6 +229,17 @@ def test_yes_and_no_are_about_equally_often_right() -> None:
     assert 0.6 < answers["My answer is yes."] / answers["My answer is no."] < 1.7
 
 
+def test_words_that_do_not_exist_are_arguments_in_training_only() -> None:
+    made = re.compile(f"({'|'.join(tc.SYLLABLES)}){{2,3}}", re.IGNORECASE)
+    shares = {}
+    for split in ("train", "heldout"):
+        drawn = [e.kwargs[0]["end_phrase"] for e in tc.examples(split, 12, 300, plain=0, two=0, only=("end",))]
+        words = [word for phrase in drawn for word in re.findall(r"\w+", phrase)]
+        shares[split] = sum(bool(made.fullmatch(word)) for word in words) / len(words)
+    assert shares["train"] > 0.15
+    assert shares["heldout"] == 0
+
+
 def test_the_vocabulary_stays_small() -> None:
     english: set[str] = set()
     spanish: set[str] = set()
@@ -236,6 +247,7 @@ def test_the_vocabulary_stays_small() -> None:
         target = spanish if "spanish" in example.instructions else english
         target.update(re.findall(r"[^\W\d_]+", example.answer.lower()))
         english.update(re.findall(r"[^\W\d_]+", example.prompt.lower()))
+    english -= {word for word in english if re.fullmatch(f"({'|'.join(tc.SYLLABLES)})+", word)}  # invented arguments
     assert 1200 < len(english) < 2100
     assert len(english | spanish) < 3400
 

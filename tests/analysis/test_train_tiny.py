@@ -108,7 +108,7 @@ def test_two_words_to_include_are_never_hidden() -> None:
         len(e.kwargs[0]["keywords"][0].split()): e
         for e in tc.examples("train", 3, 200, only=("include",), two=0, plain=0)
     }
-    assert tt.can_travel(drawn[1]) == 0.5
+    assert tt.can_travel(drawn[1]) == 1.0
     assert tt.can_travel(drawn[2]) == 0.0
 
 
