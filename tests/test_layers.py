@@ -13,8 +13,8 @@ PACKAGE = Path(steerlens.__file__).parent
 ROOMS = {
     "": "_lazy errors _typing _results files",
     "stats": "words rates comparisons slopes pareto",
-    "figures": "theme multiples cells layers studies matrices measures geometry tokens lens effects patching page summary "
-    "samples sections report",
+    "figures": "theme words marks multiples cells layers studies matrices measures geometry tokens lens effects patching page "
+    "summary samples sections report",
     "checks": "arguments catalogue text ifeval registry",
     "data": "cells conditions readers pairs splits load families",
     "models": "facts load prompts stops rows backends passes probe",

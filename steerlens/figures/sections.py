@@ -23,7 +23,8 @@ from steerlens.figures.measures import measure_curves
 from steerlens.figures.page import Section, folded, note, number, rows_table, titled_figure
 from steerlens.figures.studies import necessity_by_layer, steering_by_layer
 from steerlens.figures.theme import short_label
-from steerlens.figures.tokens import shown, token_table
+from steerlens.figures.tokens import token_table
+from steerlens.figures.words import shown
 
 Frames = Mapping[str, pd.DataFrame]
 """Tables by name."""

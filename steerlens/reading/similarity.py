@@ -153,7 +153,7 @@ def layer_cosines(
         found = _plain(np.stack([vector.unit(layer).double().numpy() for layer in chosen]))
         about = vector.name
     return _cosines(
-        found, list(layers), f"How alike the directions of {shown_name(about, 30)} are, layer by layer", "layer"
+        found, list(chosen), f"How alike the directions of {shown_name(about, 30)} are, layer by layer", "layer"
     )
 
 

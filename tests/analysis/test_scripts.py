@@ -222,8 +222,9 @@ def test_the_cosine_matrix_has_on_its_diagonal_what_an_instruction_has_with_itse
     cosines = pd.DataFrame(pairs, columns=["first", "second", "cosine"]).assign(layer=3, control_high=0.15)
     stability = pd.DataFrame({"instruction": ["a", "b", "c"], "value": [0.7, 0.8, 0.9]}).assign(measure="stability")
     other = stability.assign(measure="agreement", value=0.0)
-    (cells,) = geometry.draw_cosines(cosines, pd.concat([other, stability])).data
-    assert list(cells.x) == ["b", "a", "c"]  # the order of the table, not of the names
+    fig = geometry.draw_cosines(cosines, pd.concat([other, stability]))
+    (cells,) = fig.data
+    assert list(fig.layout.xaxis.ticktext) == ["b", "a", "c"]  # the order of the table, not of the names
     assert cells.z.tolist() == [[0.8, 0.5, -0.2], [0.5, 0.7, 0.1], [-0.2, 0.1, 0.9]]
 
 

@@ -156,6 +156,6 @@ def test_what_cannot_be_compared_is_refused() -> None:
 def test_the_picture_names_the_control_and_keeps_the_order() -> None:
     found = cosines(vectors(np.eye(3)[[0, 1, 0]]), layer=3)
     fig = found.plot()
-    assert list(fig.data[0].x) == list(found.matrix.index)
+    assert [name.strip() for name in fig.layout.xaxis.ticktext] == list(found.matrix.index)
     assert f"random directions: within \u00b1{random_cosine(3):.2f}" in fig.layout.title.subtitle.text
     assert layer_cosines(planted().by_instruction()["b:two"]).plot().layout.xaxis.title.text == "layer"
