@@ -188,8 +188,9 @@ def draw_steerability(table: pd.DataFrame) -> go.Figure:
             x=table[name], y=table["slope"], mode="markers", marker={"size": 11, "color": CONDITION_COLORS["vector"]},
             hovertext=names, row=1, col=column,
         )  # fmt: skip
-        rho = table[name].corr(table["slope"], method="spearman")
-        figure.update_xaxes(title_text=f"{title}: rank correlation {rho:.2f}", row=1, col=column)
+        varied = table[[name, "slope"]].nunique().min() > 1
+        rho = f": rank correlation {table[name].corr(table['slope'], method='spearman'):.2f}" if varied else ""
+        figure.update_xaxes(title_text=f"{title}{rho}", row=1, col=column)
     order = table["slope"].rank(method="first").tolist()  # neighbours have their labels above and below
     for (_, row), label, rank in zip(table.iterrows(), names, order, strict=True):
         figure.add_annotation(
