@@ -3,11 +3,11 @@
     python benchmarks/lens.py --out runs/benchmarks/lens.json                                        # 12 vectors at 8 layers
     python benchmarks/lens.py --model smollm2-135m --n-vectors 1 --out runs/benchmarks/lens_smollm2.json   # 1 at 30 layers
 
-The lens is the bare `u @ W_U` or goes through the model's final norm; target words are ranked in both. One by one means
-TransformerLens' `logit_readout` of both signs of one direction, its ten highest and ten lowest tokens. Logits must agree.
+One by one means TransformerLens' `logit_readout` of both signs of one direction, its ten highest and ten lowest tokens; the
+lens' random directions are read by both, words are ranked by the lens only. Logits must agree.
 
-Memory is counted where it is allocated: the peak during the lens, in tables of float32 logits [vector and layer, d_vocab]. It
-must stay below one, though both signs are read.
+Memory is counted where it is allocated: the peak during the lens, in tables of float32 logits [sign, vector and layer, d_vocab],
+through the norm ("model") or as the bare `u @ W_U` ("none"). It must stay below one.
 """
 
 from dataclasses import dataclass
@@ -21,7 +21,7 @@ from torch.profiler import ProfilerActivity, profile
 
 import steerlens as sl
 from steerlens.models.passes import evaluation_mode
-from steerlens.reading.vocabulary import VocabularyLens
+from steerlens.reading.vocabulary import N_RANDOM, VocabularyLens
 from steerlens.vectors.vector import SteeringVector
 
 
@@ -51,16 +51,17 @@ def one_by_one(model: Any, vectors: dict[str, SteeringVector]) -> list[float]:
     """The ten highest logits of each direction, through the norm; the lowest ones are asked for, too."""
     from transformer_lens.tools.analysis.logit_lens import logit_readout
 
+    units = [vector.unit(layer) for vector in vectors.values() for layer in vector.layers]
+    control = vectors_of(model, N_RANDOM)  # what the lens reads for its ranges
     found: list[float] = []
     with evaluation_mode(model), torch.inference_mode():
-        for vector in vectors.values():
-            for layer in vector.layers:
-                for sign in (1.0, -1.0):
-                    unit = sign * float(model.cfg.d_model) ** 0.5 * vector.unit(layer)
-                    logits = logit_readout(model, unit[None]).values[0].float()
-                    logits.topk(10, largest=False)
-                    found += logits.topk(10).values.tolist()
-    return found
+        for unit in (*units, *(vector.unit(0) for vector in control.values())):
+            for sign in (1.0, -1.0):
+                direction = sign * float(model.cfg.d_model) ** 0.5 * unit
+                logits = logit_readout(model, direction[None]).values[0].float()
+                logits.topk(10, largest=False)
+                found += logits.topk(10).values.tolist()
+    return found[: 2 * 10 * len(units)]
 
 
 def promoted(lens: VocabularyLens) -> list[float]:
@@ -82,10 +83,10 @@ def peak_bytes(run: Any) -> int:
 def tables_at_once(
     model: Any, vectors: dict[str, SteeringVector], norm: Literal["model", "none"], **options: Any
 ) -> float:
-    """The peak of a lens, in tables of float32 logits [vector and layer, d_vocab]."""
+    """The peak of a lens, in tables of float32 logits [sign, vector and layer, d_vocab]."""
     rows = sum(len(vector.layers) for vector in vectors.values())
     peak = peak_bytes(lambda: sl.logit_lens(model, vectors, norm=norm, **options))
-    return peak / (4 * rows * int(model.cfg.d_vocab))
+    return peak / (2 * 4 * rows * int(model.cfg.d_vocab))
 
 
 def measure(settings: Settings) -> dict[str, Any]:

@@ -170,13 +170,13 @@ class _Pick:
 
 
 def _read(model: Any, units: Float[Tensor, "direction d_model"], norm: Norm, pick: _Pick) -> _Picked:
-    """What is picked of both signs of each direction; with all copies, less than their table is in memory at once."""
+    """What is picked of both signs of each direction, in parts: with all copies, less than their table is in memory at once."""
     if norm == "none":  # the signs share the product
-        chunks = [(pick(logits), pick(-logits)) for _, logits in iter_logits(model, units, raw=True, parts=16)]
+        chunks = [(pick(logits), pick(-logits)) for _, logits in iter_logits(model, units, raw=True, parts=8)]
         parts = [chunk[sign] for sign in (0, 1) for chunk in chunks]
     else:  # a norm may subtract a mean, and add a bias, so that minus u is not minus what u is
         scaled = math.sqrt(units.shape[1]) * units
-        parts = [pick(logits) for _, logits in iter_logits(model, torch.cat([scaled, -scaled]), parts=16)]
+        parts = [pick(logits) for _, logits in iter_logits(model, torch.cat([scaled, -scaled]), parts=8)]
     return _Picked(*(torch.cat(part).reshape(2, len(units), -1) for part in zip(*parts, strict=True)))
 
 
