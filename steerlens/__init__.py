@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from steerlens import (
         checks as checks,
         data as data,
+        explorer as explorer,
         figures as figures,
         models as models,
         reading as reading,
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
         pair_set as pair_set,
     )
     from steerlens.errors import DataError as DataError, ModelError as ModelError, SteerlensError as SteerlensError
+    from steerlens.explorer.notebook import explore as explore
     from steerlens.models.load import load_model as load_model
     from steerlens.models.prompts import PromptFormat as PromptFormat
     from steerlens.reading.embedding import embed as embed

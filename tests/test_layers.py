@@ -16,13 +16,14 @@ ROOMS = {
     "figures": "theme words marks multiples cells layers studies matrices measures geometry tokens lens effects patching page "
     "summary samples sections report",
     "checks": "arguments catalogue text ifeval registry",
-    "data": "cells conditions readers pairs splits load families",
+    "data": "cells conditions readers pairs splits load families starter",
     "models": "facts load prompts stops rows backends passes probe",
     "steering": "operators positions plan residual candidates settings sampling",
     "vectors": "formats vector activations estimators transfer",
     "reading": "readout words vocabulary lens effects examples embedding similarity probes diagnosis lines "
     "patches metrics patching attribution",
     "study": "config quality responses scores judge calibration sweeps arms layers engines seeing pages job opened",
+    "explorer": "settings verdicts runs widget notebook",
 }
 ORDER = [f"{room}.{name}".lstrip(".") for room, names in ROOMS.items() for name in names.split()] + ["cli", "__main__"]
 LOADS_NO_TORCH = [name for name in ORDER if name.startswith(("stats", "figures", "checks", "data")) or "." not in name]

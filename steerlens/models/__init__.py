@@ -9,7 +9,7 @@ if TYPE_CHECKING:
     from steerlens.models.load import load_model as load_model
     from steerlens.models.passes import Read as Read, run_pass as run_pass
     from steerlens.models.probe import abilities as abilities
-    from steerlens.models.prompts import PromptFormat as PromptFormat, token_span as token_span
+    from steerlens.models.prompts import PromptFormat as PromptFormat, encode as encode, token_span as token_span
     from steerlens.models.rows import Rows as Rows, pad as pad, pair_rows as pair_rows
 
 __getattr__, __dir__, __all__ = lazy_exports(__name__, __file__)

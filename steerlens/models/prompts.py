@@ -190,6 +190,11 @@ def encode(model: Any, prompt: str, prompt_format: PromptFormat = PromptFormat()
     Raises:
         SteerlensError: if the prompt is no text, nothing is left to feed, or the text would start with two
             beginning-of-sequence tokens.
+
+    Example:
+        >>> from steerlens.models import encode
+        >>> [model.tokenizer.decode(token) for token in encode(model, "What is iron?")]
+        ['<|start|>', '<|user|>', 'What', ' is', ' iron', '?', '<|assistant|>']
     """
     check_text(prompt)
     tokenizer = model.tokenizer

@@ -13,8 +13,10 @@ if TYPE_CHECKING:
     from steerlens.steering.sampling import (
         Generation as Generation,
         Generations as Generations,
+        Token as Token,
         generate as generate,
         stream as stream,
+        stream_tokens as stream_tokens,
     )
     from steerlens.steering.settings import SamplingConfig as SamplingConfig
 

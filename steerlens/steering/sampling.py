@@ -12,7 +12,7 @@ token by inverting the row's cumulative distribution. In floating point another 
 tokens are nearly tied (about 1e-4 in logits) the texts can part.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Unpack, overload
 
@@ -36,6 +36,22 @@ from steerlens.steering.residual import check_plan, residual_edits
 from steerlens.steering.settings import SamplingConfig, SamplingSettings, sampling_with
 
 FinishReason = Literal["eos", "stop", "length"]
+
+
+@dataclass(frozen=True)
+class Token:
+    """One sampled token, as soon as it is there.
+
+    Example:
+        >>> next(stream_tokens(model, ["What is iron?"], max_new_tokens=4)).index
+        0
+    """
+
+    index: int
+    """Its row's place in the request."""
+    id: int
+    log_prob: float
+    """Of the token after what stands before it, in the model as it ran, steered or not, at temperature 1; in nats."""
 
 
 @dataclass(frozen=True)
@@ -192,6 +208,53 @@ def stream(
             yield from finished
 
 
+def stream_tokens(
+    model: Any,
+    prompts: Iterable[str],
+    *,
+    steering: Plan | Sequence[Plan] | None = None,
+    sampling: SamplingConfig = SamplingConfig(),
+    seed: WholeNumber | Iterable[WholeNumber] = 0,
+    batch_size: int = 16,
+    prompt_format: PromptFormat = PromptFormat(),
+    **settings: Unpack[SamplingSettings],
+) -> Iterator[Token | Generation]:
+    """Each token as it is sampled, and a row's whole continuation once it stops: the same rows as `generate`'s.
+
+    Hooks are on the model only while a token is computed, never while one is in the caller's hands, so closing the iterator
+    early is a way to cancel.
+
+    Args:
+        steering, sampling, seed, prompt_format, settings: As in `generate`.
+
+    Returns:
+        An iterator: a token of every row of a batch, then those of its rows that stopped with it, and so on.
+
+    Raises:
+        SteerlensError: as for `generate`.
+
+    Example:
+        >>> [type(one).__name__ for one in stream_tokens(model, ["What is iron?"], max_new_tokens=2)]
+        ['Token', 'Token', 'Generation']
+    """
+    sampling = sampling_with(sampling, settings)
+    job = _Job(model, prompts, steering, sampling, seed, batch_size, prompt_format)
+    said: list[Token] = []
+
+    def hear(rows: Sequence[_Row], logits: Float[Tensor, "row d_vocab"]) -> None:
+        last = torch.tensor([row.tokens[-1] for row in rows], device=logits.device)
+        log_probs = logits.float().log_softmax(-1).gather(1, last[:, None])[:, 0].tolist()
+        said[:] = [Token(row.index, row.tokens[-1], value) for row, value in zip(rows, log_probs, strict=True)]
+
+    job.hear = hear
+    with Progress(len(job.rows), sampling.max_new_tokens, disable=True) as bar:
+        while job.left:
+            with job.runner:
+                finished = job.step(bar)
+            yield from said
+            yield from finished
+
+
 def per_row(value: Any, n_rows: int, name: str) -> list[Any]:
     """One value per row, from one for all or a sequence of the right length."""
     if not isinstance(value, Sequence):  # nor is a plan one
@@ -297,6 +360,8 @@ class _Job:
         # Taken from the end: the longest first.
         self.waiting = [[self.rows[index] for index in indices] for indices in reversed(batches)]
         self.batch: _Batch | None = None
+        self.hear: Callable[[Sequence[_Row], Tensor], None] | None = None
+        """Is told the rows of every step, with their new tokens, and the model's logits before these."""
         sites = {resid_post(step.layer) for plan in plans for step in plan.active}
         self.runner = Runner(model, sites | {edit.site for edit in self.more_edits})
 
@@ -306,13 +371,18 @@ class _Job:
 
     def advance(self, bar: "Progress") -> list[Generation]:
         """Decode, inside the runner's block, until at least one row stops; those rows leave their batch."""
+        finished: list[Generation] = []
+        while not finished:
+            finished = self.step(bar)
+        return finished
+
+    def step(self, bar: "Progress") -> list[Generation]:
+        """One token more, inside the runner's block, for every row of a batch; the rows that stop leave it."""
         if self.batch is None:
             kind = _CachedBatch if self.able and self.able.cache else _WholeBatch
             self.batch = kind(self, self.waiting.pop())
-        finished: list[Generation] = []
-        while not finished:
-            bar.step(len(self.batch.rows))
-            finished = self.batch.step()
+        bar.step(len(self.batch.rows))
+        finished = self.batch.step()
         if not self.batch.rows:
             self.batch = None
         for generation in finished:
@@ -337,13 +407,16 @@ class _Batch:
     def step(self) -> list[Generation]:
         """One token more for every row; rows that stop leave the batch."""
         logits = self.logits()
+        allowed = logits
         if len(self.job.forbidden):
-            logits = logits.index_fill(-1, self.job.forbidden, float("-inf"))
-        chosen = choose(logits, self.job.sampling, _draws(self.rows, logits.device)).tolist()
+            allowed = logits.index_fill(-1, self.job.forbidden, float("-inf"))
+        chosen = choose(allowed, self.job.sampling, _draws(self.rows, logits.device)).tolist()
         outcomes = []
         for row, token in zip(self.rows, chosen, strict=True):
             row.tokens.append(token)
             outcomes.append(row.finished(self.model.tokenizer, self.job.sampling, self.job.stops))
+        if self.job.hear is not None:
+            self.job.hear(self.rows, logits)
         stay = [place for place, outcome in enumerate(outcomes) if outcome is None]
         if len(stay) < len(self.rows):
             self.rows = [self.rows[place] for place in stay]

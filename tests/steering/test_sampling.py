@@ -20,7 +20,7 @@ from steerlens.models.stops import before_stop, decode
 from steerlens.steering import sampling
 from steerlens.steering.plan import Intervention, Plan
 from steerlens.steering.residual import ResidualEdit, steer
-from steerlens.steering.sampling import Generation, choose, generate, stream
+from steerlens.steering.sampling import Generation, Token, choose, generate, stream, stream_tokens
 from steerlens.steering.settings import SamplingConfig, sampling_with
 from steerlens.vectors.vector import SteeringVector
 from tests.conftest import Passes, Subject, hooks_on
@@ -519,6 +519,38 @@ def test_stream_and_generate_give_the_same_rows_in_the_prompts_order(tiny: Subje
 
 def test_closing_a_stream_early_leaves_nothing_behind(tiny: Subject) -> None:
     rows = open_stream(tiny)
+    next(rows)
+    rows.close()
+    assert hooks_on(tiny.model) == []
+    assert list(rows) == []
+
+
+def test_tokens_are_streamed_as_they_come_and_the_model_is_free_in_between(tiny: Subject) -> None:
+    plans = [as_plan([step("add", "all", layer=row % 4, seed=row)]) for row in range(len(PROMPTS))]
+    said: dict[int, list[int]] = {row: [] for row in range(len(PROMPTS))}
+    finished: list[Generation] = []
+    for one in stream_tokens(tiny.model, PROMPTS, steering=plans, max_new_tokens=20, batch_size=6):
+        assert hooks_on(tiny.model) == []
+        if isinstance(one, Token):
+            said[one.index].append(one.id)
+        else:
+            assert one.tokens == tuple(said[one.index]), "a row's tokens come before the row"
+            finished.append(one)
+    assert sorted(finished, key=lambda row: row.index) == generate(
+        tiny.model, PROMPTS, steering=plans, max_new_tokens=20, batch_size=6
+    )
+
+
+def test_a_streamed_token_has_its_log_probability_under_the_model_as_it_ran(tiny: Subject, passes: Passes) -> None:
+    plan = as_plan([step("add", "all", layer=1, seed=0)])
+    rows = stream_tokens(tiny.model, PROMPTS[:1], steering=plan, max_new_tokens=5, temperature=0.5)
+    tokens = [one for one in rows if isinstance(one, Token)]
+    expected = [logits.log_softmax(-1)[0, one.id].item() for (_, logits), one in zip(passes, tokens, strict=True)]
+    assert [one.log_prob for one in tokens] == expected
+
+
+def test_closing_a_stream_of_tokens_early_leaves_nothing_behind(tiny: Subject) -> None:
+    rows = stream_tokens(tiny.model, PROMPTS, steering=as_plan([step("add", "all", layer=1, seed=0)]), max_new_tokens=5)
     next(rows)
     rows.close()
     assert hooks_on(tiny.model) == []
