@@ -385,7 +385,23 @@ def instructions() -> None:
         print(f"{name}  ({len(instruction.phrasings)} phrasings)\n    {text}{f'  {kwargs}' if kwargs else ''}")
 
 
+def new(folder: Annotated[Path, tyro.conf.Positional]) -> None:
+    """Write a folder to begin with: five pairs with an instruction and a check of your own, a notebook, a README.
+
+    For example:
+      steerlens new pirate
+
+    Args:
+        folder: A folder that does not exist yet, or is empty.
+    """
+    from steerlens.data.starter import new_folder
+
+    made = new_folder(folder)
+    print(f"{made}: {', '.join(sorted(file.name for file in made.iterdir()))}\nbegin with {made / 'README.md'}")
+
+
 COMMANDS: dict[str, Callable[..., Any]] = {
+    "new": new,
     "run": run,
     "sweep": sweep,
     "fit": fit,

@@ -1,14 +1,19 @@
 """The command line as a user meets it: its output and its exit code."""
 
+import os
+import shlex
 import shutil
 import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+import nbformat
 import pytest
+from nbclient import NotebookClient
 
 from steerlens.cli import main
+from steerlens.data.load import load_pairs
 from steerlens.data.pairs import InstructionPair, PairSet
 from steerlens.steering.settings import SamplingConfig
 from steerlens.study.config import RunConfig
@@ -63,7 +68,20 @@ def test_help_is_quick_and_has_examples():
 
 @pytest.mark.parametrize(
     "command",
-    ["run", "sweep", "fit", "generate", "evaluate", "lens", "geometry", "layers", "info", "models", "instructions"],
+    [
+        "new",
+        "run",
+        "sweep",
+        "fit",
+        "generate",
+        "evaluate",
+        "lens",
+        "geometry",
+        "layers",
+        "info",
+        "models",
+        "instructions",
+    ],
 )
 def test_every_command_explains_itself(steerlens, command):
     done = steerlens(command, "--help")
@@ -95,6 +113,7 @@ def test_options_have_one_name_on_every_command(steerlens, command):
         (["run", "--pairs", "nothing.jsonl"], "nothing.jsonl"),
         (["generate", "--prompt", "Hi", "--temperature", "-1"], "temperature must be 0 (greedy) or above"),
         (["fly"], "fly"),
+        (["new"], "folder"),
         (["lens"], "there must be something to look at, got nothing"),
         (["lens", "nothing.safetensors"], "must be kept in a folder, got none; give --out"),
         (["geometry", "nothing.safetensors", "--out", "seen"], "a vector file must exist, got 'nothing.safetensors'"),
@@ -390,3 +409,83 @@ def test_saved_vectors_are_looked_at_with_prompts_that_they_were_not_fitted_on(
     refused = steerlens("layers", tmp_path / "sum.safetensors", *common)
     assert refused.returncode == 2
     assert "a vector must be that of one instruction" in refused.stderr
+
+
+def test_a_new_folder_does_what_its_readme_says(steerlens, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    done = steerlens("new", "mine")
+    assert done.returncode == 0, done.stderr
+    assert f"begin with {Path('mine', 'README.md')}" in done.stdout
+    assert {path.name for path in tmp_path.iterdir()} == {"mine"}
+    monkeypatch.chdir("mine")
+    readme = Path("README.md").read_text(encoding="utf-8").splitlines()
+    assert len(readme) == 10
+    commands = [shlex.split(line) for line in readme if line.startswith("    steerlens")]
+    said = [steerlens(*command[1:]) for command in commands]
+    assert [one.returncode for one in said] == [0] * len(commands), [one.stderr for one in said]
+    assert " el " in f" {said[1].stdout.splitlines()[1].lower()}"
+    assert Path("seen", "lens.html").is_file()
+    assert {line for line in readme if ".ipynb" in line} == {
+        "Open `first_contact.ipynb` in Jupyter or VS Code and run all cells, or stay on the command line:"
+    }
+    notebook = nbformat.read("first_contact.ipynb", as_version=4)
+    assert not any(cell.get("outputs") for cell in notebook.cells)
+    NotebookClient(notebook, timeout=300).execute()
+    outputs = [output for cell in notebook.cells for output in cell.get("outputs", [])]
+    assert {output.output_type for output in outputs} <= {"execute_result", "display_data"}
+    rates = next(output.data["text/plain"] for output in outputs if "followed: none" in str(output.get("data")))
+    assert "none 0%" in rates
+    assert "random 0%" in rates
+    assert "vector 0%" not in rates
+
+
+def test_the_five_pairs_of_a_new_folder_are_checked_by_its_own_check(steerlens, tmp_path):
+    steerlens("new", tmp_path / "mine")
+    pairs = load_pairs(tmp_path / "mine" / "pairs.jsonl")
+    assert len(pairs) == 5
+    code = "import my_check, steerlens as sl; print(sl.check('El zorro es un animal.', 'my:spanish').strict)"
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path / "mine", capture_output=True, text=True, check=False,
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])},
+    )  # fmt: skip
+    assert done.stdout == "True\n", done.stderr
+    assert pairs.instructions == ("my:spanish",)
+
+
+def test_a_new_folder_takes_nothing_that_is_there(steerlens, tmp_path, monkeypatch):
+    kept = tmp_path / "kept" / "notes.txt"
+    kept.parent.mkdir()
+    kept.write_text("mine")
+    for place in (kept.parent, kept):
+        done = steerlens("new", place)
+        assert done.returncode == 2
+        assert "a new folder must be absent or empty" in done.stderr
+        assert len(done.stderr.splitlines()) == 1
+    assert [*kept.parent.iterdir()] == [kept]
+    assert kept.read_text() == "mine"
+    (tmp_path / "empty").mkdir()
+    monkeypatch.chdir(tmp_path / "empty")
+    assert steerlens("new", ".").returncode == 0
+    assert len(list(Path().iterdir())) == 4
+
+
+@pytest.mark.parametrize("there", [True, False])
+@pytest.mark.parametrize("step", ["write_bytes", "replace"])
+def test_a_new_folder_that_fails_leaves_nothing(steerlens, tmp_path, monkeypatch, there, step):
+    home, calls = (Path, [0]) if step == "write_bytes" else (os, [0 if there else 2])
+    real = getattr(home, step)
+
+    def full(*arguments):
+        calls[0] += 1
+        if calls[0] == 3:
+            raise OSError(28, "No space left on device")
+        return real(*arguments)
+
+    if there:
+        (tmp_path / "mine").mkdir()
+    monkeypatch.setattr(home, step, full)
+    done = steerlens("new", tmp_path / "mine")
+    monkeypatch.undo()
+    assert done.returncode == 2
+    assert "No space left on device" in done.stderr
+    assert [path.name for path in tmp_path.rglob("*")] == ["mine"] * there
