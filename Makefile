@@ -1,5 +1,6 @@
 # make demo: set up, run the main job on the default model, write runs/demo/report.html
 # make test: set up, then lint, types and tests
+# make docs: set up, then the documentation site in site/, its notebooks executed; EXECUTE=no leaves out what was not executed before
 # make compat: the tests of what differs with TransformerLens 3.9, on its HookedTransformer and on its bridge
 
 PYTHON ?= python3
@@ -12,7 +13,7 @@ COMPAT := $(CURDIR)/.compat
 ON_3 = HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 PYTHONPATH=$(COMPAT) $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet
 
-.PHONY: demo test compat setup lint types unit clean
+.PHONY: demo test docs compat setup lint types unit clean
 
 setup: $(READY)
 
@@ -29,6 +30,9 @@ demo: $(READY)
 	$(BIN)/steerlens run --out runs/demo --positions prompt --n-valid 6 --n-test 16 --search-tokens 96 --batch-size 256
 
 test: lint types unit
+
+docs: $(READY)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
 
 lint: $(READY)
 	$(BIN)/ruff check .
@@ -50,4 +54,4 @@ compat: $(COMPAT)/.ready
 	$(ON_3) -m 'not smollm2 and not bridge' --hooked tests/models/test_passes.py tests/steering tests/vectors/test_activations.py tests/study/test_scores.py
 
 clean:
-	rm -rf $(VENV) $(COMPAT) runs .mypy_cache .pytest_cache .ruff_cache
+	rm -rf $(VENV) $(COMPAT) runs site .mypy_cache .pytest_cache .ruff_cache
