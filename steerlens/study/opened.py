@@ -39,6 +39,8 @@ def look_at(places: Iterable[str | Path], config: LookConfig = LookConfig(), *, 
     paths = [user_path(place) for place in places]
     if not paths:
         raise SteerlensError("there must be something to look at, got nothing; give a run's folder, or vector files")
+    if missing := [path for path in paths if not path.exists()]:
+        raise SteerlensError(f"a run's folder or a vector file must exist, got {str(missing[0])!r}; check its name")
     if not any(path.is_dir() for path in paths):
         if config.out is None:
             raise SteerlensError("what is seen of saved vectors must be kept in a folder, got none; give --out")

@@ -12,6 +12,7 @@ from steerlens.files import write_atomically
 from steerlens.steering.settings import SamplingConfig
 from steerlens.study.config import RunConfig
 from steerlens.study.job import run
+from steerlens.study.opened import look_at
 from steerlens.study.pages import tables_in
 from steerlens.study.seeing import GEOMETRY, LENS, Subject, read_table, see_geometry, see_layers, see_lens, table_text
 from steerlens.vectors.activations import record_activations
@@ -189,3 +190,9 @@ def test_a_changed_run_removes_what_was_seen_before_it_can_be_cut_short(tiny_fol
         run(replace(config, seed=1), folder, progress=False)
     assert tables_in(folder) == {"layers": {}}
     assert not [name for name in ("facts.json", "report.html") if (folder / name).exists()]
+
+
+def test_what_is_seen_of_saved_vectors_needs_a_folder_to_be_kept_in(tmp_path):
+    (tmp_path / "v.safetensors").touch()
+    with pytest.raises(SteerlensError, match="must be kept in a folder, got none; give --out"):
+        look_at([tmp_path / "v.safetensors"])
