@@ -11,6 +11,18 @@ from steerlens.figures.marks import band, whiskers
 from steerlens.figures.multiples import Cell, require_table, show_each_name_once, small_multiples
 from steerlens.figures.theme import CONDITION_COLORS, INK, MUTED, instruction_style, number_text
 
+SEPARABILITY: dict[str, Any] = {
+    "panels": "measure",
+    "names": {
+        "probe": "linear probe (accuracy)",
+        "nearest_centroid": "nearest centroid (accuracy)",
+        "silhouette": "mean silhouette",
+    },
+    "control": "shuffled labels",
+    "title": "How well each layer tells instructions apart",
+}
+"""How `measure_curves` draws the table of `separability`."""
+
 _NEEDED = ("layer", "value", "low", "high", "control", "control_low", "control_high")
 
 

@@ -19,7 +19,7 @@ import plotly.graph_objects as go
 from steerlens.figures.effects import effect_curves
 from steerlens.figures.geometry import embedding_scatter
 from steerlens.figures.matrices import cosine_heatmap, transfer_matrix
-from steerlens.figures.measures import measure_curves
+from steerlens.figures.measures import SEPARABILITY, measure_curves
 from steerlens.figures.page import Section, folded, note, number, rows_table, titled_figure
 from steerlens.figures.studies import necessity_by_layer, steering_by_layer
 from steerlens.figures.theme import short_label
@@ -33,11 +33,6 @@ N_SHOWN = 8
 """Tokens in a line of the table."""
 
 METHODS = {"tsne": "t-SNE, one point per pair", "pca": "PCA, one point per pair"}
-MEASURES = {
-    "probe": "linear probe (accuracy)",
-    "nearest_centroid": "nearest centroid (accuracy)",
-    "silhouette": "mean silhouette",
-}
 
 
 def sections_of(seen: Mapping[str, Frames], *, order: Sequence[str] = ()) -> list[Section]:
@@ -168,8 +163,7 @@ def _geometry_section(frames: Frames) -> str:
         titled_figure(cosine_heatmap(_square(cosines, names), names, title=title, note=random), "cosines-figure")
     )
     if "separability" in frames:
-        options: Any = {"panels": "measure", "names": MEASURES, "control": "shuffled labels"}
-        fig = measure_curves(frames["separability"], title="How well each layer tells instructions apart", **options)
+        fig = measure_curves(frames["separability"], **SEPARABILITY)
         parts.append(titled_figure(fig, "separability-figure"))
     return "".join(parts)
 

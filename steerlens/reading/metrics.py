@@ -114,7 +114,7 @@ def _follows(text: str, pair: InstructionPair) -> bool:
     return all(verdict.loose for verdict in check_all(text, pair.instruction_ids, pair.kwargs))
 
 
-def token_ids(model: Any, tokens: Sequence[str | WholeNumber]) -> list[int]:
+def compared_tokens(model: Any, tokens: Sequence[str | WholeNumber]) -> list[int]:
     """The ids of the tokens whose logits are compared.
 
     Raises:

@@ -32,7 +32,7 @@ from steerlens.errors import DataError, SteerlensError
 from steerlens.models.facts import check_layer
 from steerlens.models.probe import abilities
 from steerlens.models.prompts import PromptFormat, encode_all, pinned
-from steerlens.reading.metrics import METRICS, Metric, followed, measured, token_ids
+from steerlens.reading.metrics import METRICS, Metric, compared_tokens, followed, measured
 from steerlens.reading.patches import INSTRUCTED, OTHER, Cell, PatchedRuns, Prompts
 from steerlens.stats.comparisons import bootstrap_columns
 from steerlens.steering.settings import SamplingConfig
@@ -119,7 +119,7 @@ def patch(
     if metric == "followed":
         room, take = sampling.max_new_tokens, partial(followed, sampling, batch_size, prompt_format)
     else:
-        room, take = 0, partial(measured, metric, None if tokens is None else token_ids(model, tokens))
+        room, take = 0, partial(measured, metric, None if tokens is None else compared_tokens(model, tokens))
     able = abilities(model, max(map(len, with_ + without)) + room)
     values = np.full((len(pairs), 2, len(kept), len(offsets)), np.nan)
     ends = np.full((len(pairs), 2), np.nan)

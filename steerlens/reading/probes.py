@@ -33,7 +33,7 @@ from sklearn.metrics.pairwise import euclidean_distances
 from steerlens._results import Result
 from steerlens._typing import WholeNumber, whole
 from steerlens.errors import DataError
-from steerlens.figures.measures import measure_curves
+from steerlens.figures.measures import SEPARABILITY, measure_curves
 from steerlens.files import derived_seed
 from steerlens.reading.examples import (
     N_SHUFFLES,
@@ -53,12 +53,6 @@ if TYPE_CHECKING:
 PENALTY = 0.1
 """Of the probe, in mean variances of a coordinate times the number of pairs."""
 
-NAMES = {
-    "probe": "linear probe (accuracy)",
-    "nearest_centroid": "nearest centroid (accuracy)",
-    "silhouette": "mean silhouette",
-}
-
 Labels = Int[np.ndarray, "labelling pair"]
 """The instruction of each pair: first as it is, then shuffled."""
 
@@ -74,8 +68,7 @@ class Separability(Result):
 
     def plot(self, **options: Any) -> "go.Figure":
         """Each measure over the layers, with its interval and that of shuffled labels."""
-        about = {"names": NAMES, "control": "shuffled labels", "title": "How well each layer tells instructions apart"}
-        return measure_curves(self.table, **{"panels": "measure", **about, **options})
+        return measure_curves(self.table, **{**SEPARABILITY, **options})
 
 
 def separability(

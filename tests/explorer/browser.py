@@ -3,7 +3,6 @@
 import asyncio
 import base64
 import json
-import shutil
 import subprocess
 import time
 from collections.abc import AsyncIterator, Callable
@@ -14,7 +13,8 @@ from urllib.request import ProxyHandler, build_opener
 
 from tornado.websocket import WebSocketClientConnection, websocket_connect
 
-CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+from tests.browsers import CHROMIUM
+
 FLAGS = "--headless --no-sandbox --disable-sync --disable-gpu --disable-quic --no-first-run --remote-debugging-port=0"
 QUIET = "--disable-background-networking --disable-component-update --hide-scrollbars"
 KEYS = {"Tab": 9, "ArrowLeft": 37, "ArrowUp": 38, "ArrowRight": 39, "ArrowDown": 40, " ": 32, "Home": 36, "End": 35}

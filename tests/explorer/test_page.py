@@ -10,13 +10,11 @@ import pytest
 from steerlens.explorer.runs import Explorer
 from steerlens.explorer.settings import Settings
 from steerlens.explorer.widget import FRONT_END, ExplorerWidget
-from tests.explorer.browser import CHROMIUM, Page
+from tests.browsers import needs_browser
+from tests.explorer.browser import Page
 from tests.explorer.conftest import LOWERCASE, TITLE
 from tests.explorer.stand_in import shown
 
-needs_browser = pytest.mark.skipif(
-    CHROMIUM is None, reason="no chromium, chromium-browser or google-chrome on the path"
-)
 STATUS = "document.querySelector('.steerlens-explorer').dataset.status"
 FINISHED = f"{STATUS} === 'finished'"
 LAYER = "input[id$='-layer']"

@@ -2,7 +2,6 @@
 
 import os
 import re
-import shutil
 import subprocess
 from html.parser import HTMLParser
 from pathlib import Path
@@ -17,6 +16,7 @@ from steerlens.figures.samples import mark_changes
 from steerlens.figures.summary import summarize
 from steerlens.stats.rates import rate_table, wilson_interval
 from steerlens.stats.words import distinct_n, repetition, words
+from tests.browsers import CHROMIUM, needs_browser
 
 # Per instruction: the share that follows under none, random, vector, text, text+vector.
 RATES = {
@@ -341,11 +341,6 @@ def test_scores_without_rows_or_columns_are_refused(tmp_path: Path) -> None:
 
 
 # In a browser
-
-CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-needs_browser = pytest.mark.skipif(
-    CHROMIUM is None, reason="no chromium, chromium-browser or google-chrome on the path"
-)
 
 
 def render(page: Path, profile: Path, address: str = "") -> tuple[str, list[str]]:

@@ -12,6 +12,7 @@ import pytest
 from steerlens.figures.page import Section, write_page
 from steerlens.figures.report import write_report
 from steerlens.figures.sections import sections_of
+from tests.browsers import needs_browser
 from tests.figures.test_report import (
     FACTS,
     HOSTILE,
@@ -20,7 +21,6 @@ from tests.figures.test_report import (
     TITLE,
     Elements,
     fake_scores,
-    needs_browser,
     outside_references,
     render,
     with_script,
