@@ -39,16 +39,21 @@ if TYPE_CHECKING:
     from steerlens.explorer.notebook import explore as explore
     from steerlens.models.load import load_model as load_model
     from steerlens.models.prompts import PromptFormat as PromptFormat
+    from steerlens.reading.attention import attention_mass as attention_mass
     from steerlens.reading.embedding import embed as embed
     from steerlens.reading.lens import prompt_lens as prompt_lens
     from steerlens.reading.similarity import cosines as cosines
     from steerlens.reading.vocabulary import logit_lens as logit_lens
+    from steerlens.steering.attention import instaboost as instaboost, pasta as pasta, spotlight as spotlight
     from steerlens.steering.candidates import grid as grid
+    from steerlens.steering.directer import directer as directer, plausible as plausible
+    from steerlens.steering.edits import steer as steer
+    from steerlens.steering.generations import Generations as Generations
     from steerlens.steering.plan import Plan as Plan
     from steerlens.steering.positions import Window as Window
-    from steerlens.steering.residual import steer as steer
-    from steerlens.steering.sampling import Generations as Generations, generate as generate
+    from steerlens.steering.sampling import generate as generate
     from steerlens.study.calibration import calibrate as calibrate
+    from steerlens.study.profiling import profile_heads as profile_heads
     from steerlens.study.quality import Quality as Quality
     from steerlens.study.scores import Evaluation as Evaluation, evaluate as evaluate
     from steerlens.study.sweeps import Sweep as Sweep, sweep as sweep

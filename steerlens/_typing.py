@@ -13,6 +13,10 @@ Operator = Literal["add", "set_projection", "ablate"]
 """What is done to a residual; see `operators`."""
 OPERATORS: tuple[Operator, ...] = get_args(Operator)
 
+AttentionOperator = Literal["bias", "scale", "mass"]
+"""What is done to attention scores; see `interventions.AttentionIntervention`."""
+ATTENTION_OPERATORS: tuple[AttentionOperator, ...] = get_args(AttentionOperator)
+
 RuleName = Literal["all", "prompt", "generated", "last"]
 """Which positions are steered; see `positions`."""
 

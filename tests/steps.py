@@ -4,7 +4,8 @@ from collections.abc import Sequence
 
 import torch
 
-from steerlens.steering.plan import Intervention, Plan
+from steerlens.steering.interventions import Intervention
+from steerlens.steering.plan import Plan
 from steerlens.steering.positions import Window
 from tests.reference.plain_loop import Rule, Step
 

@@ -28,8 +28,9 @@ from steerlens.models.prompts import PromptFormat, encode
 from steerlens.models.rows import pad, pad_id
 from steerlens.models.stops import decode
 from steerlens.reading.vocabulary import logit_lens
+from steerlens.steering.generations import Token
 from steerlens.steering.plan import Plan
-from steerlens.steering.sampling import Token, stream_tokens
+from steerlens.steering.sampling import stream_tokens
 from steerlens.vectors.vector import SteeringVector
 
 Status = Literal["refused", "running", "judging", "finished", "failed"]

@@ -26,6 +26,31 @@ Columns = Literal["last", "all"]
 """Which columns' logits are wanted: of each row's last token, or all."""
 
 
+@dataclass(frozen=True, eq=False)
+class Table:
+    """One tensor of a cache, its rows first, with an axis of columns."""
+
+    tensor: Tensor
+    axis: int
+
+    def newest(self, rows: Int[Tensor, " some"]) -> Tensor:
+        """A copy of some rows' newest column."""
+        return self.tensor.select(self.axis, -1)[rows.to(self.tensor.device)]
+
+    def put_newest(self, rows: Int[Tensor, " some"], column: Tensor) -> None:
+        """Write some rows' newest column."""
+        self.tensor.select(self.axis, -1)[rows.to(self.tensor.device)] = column
+
+    def step_back(self, rows: Int[Tensor, " some"], before: "Table | None") -> None:
+        """Give some rows what they held before the newest column, with one more column of padding on their left."""
+        rows = rows.to(self.tensor.device)
+        width = self.tensor.shape[self.axis]
+        padding = torch.zeros_like(self.tensor[rows].narrow(self.axis, 0, 1))
+        held = padding if before is None else torch.cat([padding, before.tensor[rows]], dim=self.axis)
+        # A window that is full keeps no padding.
+        self.tensor[rows] = held.narrow(self.axis, held.shape[self.axis] - width, width)
+
+
 @runtime_checkable
 class Cache(Protocol):
     """Keys and values of the columns so far."""
@@ -35,6 +60,20 @@ class Cache(Protocol):
 
     def copy(self) -> "Cache":
         """The same again, sharing nothing."""
+
+    @property
+    def forks(self) -> bool:
+        """Whether the cache grows by new tensors, so that `fork` is right."""
+
+    def fork(self) -> "Cache":
+        """The cache as it is now, to go on from in another way; neither sees what the other appends."""
+
+    def first(self, n: int) -> "Cache":
+        """The first n rows, as they lie in this one's tensors; this one is used up."""
+
+    @property
+    def tables(self) -> list["Table"]:
+        """What the cache holds, to be written into."""
 
 
 @runtime_checkable
@@ -59,11 +98,38 @@ class BridgeCache:
     cache: Any
 
     def select(self, keep: Int[Tensor, " kept"]) -> "BridgeCache":
-        self.cache.batch_select_indices(keep.cpu())  # each layer may be on another device
+        if not self.forks:
+            self.cache.batch_select_indices(keep.cpu())  # each layer may be on another device
+            return self
+        for layer in self.cache.layers:
+            if layer.get_seq_length() > 0:  # twice as fast as indexing, which batch_select_indices does
+                chosen = keep.to(layer.keys.device)
+                layer.keys, layer.values = layer.keys.index_select(0, chosen), layer.values.index_select(0, chosen)
         return self
 
     def copy(self) -> "BridgeCache":
         return BridgeCache(copy.deepcopy(self.cache))
+
+    @property
+    def forks(self) -> bool:
+        from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+
+        kinds = (DynamicLayer, DynamicSlidingWindowLayer)  # states and fixed tensors are written in place
+        return all(type(layer) in kinds for layer in getattr(self.cache, "layers", [None]))
+
+    def fork(self) -> "BridgeCache":
+        forked = copy.copy(self.cache)
+        forked.layers = [copy.copy(layer) for layer in self.cache.layers]
+        return BridgeCache(forked)
+
+    def first(self, n: int) -> "BridgeCache":
+        for layer in self.cache.layers:
+            layer.keys, layer.values = layer.keys[:n], layer.values[:n]
+        return self
+
+    @property
+    def tables(self) -> list["Table"]:
+        return [Table(table, -2) for layer in self.cache.layers for table in (layer.keys, layer.values)]
 
 
 @dataclass(frozen=True, eq=False)
@@ -116,6 +182,22 @@ class HookedCache:
         # Entries are replaced when they grow and never written into, so their tensors may be shared.
         entries = [replace(entry) for entry in self.cache.entries]
         return HookedCache(replace(self.cache, entries=entries))
+
+    forks = True
+
+    def fork(self) -> "HookedCache":
+        return self.copy()
+
+    def first(self, n: int) -> "HookedCache":
+        for entry in self.cache.entries:
+            entry.past_keys, entry.past_values = entry.past_keys[:n], entry.past_values[:n]
+        self.cache.previous_attention_mask = self.cache.previous_attention_mask[:n]
+        return self
+
+    @property
+    def tables(self) -> list["Table"]:
+        held = [table for entry in self.cache.entries for table in (entry.past_keys, entry.past_values)]
+        return [Table(table, 1) for table in (*held, self.cache.previous_attention_mask)]
 
 
 @dataclass(frozen=True, eq=False)

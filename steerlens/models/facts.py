@@ -24,6 +24,15 @@ def resid_post(layer: int) -> str:
     return f"blocks.{layer}.hook_resid_post"
 
 
+def layer_of(site: str) -> int:
+    """The layer of a hook name: `blocks.{layer}.…`.
+
+    >>> layer_of(resid_post(3))
+    3
+    """
+    return int(site.split(".")[1])
+
+
 def check_layer(model: Any, layer: WholeNumber) -> int:
     """The layer, if the model has it.
 

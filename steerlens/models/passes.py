@@ -39,8 +39,9 @@ class Edit(Protocol):
     def digest(self) -> str:
         """Changes with all that decides what the edit does."""
 
-    def __call__(self, activation: Tensor, rows: Rows) -> Tensor:
-        """The activation after the edit, a new tensor; its first axes are the rows and the new columns of `rows`."""
+    def __call__(self, activation: Tensor, rows: Rows, /) -> Tensor:
+        """The activation after the edit, a new tensor; its axes are the rows, then the new columns of `rows`, with one for heads
+        between them where the site is one of attention."""
 
     def select(self, keep: Int[Tensor, " kept"]) -> "Edit":
         """The edit of some of the rows, in the given order."""
@@ -64,6 +65,8 @@ class Read:
             raise SteerlensError(f'at must be "last", "all" or positions [row, n], got {self.at!r}')
 
     def __call__(self, activation: Tensor, rows: Rows) -> Tensor:
+        if self.at != "all" and per_head(self.site):
+            activation = activation.transpose(1, 2)  # row query head key
         if isinstance(self.at, str):
             found = activation if self.at == "all" else activation[torch.arange(len(activation)), rows.last]
         else:
@@ -197,8 +200,9 @@ class Runner:
     def _at(self, site: str) -> Callable[..., Tensor | None]:
         def hook(activation: Tensor, hook: Any) -> Tensor | None:
             rows = self._rows
-            assert rows is not None
-            if activation.shape[:2] != rows.tokens.shape:
+            if rows is None:  # a pass of another runner's, inside this one's block
+                return None
+            if not _fits(activation.shape, rows):
                 raise ModelError(
                     f"activations at {site} must be [row, pos, ...] for {list(rows.tokens.shape)} tokens, got "
                     f"{list(activation.shape)}; this hook point cannot be edited or read here"
@@ -217,6 +221,18 @@ class Runner:
             return activation if edits else None  # None leaves a hook point's output alone
 
         return hook
+
+
+def per_head(site: str) -> bool:
+    """Whether a site holds `[row, head, query, key]`: attention before or after the softmax."""
+    return site.endswith(("hook_attn_scores", "hook_pattern"))
+
+
+def _fits(shape: torch.Size, rows: Rows) -> bool:
+    """Whether an activation is one of these rows and their new columns; heads may stand between them."""
+    n_rows, n_columns = rows.tokens.shape
+    columns = [shape[1], shape[2]] if len(shape) == 4 else [shape[1]] if len(shape) > 1 else []
+    return shape[0] == n_rows and n_columns in columns
 
 
 # Single passes of the caller's are steered by hooks of their own, and no pass of ours may meet those.

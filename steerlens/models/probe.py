@@ -141,7 +141,7 @@ def _probe(model: Any, longest: int) -> Abilities:
     rows = [torch.randint(limit, (length,), generator=generator).tolist() for length in lengths]
     sites = [resid_post(layer) for layer in range(int(model.cfg.n_layers))]
     try:
-        with _without_callers_hooks(model), Runner(model, sites) as runner:
+        with without_callers_hooks(model), Runner(model, sites) as runner:
             alone = [_whole(runner, [row])[0] for row in rows]
             cache = _holds(lambda: _cached(runner, rows), alone, tolerance(model))
             # Where a cache may be kept, rows are padded on the left, and the right does not matter.
@@ -202,7 +202,7 @@ def _holds(way: Callable[[], list[Fingerprint]], alone: Sequence[Fingerprint], l
 
 
 @contextmanager
-def _without_callers_hooks(model: Any) -> Iterator[None]:
+def without_callers_hooks(model: Any) -> Iterator[None]:
     """Hooks of the caller's neither see a probe nor change it."""
     points = {id(point): point for point in model.hook_dict.values()}.values()
     kept = [(point, point._forward_hooks) for point in points]

@@ -48,7 +48,12 @@ class Rows:
     @cached_property
     def positions(self) -> Int[Tensor, "row pos"]:
         """The position of each new column; -1 for padding."""
-        return token_positions(self.mask)[:, -self.tokens.shape[1] :]
+        return self.key_positions[:, -self.tokens.shape[1] :]
+
+    @cached_property
+    def key_positions(self) -> Int[Tensor, "row past_and_pos"]:
+        """The position of each column so far, the cached ones included; -1 for padding."""
+        return token_positions(self.mask)
 
     @property
     def lengths(self) -> Int[Tensor, " row"]:
@@ -66,7 +71,7 @@ class Rows:
         """ "left" where a hidden column comes before a token, as a gap within a row does; None where no column is hidden."""
         if bool(self.mask.all()):
             return None
-        moved = token_positions(self.mask) != torch.arange(self.mask.shape[1], device=self.mask.device)
+        moved = self.key_positions != torch.arange(self.mask.shape[1], device=self.mask.device)
         return "left" if bool((moved & (self.mask == 1)).any()) else "right"
 
     def select(self, keep: Int[Tensor, " kept"]) -> "Rows":

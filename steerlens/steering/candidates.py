@@ -17,8 +17,10 @@ from itertools import product
 from typing import Any
 
 from steerlens._typing import (
+    ATTENTION_OPERATORS,
     OPERATORS,
     UNITS,
+    AttentionOperator,
     Operator,
     RealNumber,
     Unit,
@@ -41,9 +43,9 @@ class Candidate:
     """
 
     layer: WholeNumber | None
-    """None: no steering."""
+    """None: no steering, where the coefficient is 0; else a way to steer attention, which has layers of its own."""
     coeff: RealNumber = 1.0
-    operator: Operator = "set_projection"
+    operator: Operator | AttentionOperator = "set_projection"
     positions: str | Window = "all"
     unit: Unit = "absolute"
     """Of the coefficient of `add`; see `SteeringVector.at`."""
@@ -54,7 +56,10 @@ class Candidate:
         object.__setattr__(self, "coeff", real(self.coeff, "coeff"))
         if self.layer is not None:
             object.__setattr__(self, "layer", whole(self.layer, "layer"))
-        for name, value, known in (("operator", self.operator, OPERATORS), ("unit", self.unit, UNITS)):
+        for name, value, known in (
+            ("operator", self.operator, OPERATORS + ATTENTION_OPERATORS),
+            ("unit", self.unit, UNITS),
+        ):
             if value not in known:
                 raise SteerlensError(f"{name} must be one of steerlens', got {value!r}; {nearest(str(value), known)}")
 

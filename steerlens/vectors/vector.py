@@ -22,10 +22,22 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from steerlens._typing import UNITS, Operator, RealNumber, WholeNumber, plain, real, whole, whole_numbers
+from steerlens._typing import (
+    OPERATORS,
+    UNITS,
+    AttentionOperator,
+    Operator,
+    RealNumber,
+    WholeNumber,
+    plain,
+    real,
+    whole,
+    whole_numbers,
+)
 from steerlens.errors import ModelError, SteerlensError
 from steerlens.models.facts import check_layer, check_origin
-from steerlens.steering.plan import Intervention, Plan
+from steerlens.steering.interventions import Intervention
+from steerlens.steering.plan import Plan
 from steerlens.steering.positions import Window
 from steerlens.vectors.formats import PROJECTIONS, read_vector, write_vector
 
@@ -44,11 +56,22 @@ class Choice(Protocol):
     @property
     def coeff(self) -> float: ...
     @property
-    def operator(self) -> Operator: ...
+    def operator(self) -> Operator | AttentionOperator: ...
     @property
     def positions(self) -> str | Window: ...
     @property
     def unit(self) -> str: ...
+
+
+def _of_residual(choice: Choice) -> Operator:
+    """The operator of a choice, if a vector can be applied by it."""
+    for operator in OPERATORS:
+        if choice.operator == operator:
+            return operator
+    raise SteerlensError(
+        f"a vector is applied by {', '.join(OPERATORS)}, and this choice is one of attention, {choice.operator!r}; make its plan "
+        "anew, as by pasta(best.coeff)"
+    )
 
 
 @dataclass(frozen=True, eq=False)
@@ -201,7 +224,7 @@ class SteeringVector:
         if isinstance(layer, Choice):
             layers = [] if layer.layer is None else [layer.layer]
             coeff = layer.coeff if coeff is None else coeff
-            operator = operator or layer.operator
+            operator = operator or _of_residual(layer)
             positions = positions or layer.positions
             unit = unit or layer.unit
         elif isinstance(layer, str):

@@ -39,7 +39,7 @@ from steerlens.reading.embedding import embed
 from steerlens.reading.lens import prompt_lens
 from steerlens.reading.patching import patch
 from steerlens.reading.vocabulary import logit_lens
-from steerlens.steering.residual import steer
+from steerlens.steering.edits import steer
 from steerlens.steering.sampling import SamplingConfig, generate
 from steerlens.study.config import RunConfig
 from steerlens.study.job import run

@@ -12,7 +12,8 @@ from steerlens.models.load import load_model
 from steerlens.models.passes import Read, Runner, run_pass
 from steerlens.models.prompts import encode
 from steerlens.models.rows import Rows, pad
-from steerlens.steering.residual import residual_edits, steer
+from steerlens.steering.edits import steer
+from steerlens.steering.residual import residual_edits
 from steerlens.steering.sampling import generate
 from steerlens.vectors.activations import record_activations
 from tests.conftest import Subject, hooks_on
@@ -268,10 +269,13 @@ def test_a_runner_that_cannot_set_all_hooks_sets_none(tiny: Subject) -> None:
     assert hooks_on(tiny.model) == []
 
 
-def test_an_activation_of_another_shape_than_the_tokens_is_refused(tiny: Subject) -> None:
+@pytest.mark.bridge
+def test_an_activation_of_another_shape_than_the_tokens_is_refused(llama: Subject) -> None:
+    # The rotary tables are one row for all.
+    site, rows = "rotary_emb.hook_cos", pad([[5, 6, 7], [5, 6, 7]])
     with pytest.raises(ModelError, match="cannot be edited or read here"):
-        run_pass(tiny.model, pad([[5, 6, 7]]), reads=[Read("blocks.0.attn.hook_pattern")])
-    assert hooks_on(tiny.model) == []
+        run_pass(llama.model, rows, reads=[Read(site)])
+    assert hooks_on(llama.model) == []
 
 
 # --- what is asked for must come about -----------------------------------------------------------------------------

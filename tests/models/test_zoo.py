@@ -1,6 +1,7 @@
 """Every architecture of the zoo is right or refused: it gives what Hugging Face gives for one prompt alone, or a sentence."""
 
 import json
+import re
 from collections.abc import Callable
 from dataclasses import replace
 from functools import cached_property, partial
@@ -9,9 +10,12 @@ from typing import Any
 
 import pytest
 
+import steerlens as sl
 from steerlens.data.pairs import InstructionPair, PairSet
 from steerlens.errors import ModelError
+from steerlens.models.attention import attention_abilities, softcap
 from steerlens.models.load import load_model
+from steerlens.models.probe import Abilities
 from steerlens.models.prompts import encode
 from steerlens.steering.sampling import generate
 from steerlens.vectors.activations import record_activations
@@ -110,6 +114,45 @@ def test_an_architecture_gives_what_hugging_face_gives_for_one_prompt_alone(
     before = hooks_on(subject.model)  # TransformerLens keeps some of its own on some models
     CHECKS[check](subject)
     assert hooks_on(subject.model) == before
+
+
+ATTENTION = {"pasta": sl.pasta(0.01), "spotlight": sl.spotlight(0.6), "directer": sl.directer(2.0, beta=0.1)}
+
+
+@pytest.mark.parametrize("method", ATTENTION)
+@pytest.mark.parametrize("name", ZOO)
+def test_attention_is_steered_alike_in_a_batch_with_a_cache_and_alone_without_one_or_refused(
+    name: str, method: str, subjects: dict[str, Subject], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = subjects[name].model
+    # The last letters, which a window still holds.
+    plan = [ATTENTION[method].on((max(0, len(prompt) - 4), len(prompt))) for prompt in PROMPTS]
+    able = attention_abilities(model)
+    before = hooks_on(model)
+    if reason := able.scales if method == "directer" else able.edits:
+        with pytest.raises(ModelError, match=re.escape(reason)):
+            generate(model, PROMPTS, steering=plan, max_new_tokens=1)
+        return
+    together = generate(model, PROMPTS, steering=plan, max_new_tokens=NEW_TOKENS)
+    monkeypatch.setattr("steerlens.steering.sampling.abilities", lambda *_: Abilities(cache=False, batch=False))
+    alone = generate(model, PROMPTS, steering=plan, max_new_tokens=NEW_TOKENS)
+    raw = generate(model, PROMPTS, max_new_tokens=NEW_TOKENS)
+    assert [one.tokens for one in together] == [one.tokens for one in alone]
+    assert [one.tokens for one in alone] != [one.tokens for one in raw], "steering must show"
+    assert hooks_on(model) == before
+
+
+UNEDITED = {"gpt-neo", "gptj", "opt", "llama4-chunked", "falcon-h1"}
+"""Their attention runs in Hugging Face's own code, or a state passes by it: an edit of the scores does nothing, or not all."""
+
+
+def test_whose_attention_can_be_steered_is_found_out_on_the_model_itself(subjects: dict[str, Subject]) -> None:
+    found = {name: attention_abilities(subjects[name].model) for name in ZOO}
+    depends = {name for name, able in found.items() if "depends on it" in able.edits}
+    assert depends == UNEDITED
+    assert {name for name, able in found.items() if able.scales and not able.edits} == {"bloom", "mpt", "glm-dsa"}
+    assert softcap(subjects["gemma2"].model, 0) == 3.0
+    assert softcap(subjects["llama"].model, 0) is None
 
 
 NO_DECODER = "a model must be a decoder, which goes on from a prompt, got {}; load a causal language model"

@@ -10,8 +10,9 @@ import pytest
 import torch
 
 from steerlens.errors import SteerlensError
+from steerlens.steering.interventions import Intervention, tensor_digest
 from steerlens.steering.operators import rank_one
-from steerlens.steering.plan import Intervention, Plan, as_plan, random_directions, tensor_digest
+from steerlens.steering.plan import Plan, as_plan, random_directions
 from steerlens.steering.positions import Window, as_window
 from tests.steps import OPERATORS, unit
 from tests.unchecked import unchecked

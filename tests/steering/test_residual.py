@@ -11,8 +11,10 @@ from steerlens.models.facts import resid_post
 from steerlens.models.load import load_model
 from steerlens.models.prompts import encode
 from steerlens.models.rows import pad
-from steerlens.steering.plan import Intervention, Plan
-from steerlens.steering.residual import residual_edits, steer
+from steerlens.steering.edits import steer
+from steerlens.steering.interventions import Intervention
+from steerlens.steering.plan import Plan
+from steerlens.steering.residual import residual_edits
 from tests.conftest import Subject, hooks_on
 from tests.reference.plain_loop import Rule, Step, changed, is_steered, plain_logits
 from tests.steps import OPERATORS, RULES, as_plan, step, unit

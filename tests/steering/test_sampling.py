@@ -17,10 +17,14 @@ from steerlens.models.load import load_model
 from steerlens.models.prompts import PromptFormat, encode
 from steerlens.models.rows import Rows
 from steerlens.models.stops import before_stop, decode
-from steerlens.steering import sampling
-from steerlens.steering.plan import Intervention, Plan
-from steerlens.steering.residual import ResidualEdit, steer
-from steerlens.steering.sampling import Generation, Token, choose, generate, stream, stream_tokens
+from steerlens.steering import batches
+from steerlens.steering.batches import choose
+from steerlens.steering.edits import steer
+from steerlens.steering.generations import Generation, Token
+from steerlens.steering.interventions import Intervention
+from steerlens.steering.plan import Plan
+from steerlens.steering.residual import ResidualEdit
+from steerlens.steering.sampling import generate, stream, stream_tokens
 from steerlens.steering.settings import SamplingConfig, sampling_with
 from steerlens.vectors.vector import SteeringVector
 from tests.conftest import Passes, Subject, hooks_on
@@ -569,7 +573,7 @@ def test_a_failure_in_the_middle_keeps_what_was_finished_and_leaves_no_hook(
     whole = list(open_stream(tiny))
     hooks_at_failure: list[str] = []
     finished: list[Generation] = []
-    real = sampling.choose
+    real = batches.choose
 
     def failing(*args: Any) -> torch.Tensor:
         if finished:
@@ -577,7 +581,7 @@ def test_a_failure_in_the_middle_keeps_what_was_finished_and_leaves_no_hook(
             raise failure
         return real(*args)
 
-    monkeypatch.setattr(sampling, "choose", failing)
+    monkeypatch.setattr(batches, "choose", failing)
     with pytest.raises(failure):
         save_all(open_stream(tiny), finished)
     assert finished == whole[: len(finished)]

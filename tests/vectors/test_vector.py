@@ -16,7 +16,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from steerlens.errors import ModelError, SteerlensError
-from steerlens.steering.plan import Intervention, Plan
+from steerlens.steering.interventions import Intervention
+from steerlens.steering.plan import Plan
 from steerlens.steering.positions import Window, as_window
 from steerlens.vectors import formats
 from steerlens.vectors.formats import PROJECTIONS

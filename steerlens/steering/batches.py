@@ -1,0 +1,231 @@
+"""Rows on their way, and batches of them that are decoded together; see `sampling`.
+
+    WholeBatch    every row is run whole for every token
+    CachedBatch   one token a step, with a key-value cache; rows that begin alike share what they begin with
+
+What a batch does at a step is to give each row's logits; choosing from them, and who leaves, is the same for all.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from steerlens.models.backends import Cache
+from steerlens.models.facts import model_device
+from steerlens.models.passes import Edit, Runner
+from steerlens.models.rows import pad, pad_id
+from steerlens.models.stops import before_stop, decode
+from steerlens.steering.edits import plan_edits
+from steerlens.steering.gates import GatedToken
+from steerlens.steering.generations import FinishReason, Generation
+from steerlens.steering.plan import Plan
+from steerlens.steering.settings import SamplingConfig
+
+
+@runtime_checkable
+class Job(Protocol):
+    """What the batches of one request share."""
+
+    model: Any
+    runner: Runner
+    sampling: SamplingConfig
+    stops: tuple[int, ...]
+    forbidden: Int[Tensor, " token"]
+    more_edits: tuple[Edit, ...]
+    hear: Callable[[Sequence["Row"], Tensor], None] | None
+
+
+class Row:
+    """One row on its way."""
+
+    def __init__(self, index: int, prompt: list[int], plan: Plan, seed: int, sampling: SamplingConfig) -> None:
+        self.index, self.prompt, self.plan, self.seed = index, prompt, plan, seed
+        self.tokens: list[int] = []
+        self.gated: list[GatedToken] = []
+        self.uniforms = _uniforms(seed, sampling.max_new_tokens) if sampling.temperature > 0 else None
+
+    def finished(self, tokenizer: Any, sampling: SamplingConfig, stops: tuple[int, ...]) -> Generation | None:
+        """The finished row, or None while it goes on."""
+        before = before_stop(tokenizer, self.tokens, sampling.stop) if sampling.stop else None
+        if self.tokens[-1] in stops:
+            # Not every stop id is a special token of its tokenizer, so the text leaves the last one out by itself.
+            return self._generation(decode(tokenizer, self.tokens[:-1]), "eos")
+        if before is not None:
+            return self._generation(before, "stop")
+        if self.tokens[-1] in sampling.stop_ids:
+            return self._generation(decode(tokenizer, self.tokens[:-1]), "stop")
+        if len(self.tokens) >= sampling.max_new_tokens:
+            return self._generation(decode(tokenizer, self.tokens), "length")
+        return None
+
+    def _generation(self, text: str, reason: FinishReason) -> Generation:
+        computed = len(self.prompt) + len(self.tokens) - 1  # the last token is never fed
+        steered = sum(token.n_layers > 0 for token in self.gated)
+        for step in self.plan.active.interventions:
+            low, high = step.bounds(len(self.prompt))
+            steered += max(0, min(high, computed) - low)
+        ids, gated = (tuple(self.prompt), tuple(self.tokens)), tuple(self.gated)
+        return Generation(self.index, text, *ids, reason, self.seed, steered, gated)
+
+
+def _uniforms(seed: int, count: int) -> Float[Tensor, " count"]:
+    """A row's random numbers, all drawn before it begins, on the CPU: neither its companions nor the device change them."""
+    return torch.rand(count, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+class Batch:
+    """Rows that are decoded together."""
+
+    def __init__(self, job: Job, rows: list[Row]) -> None:
+        self.job, self.runner, self.model, self.rows = job, job.runner, job.model, rows
+        self.edits: Sequence[Edit] = self.edits_of(rows)
+
+    def edits_of(self, rows: Sequence[Row]) -> Sequence[Edit]:
+        lengths = [len(row.prompt) for row in rows]
+        steered = plan_edits(self.model, [row.plan.interventions for row in rows], lengths)
+        chosen = torch.tensor([row.index for row in rows])
+        return [*steered, *(edit.select(chosen) for edit in self.job.more_edits)]
+
+    def step(self) -> tuple[list[Generation], int]:
+        """One token more for every row, or under a gate for some; rows that stop leave the batch. Also the number of tokens."""
+        places, logits = self.next_logits()
+        rows = [self.rows[place] for place in places]
+        chosen = self.choose(logits, rows).tolist()
+        outcomes: dict[int, Generation | None] = {}
+        for place, row, token in zip(places, rows, chosen, strict=True):
+            row.tokens.append(token)
+            outcomes[place] = row.finished(self.model.tokenizer, self.job.sampling, self.job.stops)
+        if self.job.hear is not None:
+            self.job.hear(rows, logits)
+        stay = [place for place in range(len(self.rows)) if outcomes.get(place) is None]
+        if len(stay) < len(self.rows):
+            self.rows = [self.rows[place] for place in stay]
+            keep = torch.tensor(stay, dtype=torch.long)
+            self.edits = [edit.select(keep) for edit in self.edits]
+            if self.rows:
+                self.select(keep)
+        return [outcome for outcome in outcomes.values() if outcome is not None], len(places)
+
+    def choose(self, logits: Float[Tensor, "row d_vocab"], rows: Sequence[Row]) -> Int[Tensor, " row"]:
+        """The next token of some of the rows."""
+        if len(self.job.forbidden):
+            logits = logits.index_fill(-1, self.job.forbidden, float("-inf"))
+        return choose(logits, self.job.sampling, _draws(rows, logits.device))
+
+    def next_logits(self) -> tuple[Sequence[int], Float[Tensor, "some d_vocab"]]:
+        """The places of the rows that get a token now, in order, and the logits that it is chosen from."""
+        return range(len(self.rows)), self.logits()
+
+    def logits(self) -> Float[Tensor, "row d_vocab"]:
+        """After each row's last token."""
+        raise NotImplementedError
+
+    def select(self, keep: Int[Tensor, " kept"]) -> None:
+        """Drop the rows that stopped from what is kept between steps."""
+        raise NotImplementedError
+
+
+class WholeBatch(Batch):
+    """Every row is run whole for every token: for models whose cache, or padding on the left, gives something else."""
+
+    def logits(self) -> Float[Tensor, "row d_vocab"]:
+        ids = [[*row.prompt, *row.tokens] for row in self.rows]
+        lengths = [len(row.prompt) for row in self.rows]
+        whole = pad(ids, side="right", pad_id=pad_id(self.model), prompt_lengths=lengths)
+        return self.runner.run(whole, edits=self.edits).logits
+
+    def select(self, keep: Int[Tensor, " kept"]) -> None:
+        pass
+
+
+class CachedBatch(Batch):
+    """Rows padded on the left; after their prompts, one token a step, with a key-value cache."""
+
+    def __init__(self, job: Job, rows: list[Row], *, to_last: bool = False) -> None:
+        """
+        Args:
+            to_last: Run the prompts up to their last tokens in any case, if there is anything before these.
+        """
+        super().__init__(job, rows)
+        self.cache: Cache | None = None
+        self.fed = pad([row.prompt for row in rows], pad_id=pad_id(self.model)).to(model_device(self.model))
+        stems = _stems(rows)
+        # What more edits do to a prompt is not known, so rows with them share nothing.
+        # Queries of a prompt that pool must be run at once, and what more edits do to a prompt is not known.
+        pooled = any(step.pooled for row in rows for step in Plan(row.plan.interventions).attention)
+        if job.more_edits or (pooled and not to_last):
+            stems = list(range(len(rows)))
+        if len(set(stems)) < len(stems) or (to_last and self.fed.tokens.shape[1] > 1):
+            self._prefill_once(stems)
+
+    def _prefill_once(self, stems: list[int]) -> None:
+        """Run what rows have in common, their prompts up to the last token, once per stem, and hand it to each of its rows."""
+        first = list(dict.fromkeys(stems))
+        rows = [self.rows[place] for place in first]
+        # Windows count from the whole prompt's end, though its last token comes later.
+        lengths = [len(row.prompt) for row in rows]
+        begun = pad([row.prompt[:-1] for row in rows], pad_id=pad_id(self.model), prompt_lengths=lengths)
+        cache = self.runner.run(begun, edits=self.edits_of(rows), keep_cache=True).cache
+        assert cache is not None
+        share = torch.tensor([first.index(stem) for stem in stems])
+        self.cache = cache.select(share)
+        self.fed = begun.select(share).then(self.fed.tokens[:, -1:])
+
+    def logits(self) -> Float[Tensor, "row d_vocab"]:
+        if self.rows[0].tokens:
+            self.fed = self.fed.then(torch.tensor([[row.tokens[-1]] for row in self.rows]))
+        result = self.runner.run(self.fed, edits=self.edits, cache=self.cache, keep_cache=True)
+        self.cache = result.cache
+        return result.logits
+
+    def select(self, keep: Int[Tensor, " kept"]) -> None:
+        assert self.cache is not None
+        self.cache, self.fed = self.cache.select(keep), self.fed.select(keep)
+
+
+def _stems(rows: Sequence[Row]) -> list[int]:
+    """For each row the first one whose prompt, and what steers it before its last token, are the same."""
+    first: dict[Any, int] = {}
+    stems = []
+    for place, row in enumerate(rows):
+        end = len(row.prompt) - 1
+        # Only what acts before the last token: rows that differ at it, or after it, still have the same keys and values here.
+        early = Plan(tuple(step for step in row.plan.active.interventions if step.bounds(end + 1)[0] < end))
+        alone = (place,) if end < 1 else ()  # nothing before the last token: nothing to share
+        stems.append(first.setdefault((tuple(row.prompt), early.digest, *alone), place))
+    return stems
+
+
+def _draws(rows: Sequence[Row], device: torch.device) -> Float[Tensor, " batch"] | None:
+    """This step's uniform number of each row; None when greedy."""
+    drawn = [row.uniforms[len(row.tokens)] for row in rows if row.uniforms is not None]
+    return torch.stack(drawn).to(device) if drawn else None
+
+
+def choose(
+    logits: Float[Tensor, "batch d_vocab"],
+    sampling: SamplingConfig,
+    uniforms: Float[Tensor, " batch"] | None,
+) -> Int[Tensor, " batch"]:
+    """The next token of each row: the most likely one, or the one at `uniforms` of the row's cumulative distribution.
+
+    Tokens are ordered by probability, cut by top-k and then top-p, and the row's number in [0, 1) is inverted over what is left.
+    """
+    if sampling.temperature == 0 or uniforms is None:
+        return logits.argmax(-1)
+    # In float32 the rarest of a wide vocabulary add nothing to a cumulative sum, and could not be drawn.
+    ordered, order = (logits.double() / sampling.temperature).sort(dim=-1, descending=True, stable=True)
+    if sampling.top_k is not None:
+        ordered, order = ordered[:, : sampling.top_k], order[:, : sampling.top_k]
+    probabilities = ordered.softmax(-1)
+    # A token stays while those before it fall short of p: the one that reaches p is the last, and the first always stays.
+    before = probabilities.cumsum(-1) - probabilities
+    probabilities = probabilities * (before < sampling.top_p)
+    # What is left sums to less than one, so the row's number is scaled to it; rounding may bring that up to the sum itself.
+    cumulative = probabilities.cumsum(-1)
+    picked = (cumulative <= uniforms[:, None] * cumulative[:, -1:]).sum(-1).clamp(max=order.shape[1] - 1)
+    chosen: Tensor = order.gather(-1, picked[:, None])[:, 0]
+    return chosen

@@ -1,0 +1,427 @@
+"""Decoding under a gate: every token is computed unsteered and, where that can matter, steered (see `gates`).
+
+A row is in one of two phases. Where its newest token has not been run, it needs the unsteered logits; where these say that
+steering is worth trying, it needs those of its trials, from the strongest to the weakest. One pass serves all rows at once, each
+in its phase, with a row of the pass for every trial. So a row that is sure of itself takes one pass a token, any other two, and
+none waits for another. Where a pass has room, rows that lag behind run both at once:
+
+    row a    | unsteered | unsteered   | trials 1..5 | unsteered                |
+    row b    | unsteered | trials 1..5 | unsteered   | unsteered and trials 1..5 |
+
+What is kept is unsteered. While a row's trials run, the newest column of its cache is set aside and it steps back by one column,
+with padding on its left; then the column takes the place of what a trial appended. So steering acts on the newest token, through
+its own queries and its own residual, and on nothing that is kept.
+
+The layers of a row are ranked before its first trials, at its last token of prompt (see `directer`). Models that may not keep a
+cache run whole rows; there, too, only the last token is steered.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from steerlens.models.attention import attn_in, attn_out, normed
+from steerlens.models.backends import Cache
+from steerlens.models.facts import layer_of
+from steerlens.models.passes import Edit, PassResult, Read, Runner
+from steerlens.models.rows import Rows, pad, pad_id
+from steerlens.steering.batches import Batch, CachedBatch, Job, Row
+from steerlens.steering.directer import sensitivities
+from steerlens.steering.edits import PlanEdit, plan_edits
+from steerlens.steering.gates import Gate, GatedToken, plausible_tokens, worth_trying
+from steerlens.steering.plan import Plan
+
+PASS_ROWS = 64
+"""Rows of one pass that ranks layers, at most."""
+
+
+class GatedBatch(Batch):
+    """Rows whose plans have a gate."""
+
+    def __init__(self, job: Job, rows: list[Row], *, cached: bool, together: bool) -> None:
+        """
+        Args:
+            cached: Whether a cache may be kept.
+            together: Whether rows may share a pass where they are run whole.
+        """
+        super().__init__(job, rows)
+        self.together, self.n_layers, self.size = together, int(self.model.cfg.n_layers), len(rows)
+        self.gates = [_gate(row) for row in rows]
+        self.layers = [_layers(gate, self.n_layers) for gate in self.gates]
+        self.tried = plan_edits(
+            self.model, [gate.interventions for gate in self.gates], [len(row.prompt) for row in rows]
+        )
+        self.raw: list[Tensor | None] = [None] * len(rows)
+        """Of each row whose trials are to be run, the unsteered logits."""
+        self.ranked: dict[int, list[int]] = {}
+        """By a row's index in the request: its layers, the most sensitive first."""
+        self.strengths: dict[int, Float[Tensor, "trial layer"]] = {}
+        """By the same index, once they are known."""
+        self.columns: _Columns | None = None
+        if cached:
+            begun = CachedBatch(job, rows, to_last=True)
+            pooled = any(step.pooled for row in rows for step in Plan(row.plan.interventions).attention)
+            # Queries that pool over the whole prompt do so when it is run at once.
+            if (begun.cache is None or begun.cache.forks) and not pooled:
+                self.columns = _Columns(begun.cache, begun.fed)
+        self.start = _Start(rows, self.edits, self.tried, self.columns)
+
+    # --- a step ------------------------------------------------------------------------------------------------------
+
+    def next_logits(self) -> tuple[Sequence[int], Float[Tensor, "some d_vocab"]]:
+        """The rows that get a token now, and the logits that it is chosen from: steered where that is plausible."""
+        n, found = len(self.rows), dict[int, Tensor]()
+        while not found:
+            trying = [place for place in range(n) if self.raw[place] is not None]
+            fresh = [place for place in range(n) if self.raw[place] is None]
+            self._rank([place for place in trying if self.gates[place].gives_way == "layers"])
+            # The first n items are the rows, in order: the unsteered pass of a fresh one, the first trial of another.
+            owners, strengths = list(range(n)), torch.zeros(n, self.n_layers)
+            items: dict[int, list[int]] = {}
+            """Of each row whose trials are run, their places among the items."""
+            more = []
+            for place in [*trying, *self._ahead(fresh, trying)]:
+                table, items[place] = self._strengths(place), []
+                if place in trying:
+                    strengths[place], table, items[place] = table[0], table[1:], [place]
+                items[place] += range(len(owners), len(owners) + len(table))
+                owners += [place] * len(table)
+                more.append(table)
+            logits = self._run(owners, torch.cat([strengths, *more]))
+            found = self._sure(fresh, logits[fresh])
+            if self.columns is not None:
+                late = [place for place in fresh if self.raw[place] is not None and place not in items]
+                self.columns.settle(late=late, done=trying)
+            found |= self._tried({place: some for place, some in items.items() if self.raw[place] is not None}, logits)
+        places = sorted(found)
+        return places, torch.stack([found[place] for place in places])
+
+    def _ahead(self, fresh: Sequence[int], trying: Sequence[int]) -> list[int]:
+        """The fresh rows whose trials are run before it is known whether they are needed: those that lag behind, while a pass
+        has room, for the last rows of a batch would keep it waiting."""
+        room = 2 * self.size - len(self.rows) - sum(len(self._strengths(place)) - 1 for place in trying)
+        chosen = []
+        for place in sorted(fresh, key=lambda place: len(self.rows[place].tokens)):
+            table = self.strengths.get(self.rows[place].index)
+            room -= 0 if table is None else len(table)
+            if table is not None and room >= 0:
+                chosen.append(place)
+        return chosen
+
+    def _sure(self, places: Sequence[int], logits: Float[Tensor, "row d_vocab"]) -> dict[int, Tensor]:
+        """Of these rows, those for which steering need not be tried, with their logits; of the others, these are kept."""
+        if not places:
+            return {}
+        gates = [self.gates[place] for place in places]
+        by_min_p = torch.tensor([gate.criterion == "min_p" for gate in gates], device=logits.device)
+        beta = torch.tensor([gate.beta for gate in gates], device=logits.device)
+        worth = (worth_trying(logits, beta) | ~by_min_p) & torch.tensor(
+            [self._reaches(place) for place in places], device=logits.device
+        )
+        tokens = self.choose(logits, [self.rows[place] for place in places])
+        found = {}
+        for number, (tried, token, chance) in enumerate(
+            zip(worth.tolist(), tokens.tolist(), _chances(logits, tokens).tolist(), strict=True)
+        ):
+            place = places[number]
+            if tried:
+                self.raw[place] = logits[number]
+            else:
+                self.rows[place].gated.append(GatedToken("skipped", 0, 0, 0.0, None, token, float("nan"), chance))
+                found[place] = logits[number]
+        return found
+
+    def _reaches(self, place: int) -> bool:
+        """Whether any of a gate's interventions is meant for the newest token."""
+        row = self.rows[place]
+        newest = len(row.prompt) + len(row.tokens) - 1
+        bounds = [step.bounds(len(row.prompt)) for step in self.gates[place].interventions]
+        return any(low <= newest < high for low, high in bounds)
+
+    def _tried(self, items: dict[int, list[int]], logits: Float[Tensor, "item d_vocab"]) -> dict[int, Tensor]:
+        """The logits that each of these rows' tokens is chosen from: the first trial's that passes, or the unsteered ones.
+
+        Args:
+            items: Of each row, its trials' places among the logits, the strongest first.
+        """
+        if not items:
+            return {}
+        owners = [place for place, some in items.items() for _ in some]
+        raw = torch.stack([_held(self.raw[place]) for place in owners])
+        steered = logits[[item for some in items.values() for item in some]]
+        rows = [self.rows[place] for place in owners]
+        wanted, plain = self.choose(steered, rows), self.choose(raw, rows)
+        chances = torch.stack([_chances(raw, wanted), _chances(raw, plain)], dim=1).tolist()
+        passed = self._passes(raw, steered, wanted, owners).tolist()
+        found, start = {}, 0
+        for place, some in items.items():
+            trial = next((trial for trial in range(len(some)) if passed[start + trial]), None)
+            active = [] if trial is None else self._strengths(place)[trial][self.layers[place]].tolist()
+            self.rows[place].gated.append(
+                GatedToken(
+                    outcome="rejected" if trial is None else "weakened" if trial else "accepted",
+                    n_trials=len(some) if trial is None else trial + 1,
+                    n_layers=sum(share > 0 for share in active),
+                    strength=sum(active) / len(self.layers[place]),
+                    proposed=int(wanted[start]),
+                    raw=int(plain[start]),
+                    p_proposed=chances[start][0],
+                    p_raw=chances[start][1],
+                )
+            )
+            found[place] = raw[start] if trial is None else steered[start + trial]
+            self.raw[place] = None
+            start += len(some)
+        return found
+
+    def _passes(
+        self,
+        raw: Float[Tensor, "trial d_vocab"],
+        steered: Float[Tensor, "trial d_vocab"],
+        tokens: Int[Tensor, " trial"],
+        owners: Sequence[int],
+    ) -> Bool[Tensor, " trial"]:
+        """Which trials' tokens their rows' gates let pass."""
+        gates = [self.gates[place] for place in owners]
+        threshold = torch.tensor(
+            [gate.beta if gate.criterion == "min_p" else gate.limit for gate in gates], device=raw.device
+        )
+        found = torch.zeros(len(gates), dtype=torch.bool, device=raw.device)
+        for criterion in dict.fromkeys(gate.criterion for gate in gates):
+            its = torch.tensor([gate.criterion == criterion for gate in gates], device=raw.device)
+            found[its] = plausible_tokens(raw[its], steered[its], tokens[its], criterion, threshold[its])
+        return found
+
+    def _strengths(self, place: int) -> Float[Tensor, "trial layer"]:
+        """The share at which each of a row's trials steers each layer."""
+        index, gate = self.rows[place].index, self.gates[place]
+        if index not in self.strengths:
+            ranked = self.ranked.get(index)
+            self.strengths[index] = gate.strengths(ranked or self.layers[place], self.n_layers)
+        return self.strengths[index]
+
+    def select(self, keep: Int[Tensor, " kept"]) -> None:
+        chosen = keep.tolist()
+        self.gates = [self.gates[place] for place in chosen]
+        self.layers = [self.layers[place] for place in chosen]
+        self.raw = [self.raw[place] for place in chosen]
+        self.tried = [edit.select(keep) for edit in self.tried]
+        if self.columns is not None:
+            self.columns.select(keep)
+
+    # --- passes ------------------------------------------------------------------------------------------------------
+
+    def _run(self, owners: Sequence[int], strengths: Float[Tensor, "item layer"]) -> Float[Tensor, "item d_vocab"]:
+        """The logits after the newest token of some rows, each as often as it comes, with every layer steered at its strength."""
+        logits = self._logits(owners, strengths)
+        # What is never said counts neither for nor against a token.
+        return logits.index_fill(-1, self.job.forbidden, float("-inf")) if len(self.job.forbidden) else logits
+
+    def _logits(self, owners: Sequence[int], strengths: Float[Tensor, "item layer"]) -> Float[Tensor, "item d_vocab"]:
+        edits = _edits(self.edits, self.tried, owners, strengths)
+        rows = [self.rows[place] for place in owners]
+        lengths = tuple(len(row.prompt) for row in rows)
+        if self.columns is None:
+            ids = [[*row.prompt, *row.tokens] for row in rows]
+            return torch.cat([result.logits for result in self._whole(self.runner, ids, lengths, edits)])
+        newest = torch.tensor([[[*row.prompt, *row.tokens][-1]] for row in rows])
+        return self.columns.run(self.runner, owners, newest, lengths, edits)
+
+    def _whole(
+        self,
+        runner: Runner,
+        ids: Sequence[list[int]],
+        prompt_lengths: Sequence[int],
+        edits: tuple[Sequence[Edit], Sequence[PlanEdit]],
+        reads: Sequence[Read] = (),
+    ) -> list[PassResult]:
+        """Passes over whole rows, of which the gate's interventions steer the last token alone."""
+        last = torch.tensor([len(one) - 1 for one in ids])
+        used: list[Edit] = [*edits[0], *(edit.starting(last) for edit in edits[1])]
+        groups = [list(range(len(ids)))] if self.together else [[item] for item in range(len(ids))]
+        found = []
+        for group in groups:
+            chosen = torch.tensor(group)
+            rows = pad(
+                [ids[item] for item in group],
+                side="right",
+                pad_id=pad_id(self.model),
+                prompt_lengths=[prompt_lengths[item] for item in group],
+            )
+            found.append(runner.run(rows, edits=[edit.select(chosen) for edit in used], reads=reads))
+        return found
+
+    # --- ranking -----------------------------------------------------------------------------------------------------
+
+    def _rank(self, places: Sequence[int]) -> None:
+        """Rank the layers of those rows for which that was not done."""
+        places = [place for place in places if self.rows[place].index not in self.ranked]
+        several = [place for place in places if len(self.layers[place]) > 1]
+        self.ranked |= {self.rows[place].index: self.layers[place] for place in places}
+        if not several:
+            return
+        # Each row as it is, and with each of its layers steered alone.
+        probes = [(place, layer) for place in several for layer in (None, *self.layers[place])]
+        strengths = torch.zeros(len(probes), self.n_layers)
+        for item, (_, layer) in enumerate(probes):
+            if layer is not None:
+                strengths[item, layer] = 1.0
+        reads = self._at_the_prompts_end([self.rows[place] for place, _ in probes], strengths)
+        start = 0
+        for place in several:
+            layers = self.layers[place]
+            inputs, outputs = (table[start : start + len(layers) + 1] for table in reads)
+            scores = sensitivities(inputs, outputs, ranking=self.gates[place].ranking, probed=layers).tolist()
+            by_score = sorted(range(len(layers)), key=lambda number: (-scores[number], layers[number]))
+            self.ranked[self.rows[place].index] = [layers[number] for number in by_score]
+            start += len(layers) + 1
+
+    def _at_the_prompts_end(
+        self, rows: Sequence[Row], strengths: Float[Tensor, "probe layer"]
+    ) -> tuple[Float[Tensor, "probe layer d_model"], Float[Tensor, "probe layer d_model"]]:
+        """What goes into and comes out of every layer's attention at rows' last tokens of prompt, under these strengths."""
+        layers = range(self.n_layers)
+        sites = [[attn_in(self.model, layer) for layer in layers], [attn_out(self.model, layer) for layer in layers]]
+        reads = [Read(site) for some in sites for site in some]
+        edited = {edit.site for some in (self.start.always, self.start.tried) for edit in some}
+        parts: list[dict[str, Tensor]] = []
+        with Runner(self.model, {*(read.site for read in reads), *edited}) as runner:
+            for first in range(0, len(rows), PASS_ROWS):
+                some = rows[first : first + PASS_ROWS]
+                owners = [self.start.place[row.index] for row in some]
+                edits = _edits(self.start.always, self.start.tried, owners, strengths[first : first + PASS_ROWS])
+                ids, lengths = [row.prompt for row in some], [len(row.prompt) for row in some]
+                if self.start.columns is None:
+                    parts += [result.reads for result in self._whole(runner, ids, lengths, edits, reads)]
+                else:
+                    newest = torch.tensor([[row.prompt[-1]] for row in some])
+                    columns = self.start.columns
+                    parts.append(columns.pass_(runner, owners, newest, tuple(lengths), edits, reads).reads)
+        inputs, outputs = ([torch.cat([part[site] for part in parts]) for site in some] for some in sites)
+        inputs = [normed(self.model, layer, found) for layer, found in enumerate(inputs)]
+        return torch.stack(inputs, dim=1), torch.stack(outputs, dim=1)
+
+
+class _Columns:
+    """The cache of a batch, and which of its columns hold tokens; one row for each of the batch's."""
+
+    def __init__(self, cache: Cache | None, begun: Rows) -> None:
+        """
+        Args:
+            begun: The rows with the column that is to be run next, or, without a cache, with all of their columns.
+        """
+        self.cache = cache
+        self.mask: Int[Tensor, "row past"] = begun.mask[:, :-1]
+        self.result: Cache | None = None
+        self.aside: list[Tensor] | None = None
+        """Of every table of the cache, each row's column that is set aside."""
+
+    def pass_(
+        self,
+        runner: Runner,
+        owners: Sequence[int],
+        newest: Int[Tensor, "item 1"],
+        prompt_lengths: tuple[int, ...],
+        edits: tuple[Sequence[Edit], Sequence[PlanEdit]],
+        reads: Sequence[Read] = (),
+    ) -> PassResult:
+        """A pass over the newest tokens of some rows, each as often as it comes; what is kept here stays as it is."""
+        items = torch.tensor(owners)
+        mask = torch.cat([self.mask[items], torch.ones_like(newest)], dim=1)
+        cache = None if self.cache is None else self.cache.fork()
+        if cache is not None and owners != list(range(len(self.mask))):
+            cache = cache.select(items)
+        rows = Rows(newest, mask, prompt_lengths)
+        return runner.run(rows, edits=[*edits[0], *edits[1]], reads=reads, cache=cache, keep_cache=True)
+
+    def run(self, *arguments: Any) -> Float[Tensor, "item d_vocab"]:
+        """The logits of such a pass, whose columns `settle` puts in their places."""
+        result = self.pass_(*arguments)
+        self.result = result.cache
+        return result.logits
+
+    def settle(self, *, late: Sequence[int], done: Sequence[int]) -> None:
+        """Keep what the last pass gave of each row, its first items: of late rows aside, until they are done."""
+        assert self.result is not None
+        n = len(self.mask)
+        cache = self.result.first(n)
+        before = [None] * len(cache.tables) if self.cache is None else self.cache.tables
+        with torch.inference_mode():
+            back, front = torch.tensor(late, dtype=torch.long), torch.tensor(done, dtype=torch.long)
+            if late and self.aside is None:
+                self.aside = [torch.zeros_like(table.newest(torch.arange(n))) for table in cache.tables]
+            for number, table in enumerate(cache.tables):
+                if late and self.aside is not None:
+                    self.aside[number][back.to(table.tensor.device)] = table.newest(back)
+                    table.step_back(back, before[number])
+                if done and self.aside is not None:
+                    table.put_newest(front, self.aside[number][front.to(table.tensor.device)])
+        self.cache, self.result = cache, None
+        mask = (
+            torch.cat([self.mask, torch.ones_like(self.mask[:, :1])], dim=1) if self.mask.shape[1] else torch.ones(n, 1)
+        )
+        mask = mask.to(torch.long)
+        mask[back] = torch.cat([torch.zeros_like(mask[back][:, :1]), self.mask[back]], dim=1)
+        self.mask = mask
+
+    def select(self, keep: Int[Tensor, " kept"]) -> None:
+        """Keep some rows."""
+        self.mask = self.mask[keep]
+        if self.cache is not None:
+            self.cache = self.cache.select(keep)
+        if self.aside is not None:
+            self.aside = [table[keep.to(table.device)] for table in self.aside]
+
+
+class _Start:
+    """How a batch began: its rows before their last tokens of prompt, to rank layers from."""
+
+    def __init__(
+        self, rows: Sequence[Row], always: Sequence[Edit], tried: Sequence[PlanEdit], columns: _Columns | None
+    ) -> None:
+        self.place = {row.index: place for place, row in enumerate(rows)}
+        self.always, self.tried = always, tried
+        self.columns: _Columns | None = None
+        if columns is not None:
+            self.columns = _Columns(None if columns.cache is None else columns.cache.fork(), _masked(columns.mask))
+
+
+def _masked(mask: Int[Tensor, "row past"]) -> Rows:
+    whole = torch.cat([mask, torch.ones(len(mask), 1, dtype=mask.dtype)], dim=1)
+    return Rows(whole[:, -1:], whole, (0,) * len(mask))
+
+
+def _edits(
+    always: Sequence[Edit], tried: Sequence[PlanEdit], owners: Sequence[int], strengths: Float[Tensor, "item layer"]
+) -> tuple[list[Edit], list[PlanEdit]]:
+    """The edits of some rows: what always acts, and the gate's at each layer's strength, where any item has some there."""
+    items = torch.tensor(owners)
+    return [edit.select(items) for edit in always], [
+        edit.select(items).weakened(share) for edit in tried if bool((share := strengths[:, layer_of(edit.site)]).any())
+    ]
+
+
+def _gate(row: Row) -> Gate:
+    assert row.plan.gate is not None
+    return row.plan.gate
+
+
+def _layers(gate: Gate, n_layers: int) -> list[int]:
+    """The layers that a gate's interventions steer."""
+    plan = Plan(gate.interventions)
+    everywhere = any(step.heads is None for step in plan.attention)
+    return list(range(n_layers)) if everywhere else list(plan.layers)
+
+
+def _chances(logits: Float[Tensor, "row d_vocab"], tokens: Int[Tensor, " row"]) -> Float[Tensor, " row"]:
+    """The probability of one token of each row."""
+    logits = logits.float()
+    return (logits.gather(1, tokens[:, None])[:, 0] - logits.logsumexp(-1)).exp()
+
+
+def _held(logits: Tensor | None) -> Tensor:
+    assert logits is not None
+    return logits
