@@ -90,13 +90,17 @@ def _write_above(fig: go.Figure, axes: Any, text: str) -> None:
     fig.add_annotation(text=f"<b>{text}</b>", font_size=13, **corner, **anchors)
 
 
-def show_each_name_once(fig: go.Figure) -> None:
-    """One legend entry per name; a click on it hides that name in every panel. Room for its lines on a narrow page is made."""
+def show_each_name_once(fig: go.Figure, page: int = _PAGE) -> None:
+    """One legend entry per name; a click on it hides that name in every panel. Room for its lines on a narrow page is made.
+
+    Args:
+        page: its width in pixels.
+    """
     seen: set[str] = set()
     for trace in fig.data:
         trace.update(legendgroup=trace.name, showlegend=trace.showlegend is not False and trace.name not in seen)
         seen.add(trace.name)
-    lines = math.ceil(sum(_SIGN + _LETTER * len(trace.name) for trace in fig.data if trace.showlegend) / _PAGE)
+    lines = math.ceil(sum(_SIGN + _LETTER * len(trace.name) for trace in fig.data if trace.showlegend) / page)
     more = _LEGEND_LINE * max(0, lines - 1)
     fig.update_layout(margin_t=fig.layout.margin.t + more, height=fig.layout.height + more)
 
@@ -134,3 +138,15 @@ def require_table(table: pd.DataFrame, columns: Sequence[str], *, what: str) -> 
     require_columns(table, columns, what=what)
     if table.empty:
         raise DataError(f"{what} must have at least one row, got none")
+
+
+def require_once(table: pd.DataFrame, keys: Sequence[str]) -> None:
+    """Refuse a table with two rows of the same keys.
+
+    Raises:
+        DataError: saying which.
+    """
+    twice = table[table.duplicated([*keys])]
+    if len(twice):
+        found = ", ".join(f"{key} {twice.iloc[0][key]}" for key in keys)
+        raise DataError(f"the table must have one row per {', '.join(keys)}, got several of {found}")

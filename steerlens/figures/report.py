@@ -112,7 +112,28 @@ def _by_gain(table: pd.DataFrame) -> list[str]:
 
 def _overall_section(overall: pd.DataFrame) -> str:
     about = "Bars: share of responses that pass their check. Whiskers and brackets: Wilson 95&nbsp;% intervals."
-    return figure(four_cells(overall), "overall-figure") + note(about) + _rates(overall)
+    return figure(four_cells(overall), "overall-figure") + note(about) + _rates(overall) + _gate(overall)
+
+
+def _gate(table: pd.DataFrame) -> str:
+    """What a gate made of the tokens of each condition; nothing where no response was gated."""
+    if "gate_accepted" not in table:
+        return ""
+    about = (
+        "The gate: tokens that were taken as steered (in full, or weakened), those that were not plausible enough and came "
+        "unsteered, and those for which nothing else was plausible, so that steering was not tried."
+    )
+    columns: dict[str, Callable[[Mapping[Any, Any]], str]] = {
+        "taken": lambda row: percent(row["gate_accepted"]),
+        "weakened": lambda row: percent(row["gate_weakened"]),
+        "refused": lambda row: percent(row["gate_rejected"]),
+        "not tried": lambda row: percent(row["gate_skipped"]),
+        "active layers": lambda row: number(row["mean_active_layers"]),
+        "extra passes per token": lambda row: number(row["extra_passes"]),
+    }
+    rows = table[table["gate_accepted"].notna()].to_dict("records")
+    lines = [[html.escape(row["condition"]), *(show(row) for show in columns.values())] for row in rows]
+    return note(about) + rows_table(("condition", *columns), lines, names=1)
 
 
 def _instruction_section(table: pd.DataFrame) -> str:

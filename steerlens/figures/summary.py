@@ -15,6 +15,9 @@ _IN_WORDS = {
     "vector": "with the steering vector",
     "text": "with the instruction in the prompt",
     "text+vector": "with the instruction in the prompt and the vector",
+    "text+random": "with the instruction in the prompt and as much attention on random tokens",
+    "text+attention": "with the instruction in the prompt and attention steered towards it",
+    "text+vector+attention": "with the instruction in the prompt, attention steered towards it, and the vector",
 }
 
 

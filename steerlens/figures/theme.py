@@ -2,6 +2,7 @@
 
     four_cells      rate of each condition with its Wilson interval, overall or one panel per instruction
     layer_curve     rate against the steered layer, the chosen layer, the unsteered rate, degenerate share
+    coeff_curve     the same against the coefficient of a method
     cosine_heatmap  signed similarities, centred on zero
 
 A condition has one colour everywhere. The two controls, `none` and `random`, are grey; what is under study is
@@ -27,6 +28,9 @@ CONDITION_COLORS = {
     "vector": "#D55E00",
     "text": "#0072B2",
     "text+vector": "#009E73",
+    "text+random": "#6B7078",
+    "text+attention": "#CC79A7",
+    "text+vector+attention": "#7A4F9A",
 }
 """The conditions in the order in which they are shown, each with its colour."""
 
@@ -44,6 +48,8 @@ _HUES = (
     *("#CC6677", "#332288", "#117733", "#88CCEE", "#882255", "#44AA99", "#999933", "#AA4499", "#DDCC77"),
 )  # Paul Tol's "muted" scheme: apart for colour-blind readers, and from the conditions
 _SYMBOLS = ("circle", "diamond", "square", "triangle-up", "x", "star")
+_METHOD_HUES = ("#E69F00", "#56B4E9", "#CC79A7", "#332288", "#882255", "#999933", "#6B4C2A")
+_BESIDE_CONDITIONS = {"before": CONDITION_COLORS["random"], "after": CONDITION_COLORS["vector"]}
 
 
 MISSING = "\u2013"
@@ -124,6 +130,33 @@ def instruction_style(names: Iterable[str]) -> dict[str, tuple[str, str]]:
     return {name: styles[slots[name]][::-1] for name in order}
 
 
+def method_style(names: Iterable[str]) -> dict[str, tuple[str, str]]:
+    """Colour and plotly symbol of each method of steering: conditions have theirs, others the next in line.
+
+    Args:
+        names: of methods or plans, in the order of the legend.
+
+    Returns:
+        Name -> colour and symbol, in the same order; no two share both, up to 42 names that are no conditions.
+
+    Example:
+        >>> method_style(["text", "PASTA"])
+        {'text': ('#0072B2', 'circle'), 'PASTA': ('#E69F00', 'diamond')}
+    """
+    known = {**CONDITION_COLORS, **_BESIDE_CONDITIONS}
+    order = list(dict.fromkeys(names))
+    others = [name for name in order if name not in known]
+    # Beginning with the second symbol, since conditions have the first one.
+    symbols = (*_SYMBOLS[1:], _SYMBOLS[0])
+    slots = {name: place % (len(symbols) * len(_METHOD_HUES)) for place, name in enumerate(others)}
+    return {
+        name: (known[name], _SYMBOLS[0])
+        if name in known
+        else (_METHOD_HUES[slots[name] % len(_METHOD_HUES)], symbols[slots[name] // len(_METHOD_HUES)])
+        for name in order
+    }
+
+
 def percent(rate: float) -> str:
     """A share as text: "31 %", or a dash where it is missing."""
     return MISSING if math.isnan(rate) else f"{100 * rate:.0f}\u00a0%"
@@ -148,7 +181,7 @@ def number_text(row: Mapping[Any, Any]) -> str:
 LINE, FOOTER, GAP = 16, 26, 14
 
 
-def faded(color: str) -> str:
-    """A colour of six hex digits, so faint that lines and grid show through."""
+def faded(color: str, opacity: float = 0.16) -> str:
+    """A colour of six hex digits, by default so faint that lines and grid show through."""
     red, green, blue = (int(color[start : start + 2], 16) for start in (1, 3, 5))
-    return f"rgba({red}, {green}, {blue}, 0.16)"
+    return f"rgba({red}, {green}, {blue}, {opacity})"

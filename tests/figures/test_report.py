@@ -14,7 +14,7 @@ from steerlens.errors import DataError
 from steerlens.figures.report import write_report
 from steerlens.figures.samples import mark_changes
 from steerlens.figures.summary import summarize
-from steerlens.stats.rates import rate_table, wilson_interval
+from steerlens.stats.rates import GATED, rate_table, wilson_interval
 from steerlens.stats.words import distinct_n, repetition, words
 from tests.browsers import CHROMIUM, needs_browser
 
@@ -274,6 +274,20 @@ def test_page_without_a_search_has_no_layer_section(tmp_path: Path, search: dict
     text = page.read_text(encoding="utf-8")
     assert "search-figure" not in text
     assert "Layer search" not in text
+
+
+def test_page_says_what_a_gate_made_of_the_tokens(tmp_path: Path) -> None:
+    scores = fake_scores(4)
+    gated = scores["condition"] == "vector"
+    for name, value in zip(GATED, (0.25, 0.1, 0.15, 0.6, 3.5, 0.75), strict=True):
+        scores[name] = gated.map({True: value, False: float("nan")})
+    text = write_report(tmp_path / "report.html", scores=scores, facts={}, title="A trial").read_text()
+    row = text[text.index("extra passes per token") :].partition("</table>")[0]
+    assert re.findall(r"<td[^>]*>(.*?)</td>", row) == [
+        *("vector", "25\u00a0%", "10\u00a0%", "15\u00a0%", "60\u00a0%", "3.50", "0.75")
+    ]
+    plain = write_report(tmp_path / "plain.html", scores=fake_scores(4), facts={}, title="A trial").read_text()
+    assert "extra passes" not in plain
 
 
 def test_sample_shows_each_condition_beside_the_others_with_its_verdict(tmp_path: Path) -> None:

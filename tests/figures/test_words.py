@@ -9,16 +9,19 @@ import pandas as pd
 import plotly.graph_objects as go
 import pytest
 
+from steerlens.figures.attention import attention_mass_by_layer, attention_mass_map, head_profile_map
 from steerlens.figures.cells import four_cells
+from steerlens.figures.gates import active_layers, gated_text
 from steerlens.figures.geometry import embedding_scatter
-from steerlens.figures.layers import layer_curve
+from steerlens.figures.layers import coeff_curve, layer_curve
 from steerlens.figures.matrices import cosine_heatmap, transfer_matrix
 from steerlens.figures.measures import measure_curves
+from steerlens.figures.methods import instruction_strength_heatmap, method_comparison
 from steerlens.figures.patching import attribution_map, patching_map
 from steerlens.figures.studies import necessity_by_layer, steering_by_layer
 from steerlens.figures.tokens import token_table
 from steerlens.figures.words import name_lines, shown, shown_name
-from tests.figures import test_geometry, test_lens, test_patching, test_pictures, test_studies
+from tests.figures import test_attention, test_geometry, test_lens, test_patching, test_pictures, test_studies
 
 HOSTILE = "<b>x</b> & a name of one's own that is much longer than anything that has room beside a picture or above it"
 OTHER = "short:one"
@@ -33,6 +36,7 @@ def renamed(table: pd.DataFrame) -> pd.DataFrame:
 FIGURES: dict[str, Callable[[], go.Figure]] = {
     "four_cells": lambda: four_cells(test_pictures.by_instruction([HOSTILE, OTHER])),
     "layer_curve": lambda: layer_curve(renamed(test_pictures.search_of("a:b", [1, 2]))),
+    "coeff_curve": lambda: coeff_curve(renamed(test_pictures.strengths_of("a:b", [0.1, 0.2]))),
     "cosine_heatmap": lambda: cosine_heatmap(np.eye(2), [HOSTILE, OTHER]),
     "transfer_matrix": lambda: transfer_matrix(renamed(test_studies.transfer())),
     "measure_curves": lambda: measure_curves(renamed(test_geometry.curves())),
@@ -42,6 +46,17 @@ FIGURES: dict[str, Callable[[], go.Figure]] = {
     "steering_by_layer": lambda: steering_by_layer(renamed(test_studies.steering())),
     "necessity_by_layer": lambda: necessity_by_layer(renamed(test_studies.ablated())),
     "token_table": lambda: token_table(test_lens.vocabulary([HOSTILE, OTHER], [2])),
+    "attention_mass_map": lambda: attention_mass_map(test_attention.masses(HOSTILE, OTHER)),
+    "attention_mass_by_layer": lambda: attention_mass_by_layer(test_attention.masses(HOSTILE, OTHER)),
+    "head_profile_map": lambda: head_profile_map(test_attention.profile(HOSTILE, OTHER)),
+    "gated_text": lambda: gated_text(
+        test_attention.steps("accepted", "rejected", prompt=HOSTILE, tokens=[HOSTILE, "a"])
+    ),
+    "active_layers": lambda: active_layers(test_attention.steps("accepted", prompt=HOSTILE)),
+    "method_comparison": lambda: method_comparison(test_attention.compared(HOSTILE, alone=(OTHER,))),
+    "instruction_strength_heatmap": lambda: instruction_strength_heatmap(
+        test_attention.by_setting(HOSTILE, OTHER, methods=(HOSTILE,), alone=(HOSTILE + "!",))
+    ),
     "token_bars": lambda: token_table(test_lens.vocabulary([HOSTILE], [2])),
 }
 
