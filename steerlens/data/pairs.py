@@ -34,7 +34,7 @@ from steerlens._typing import WholeNumber, whole
 from steerlens.checks.arguments import LANGUAGE
 from steerlens.checks.registry import check_arguments
 from steerlens.data.cells import Text, arguments_of, listed, text_of
-from steerlens.data.conditions import CONDITIONS, WITH_TEXT
+from steerlens.data.conditions import ALL_CONDITIONS, WITH_TEXT
 from steerlens.data.readers import instruction_in
 from steerlens.errors import DataError, nearest
 from steerlens.files import content_key, query_key, write_atomically
@@ -186,8 +186,8 @@ class InstructionPair:
 
     def text(self, condition: str) -> str:
         """What the model is asked under `condition`: `prompt` if the text carries the instruction, else `query`."""
-        if condition not in CONDITIONS:
-            raise DataError(f"unknown condition {condition!r}; {nearest(condition, CONDITIONS)}")
+        if condition not in ALL_CONDITIONS:
+            raise DataError(f"unknown condition {condition!r}; {nearest(condition, ALL_CONDITIONS)}")
         if condition in WITH_TEXT:
             return self.prompt
         if self.query is None:

@@ -49,7 +49,15 @@ COMPARISON_COLUMNS = (
 )  # fmt: skip
 
 
-CELLS = (("none", "vector"), ("random", "vector"), ("none", "text"), ("text", "text+vector"))
+CELLS = (
+    ("none", "vector"),
+    ("random", "vector"),
+    ("none", "text"),
+    ("text", "text+vector"),
+    ("text", "text+attention"),
+    ("text+random", "text+attention"),
+    ("text+vector", "text+vector+attention"),
+)
 """Which cells of an evaluation are set side by side, prompt by prompt: baseline first."""
 
 

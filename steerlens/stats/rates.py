@@ -34,6 +34,9 @@ from steerlens.files import query_key
 
 RATE_COLUMNS = ("n", "followed", "rate", "low", "high")
 
+GATED = ("gate_accepted", "gate_weakened", "gate_rejected", "gate_skipped", "mean_active_layers", "extra_passes")
+"""What scores say of a response that was generated behind a gate; missing for others."""
+
 
 @overload
 def wilson_interval(successes: int, n: int, confidence: float = 0.95) -> tuple[float, float]: ...
@@ -187,7 +190,7 @@ def trial_spread(frame: pd.DataFrame, by: Sequence[str], value: str = "followed"
 def quality_table(frame: pd.DataFrame, by: Sequence[str]) -> pd.DataFrame:
     """How the responses of each group read: columns `by`, then mean_words, mean_repetition, mean_distinct_2,
     median_perplexity and cut (the share of responses that ended at the length limit); where they were measured, mean_kl,
-    mean_reward and low_perplexity (a share), too.
+    mean_reward and low_perplexity (a share), and of gated responses the means of the columns in GATED, too.
 
     Missing values are left out of a mean; a group that has only missing values stays missing.
 
@@ -208,7 +211,7 @@ def quality_table(frame: pd.DataFrame, by: Sequence[str]) -> pd.DataFrame:
     columns = ["n_words", "repetition", "distinct_2", "perplexity", "finish_reason"]
     require_columns(frame, [*by, *columns], what="the scores frame")
     extra = {f"mean_{name}": (name, "mean") for name in ("kl", "reward") if name in frame}
-    extra |= {"low_perplexity": ("low_perplexity", "mean")} if "low_perplexity" in frame else {}
+    extra |= {name: (name, "mean") for name in ("low_perplexity", *GATED) if name in frame}
     numbers = {name: pd.to_numeric(frame[name]).astype("Float64").astype(float) for name in columns[:-1]}
     cut = (frame["finish_reason"] == "length").astype(float)
     table: pd.DataFrame = _grouped(frame.assign(**numbers, _cut=cut), by).agg(

@@ -101,7 +101,7 @@ def placebo(plan: Plan, seed: int) -> Plan:
 
 def randomly_ablated(plan: Plan, seed: int) -> Plan:
     """The control that takes away the component along random directions: those of the placebo."""
-    drawn = [(step, step.write) for step in plan.placebo(seed=seed)]
+    drawn = [(step, step.write) for step in plan.placebo(seed=seed).residual]
     options: Any = {"write": None, "operator": "ablate", "name": "a random direction"}
     return Plan(tuple(replace(step, direction=write, **options) for step, write in drawn if write is not None))
 

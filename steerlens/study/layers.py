@@ -237,7 +237,7 @@ def transfer_between_layers(
         for layer in places:
             options: Any = {"operator": "add", "coeff": size * float(vector[layer].norm()), "positions": positions}
             for source in places:
-                steps = vector.at(source, **options)
+                steps = vector.at(source, **options).residual
                 norm = vector.resid_norm.get(layer, float("nan"))
                 plan = Plan(tuple(replace(step, layer=layer, resid_norm=norm) for step in steps))
                 yield Arm("vector", plan, layer, {"from_layer": source})
@@ -318,7 +318,9 @@ def ablation(
     """
     if to == "zero":
         sources = layers if direction_of is None else [direction_of] * len(layers)
-        steps = [step for source in sources for step in vector.at(source, operator="ablate", positions=positions)]
+        steps = [
+            step for source in sources for step in vector.at(source, operator="ablate", positions=positions).residual
+        ]
         return Plan(tuple(replace(step, layer=layer) for step, layer in zip(steps, layers, strict=True)))
     unknown = [layer for layer in layers if layer not in vector.proj_without]
     if unknown:

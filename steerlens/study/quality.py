@@ -25,14 +25,14 @@ from torch import Tensor
 
 from steerlens._typing import Gate
 from steerlens.errors import ModelError, SteerlensError
-from steerlens.models.facts import model_device, model_digest, weights_digest
+from steerlens.models.facts import model_digest, weights_digest
 from steerlens.models.load import in_one_line, load_model
 from steerlens.models.passes import run_pass
 from steerlens.models.probe import abilities
 from steerlens.models.prompts import PromptFormat, encode, fill_template
 from steerlens.models.rows import Rows, pad, pad_id
+from steerlens.steering.edits import plan_edits
 from steerlens.steering.plan import Plan
-from steerlens.steering.residual import residual_edits
 
 LOW_PERPLEXITY = 2.5
 
@@ -106,6 +106,7 @@ class Response:
     tokens: tuple[int, ...]
     """The new tokens, the stopping one included."""
     plan: Plan
+    """Bound to the prompt."""
 
 
 def measure(model: Any, responses: Sequence[Response], quality: Quality, *, batch_size: int = 8) -> pd.DataFrame:
@@ -186,13 +187,16 @@ def text_perplexities(model: Any, texts: Sequence[str], batch_size: int = 8) -> 
 def kl_from_unsteered(
     model: Any, rows: Sequence[tuple[Sequence[int], Sequence[int], Plan]], batch_size: int = 8
 ) -> list[float]:
-    """KL(steered || unsteered) in nats, the mean over each response's tokens; 0 where nothing steers, nan without tokens."""
-    found = [float("nan") if not new else 0.0 for _, new, _ in rows]
-    active = [index for index, (_, new, plan) in enumerate(rows) if new and plan.active]
+    """KL(steered || unsteered) in nats, the mean over each response's tokens; 0 where nothing steers, nan without tokens.
+
+    Nan, too, under a gate: whether it steered a token is not told by one pass over the response.
+    """
+    found = [float("nan") if not new or plan.active.gate else 0.0 for _, new, plan in rows]
+    active = [index for index, (_, new, plan) in enumerate(rows) if new and plan.active and not plan.active.gate]
     steered = [rows[index] for index in active]
     for indices, batch in _batches(model, steered, max(1, batch_size // 2)):
         plans = [steered[index][2] for index in indices]
-        edits = residual_edits(plans, batch.prompt_lengths, d_model=int(model.cfg.d_model), device=model_device(model))
+        edits = plan_edits(model, plans, batch.prompt_lengths)
         both = [run_pass(model, batch, edits=used, logits="all").logits for used in (edits, ())]
         for place, index in enumerate(indices):
             n_new = len(steered[index][1])

@@ -14,15 +14,16 @@ from typing import Any, Unpack
 from tqdm import tqdm
 
 from steerlens._typing import WholeNumber, whole
-from steerlens.data.conditions import CONDITIONS, STEERED
+from steerlens.data.conditions import ALL_CONDITIONS, STEERED, WITH_TEXT
 from steerlens.data.pairs import InstructionPair
 from steerlens.errors import DataError, SteerlensError, nearest
 from steerlens.files import Journal, content_key, derived_seed, writable_folder
 from steerlens.models.facts import model_digest
 from steerlens.models.prompts import PromptFormat, encode, pinned
 from steerlens.models.rows import length_sorted_batches
+from steerlens.steering.generations import Generation
 from steerlens.steering.plan import Plan, as_plan
-from steerlens.steering.sampling import Generation, stream
+from steerlens.steering.sampling import stream
 from steerlens.steering.settings import SamplingConfig, SamplingSettings, sampling_with
 
 
@@ -56,7 +57,7 @@ def requests_for(
     plans: Plan | Mapping[str, Plan],
     *,
     text_plans: Plan | Mapping[str, Plan] | None = None,
-    conditions: Sequence[str] = CONDITIONS,
+    conditions: Sequence[str] | None = None,
     trials: WholeNumber = 1,
     seed: WholeNumber = 0,
 ) -> list[Request]:
@@ -69,12 +70,15 @@ def requests_for(
         text_plans: The same for `text+vector`, where the instruction's words may want another layer; default: `plans`.
         seed: Decides the samples of each query and trial, and the random directions of each instruction, which are drawn for
             the layers and the names of a plan's vectors: never from its numbers, which another processor rounds otherwise.
+        conditions: Default: the cells that any of the plans has something for; see `cells_of`. An instruction whose own plan
+            has nothing for one, such as attention alone for "vector", is answered without steering there.
 
     Returns:
         Requests pair by pair, condition by condition, trial by trial.
 
     Raises:
-        DataError: for an unknown condition, an instruction without a plan, or no trials.
+        DataError: for an unknown condition, an instruction without a plan, no trials, or attention to be steered towards an
+            instruction that stands nowhere in a pair's prompt.
         SteerlensError: for steering that is no plan.
 
     Example:
@@ -82,25 +86,80 @@ def requests_for(
         ['none', 'vector']
     """
     trials, seed = whole(trials, "trials"), whole(seed, "seed")
-    for condition in conditions:
-        if condition not in CONDITIONS:
+    for condition in conditions or ():
+        if condition not in ALL_CONDITIONS:
             raise DataError(
-                f"a condition must be one of the cells, got {condition!r}; {nearest(condition, CONDITIONS)}"
+                f"a condition must be one of the cells, got {condition!r}; {nearest(condition, ALL_CONDITIONS)}"
+            )
+    every = _every(plans, text_plans)
+    if conditions is None:
+        conditions = cells_of(plans, text_plans)
+    for condition in conditions:
+        if condition in STEERED and any(every) and not any(_acting(plan, condition) for plan in every):
+            raise DataError(
+                f"a condition must have something of a plan to run with, got {condition!r} for {every[0]}; "
+                f"conditions for it: {', '.join(cells_of(plans, text_plans))}"
             )
     if trials < 1:
         raise DataError(f"trials must be at least 1, got {trials}; 1 is one response per prompt and condition")
     requests = []
     for pair in pairs:
-        plan = _plan_of(pair, plans)
-        text_plan = plan if text_plans is None else _plan_of(pair, text_plans)
+        plan = plan_of(pair, plans)
+        text_plan = plan if text_plans is None else plan_of(pair, text_plans)
         for condition in conditions:
-            used = text_plan if condition == "text+vector" else plan if condition in STEERED else Plan()
-            if condition == "random":
-                used = plan.placebo(seed=control_seed(plan, seed, pair.instruction_id))
+            used = _acting(text_plan if condition in WITH_TEXT else plan, condition)
+            if condition in ("random", "text+random"):
+                used = used.placebo(seed=control_seed(used, seed, pair.instruction_id))
+            if used.unbound:
+                used = used.filled(pair)
             for trial in range(trials):
                 row_seed = derived_seed(seed, pair.query or pair.prompt, trial)
                 requests.append(Request(pair, condition, used, trial, row_seed))
     return requests
+
+
+def _acting(plan: Plan, condition: str) -> Plan:
+    """What of a plan a condition runs with."""
+    if condition not in STEERED:
+        return Plan()
+    if condition == "text+attention":
+        return plan.part("attention")
+    whole_plan = condition in ("text+vector+attention", "text+random") or not plan.attention
+    return plan if whole_plan else plan.part("residual")
+
+
+def cells_of(*plans: Any) -> list[str]:
+    """The conditions that plans have something for: without the instruction in the prompt, attention has nothing to point at.
+
+    Args:
+        plans: Plans, or plans per instruction id; None is left out.
+
+    >>> cells_of(vector.at(4))
+    ['none', 'vector', 'text', 'text+vector', 'random']
+    >>> cells_of(sl.pasta(0.01))
+    ['none', 'text', 'text+attention', 'text+random']
+    """
+    every = _every(*plans)
+    attention = any(plan.attention for plan in every)
+    residual = not attention or any(plan.residual for plan in every)
+    needs = {
+        "none": True,
+        "vector": residual,
+        "text": True,
+        "text+vector": residual,
+        "random": residual,
+        "text+attention": attention,
+        "text+vector+attention": attention and residual,
+        "text+random": attention,
+    }
+    return [condition for condition, needed in needs.items() if needed]
+
+
+def _every(*plans: Any) -> list[Plan]:
+    found = [
+        one for some in plans if some is not None for one in (some.values() if isinstance(some, Mapping) else [some])
+    ]
+    return [as_plan(one) for one in found]
 
 
 def control_seed(plan: Plan, seed: WholeNumber, *names: str) -> int:
@@ -112,7 +171,16 @@ def control_seed(plan: Plan, seed: WholeNumber, *names: str) -> int:
     return derived_seed(seed, "random", *names, *((step.layer, step.name) for step in plan))
 
 
-def _plan_of(pair: InstructionPair, plans: Any) -> Plan:
+def plan_of(pair: InstructionPair, plans: Any) -> Plan:
+    """The plan of a pair: the one plan of all, or that of its instruction.
+
+    Raises:
+        DataError: if its instruction has none.
+        SteerlensError: for steering that is no plan.
+
+    >>> plan_of(test[0], {test[0].instruction_id: vector.at(4)}).layers
+    (4,)
+    """
     if not isinstance(plans, Mapping):
         return as_plan(plans)
     if pair.instruction_id not in plans:
@@ -163,7 +231,10 @@ class Sampler:
     def key(self, request: Request) -> str:
         """The hash of all that decides a request's text: model, tokens fed, plan with its numbers, sampling, seed."""
         seed = None if self.greedy else request.seed
-        return content_key([self._settings, self.encode(request.prompt), request.plan.digest, seed])
+        key = [self._settings, self.encode(request.prompt), request.plan.digest, seed]
+        # Characters are counted in the prompt as it was written, before a template trims it.
+        lead = len(request.prompt) - len(request.prompt.lstrip())
+        return content_key([*key, lead] if lead and request.plan.attention else key)
 
     def encode(self, prompt: str) -> list[int]:
         """The tokens fed for a prompt."""
@@ -272,9 +343,19 @@ def answer(
             "finish_reason": row.finish_reason,
             "seed": row.seed,
             "n_steered": row.n_steered,
-            "plan": [step.record() for step in request.plan.active],
+            "plan": [step.record() for step in request.plan.active.interventions],
+            **_gate_record(request.plan, row),
             "prompt_tokens": list(row.prompt_tokens),
             "tokens": list(row.tokens),
         }
         for request, row in zip(batch, rows, strict=True)
     ]
+
+
+def _gate_record(plan: Plan, row: Generation) -> dict[str, Any]:
+    """What a record says of a gate: its settings, and what it made of each token."""
+    gate = plan.active.gate
+    if gate is None:
+        return {}
+    tokens = [{name: None if value != value else value for name, value in asdict(token).items()} for token in row.gated]
+    return {"gate": gate.record(), "gated": tokens}

@@ -6,7 +6,13 @@ For each pair and condition one response is generated and judged by the instruct
     text          the query with its instruction         text+vector   that, steered
     random        the bare query, changed at every token by what the vector would add, along a random direction
 
-The random direction is one draw per instruction and plan (`Plan.placebo`).
+A plan that steers attention, which points at the instruction in the prompt, has cells of its own:
+
+    text+attention          the query with its instruction, its attention steered
+    text+vector+attention   that, and the vector
+    text+random             the control of the whole plan: random directions, and as much attention on random tokens
+
+Random directions and tokens are one draw per instruction and plan (`Plan.placebo`).
 
 `followed` is IFEval's loose verdict over all of a pair's instructions, as in Stolfo et al. (2025) for format instructions;
 `followed_strict` stands beside it. Quality is measured on the same responses: words, repetition, distinct bigrams, and the
@@ -26,7 +32,6 @@ import pandas as pd
 
 from steerlens._typing import WholeNumber, whole
 from steerlens.checks.registry import check_all
-from steerlens.data.conditions import CONDITIONS
 from steerlens.data.pairs import PairSet
 from steerlens.errors import DataError
 from steerlens.files import content_key, json_lines, start_folder, user_path, write_atomically
@@ -34,7 +39,9 @@ from steerlens.models.facts import library_versions, model_id
 from steerlens.stats.comparisons import compare_cells, mean_intervals
 from steerlens.stats.rates import rates_and_quality
 from steerlens.stats.words import distinct_n, distinct_share, repetition, words
+from steerlens.steering.gates import GatedToken, gate_stats
 from steerlens.steering.plan import Plan
+from steerlens.steering.scores import bind
 from steerlens.study.quality import Quality, Response, measure
 from steerlens.study.responses import Request, Sampler, SamplerSettings, requests_for, sampler_in
 
@@ -153,7 +160,7 @@ def evaluate(
     steering: Plan | Mapping[str, Plan],
     pairs: PairSet,
     *,
-    conditions: Sequence[str] = CONDITIONS,
+    conditions: Sequence[str] | None = None,
     trials: WholeNumber = 1,
     seed: WholeNumber = 0,
     quality: Quality = Quality(),
@@ -166,7 +173,7 @@ def evaluate(
         steering: One plan for all pairs, or one per instruction id.
         pairs: Prompts that neither the vector nor its layer was chosen on; their instructions need ids, which say how
             they are checked.
-        conditions: Cells to fill; default: all, with their control.
+        conditions: Cells to fill; default: all that the plans have something for, with their controls; see `responses.cells_of`.
         trials: Responses per prompt and condition; more than one needs a temperature.
         seed: Decides the random directions of the control and, above temperature 0, the samples.
         quality: What is measured on the responses besides words.
@@ -202,7 +209,7 @@ def evaluate(
                 pairs,
                 quality,
                 RESULTS,
-                conditions=list(conditions),
+                conditions=list(dict.fromkeys(request.condition for request in requests)),
                 trials=trials,
                 seed=seed,
             )
@@ -285,7 +292,9 @@ def score(sampler: Sampler, requests: Sequence[Request], *, quality: Quality = Q
             context=tuple(sampler.encode(request.pair.query or request.pair.prompt)),
             prompt=tuple(record["prompt_tokens"]),
             tokens=tuple(record["tokens"]),
-            plan=request.plan,
+            plan=bind(sampler.model, request.plan, request.prompt, sampler.prompt_format)
+            if quality.kl
+            else request.plan,
         )
         for request, record in zip(requests, records, strict=True)
     ]
@@ -310,11 +319,23 @@ def _score(request: Request, record: Mapping[str, Any]) -> dict[str, Any]:
         "distinct_2": distinct_n(text),
         "n_tokens": len(record["tokens"]),
         "finish_reason": record["finish_reason"],
+        **_gate_columns(record),
         "query": pair.query or pair.prompt,
         "prompt": request.prompt,
         "response": text,
         "key": record["key"],
     }
+
+
+def _gate_columns(record: Mapping[str, Any]) -> dict[str, float]:
+    """What a gate made of a response's tokens; see `gates.gate_stats`."""
+    if "gated" not in record:
+        return {}
+    # JSON has no nan.
+    missing = {"p_proposed": NAN}
+    tokens = [GatedToken(**token | (missing if token["p_proposed"] is None else {})) for token in record["gated"]]
+    names = {"accepted", "weakened", "rejected", "skipped"}
+    return {f"gate_{name}" if name in names else name: value for name, value in gate_stats(tokens).items()}
 
 
 def read_scores(folder: str | Path) -> pd.DataFrame:
@@ -348,6 +369,9 @@ def read_scores(folder: str | Path) -> pd.DataFrame:
         "prompt",
         "mode",
         "window",
+        "method",
+        "setting",
+        "split",
     }
     numbers = [
         name for name in frame if name not in {*texts, "response", "key", "layer"} and frame[name].dtype == object
@@ -368,7 +392,7 @@ def plan_columns(plan: Plan) -> dict[str, Any]:
 
     return {
         "layer": common("layer", None),
-        "layers": ", ".join(map(str, plan.layers)),
+        "layers": "all" if any(step.heads is None for step in plan.attention) else ", ".join(map(str, plan.layers)),
         "operator": " + ".join(dict.fromkeys(step.operator for step in plan)),
         "coeff": common("given", NAN),
         "unit": common("unit", ""),

@@ -24,12 +24,22 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Unpack, get_args, overload
+from typing import TYPE_CHECKING, Any, Literal, TypeGuard, Unpack, get_args, overload
 
 import numpy as np
 import pandas as pd
 
-from steerlens._typing import Gate, Operator, RealNumber, Unit, WholeNumber, real_numbers, several, whole
+from steerlens._typing import (
+    AttentionOperator,
+    Gate,
+    Operator,
+    RealNumber,
+    Unit,
+    WholeNumber,
+    real_numbers,
+    several,
+    whole,
+)
 from steerlens.data.pairs import PairSet
 from steerlens.errors import DataError, SteerlensError, nearest
 from steerlens.files import derived_seed, json_lines, user_path, write_atomically
@@ -47,8 +57,15 @@ from steerlens.vectors.vector import SteeringVector
 if TYPE_CHECKING:
     import plotly.graph_objects as go
 
+Method = Callable[[float], Plan]
+"""A way to steer, by its coefficient: `pasta`, `spotlight`, or a function of one's own."""
+
 Spec = Sequence[Candidate] | Callable[[SteeringVector], Iterable[Candidate]]
 """What to try: a list (also of `grid` or `draws`), or a function of each instruction's vector."""
+
+
+Searched = Literal["vector", "text+vector", "text+attention", "text+vector+attention"]
+"""The conditions under which a sweep can search."""
 
 
 CANDIDATE = [field.name for field in fields(Candidate)]
@@ -206,10 +223,14 @@ class Sweep:
         return list(self)[index]
 
     def plot(self, **options: Any) -> "go.Figure":
-        """Rate against layer, a panel per instruction, with the chosen layer; see `figures.layer_curve`."""
-        from steerlens.figures.layers import layer_curve  # plotly, where a picture is asked for
+        """Rate against layer, a panel per instruction, with the chosen layer; see `figures.layer_curve`.
 
-        return layer_curve(self.table, **options)
+        Of a method's strengths, which have no layer, rate against coefficient: `figures.coeff_curve`.
+        """
+        from steerlens.figures.layers import coeff_curve, layer_curve  # plotly, where a picture is asked for
+
+        draw = layer_curve if self.table["layer"].notna().any() else coeff_curve
+        return draw(self.table, **options)
 
     def _repr_html_(self) -> str:
         return f"<p>{html.escape(repr(self))}</p>{self.table.to_html(index=False, float_format='{:.3f}'.format)}"
@@ -217,10 +238,16 @@ class Sweep:
     def __repr__(self) -> str:
         n = self.table["instruction"].nunique()
         which = "; ".join(
-            f"{row['instruction']}: {'no steering' if pd.isna(row['layer']) else 'layer ' + str(row['layer'])} {row['rate']:.0%}"
+            f"{row['instruction']}: {_in_words(row)} {row['rate']:.0%}"
             for row in self.table[self.table["chosen"]].head(3).to_dict("records")
         )
         return f"Sweep({len(self.configurations)} candidates, {len(self.scores)} responses; {which}{'; …' * (n > 3)})"
+
+
+def _in_words(row: Mapping[Any, Any]) -> str:
+    if not pd.isna(row["layer"]):
+        return f"layer {row['layer']}"
+    return "no steering" if row["coeff"] == UNSTEERED.coeff else f"coefficient {row['coeff']:g}"
 
 
 def candidate_layers(n_layers: int, *, step: int = 2) -> list[int]:
@@ -242,7 +269,7 @@ def candidate_layers(n_layers: int, *, step: int = 2) -> list[int]:
 
 def sweep(
     model: Any,
-    vectors: SteeringVector | Mapping[str, SteeringVector],
+    vectors: SteeringVector | Mapping[str, SteeringVector] | Method,
     pairs: PairSet,
     *,
     candidates: Spec | None = None,
@@ -251,7 +278,8 @@ def sweep(
     operators: Operator | Sequence[Operator] = "set_projection",
     positions: str | Window | Sequence[str | Window] = "all",
     unit: Unit = "absolute",
-    condition: Literal["vector", "text+vector"] = "vector",
+    condition: Searched | None = None,
+    around: Callable[[Plan], Plan] | None = None,
     gate: Gate = "degenerate",
     quality: Quality | None = None,
     trials: WholeNumber = 1,
@@ -263,12 +291,16 @@ def sweep(
 
     Args:
         model: A model; or a `Sampler` of one, whose settings and journal then hold.
-        vectors: One vector for all pairs, or one per instruction id.
+        vectors: One vector for all pairs, or one per instruction id; or a function that makes a plan of a coefficient, such as
+            `pasta`, which is tried at the `coeffs`.
         pairs: Validation prompts: not those the vectors were fitted on, nor those to be reported.
         candidates: What to try. Default: the grid of the next five arguments.
         layers: "paper" takes `candidate_layers`, "all" every layer of the vector.
-        coeffs, operators, positions, unit: As in `SteeringVector.at`; one operator and rule, or several.
-        condition: Search with the bare query, or with the instruction in the prompt.
+        coeffs, operators, positions, unit: As in `SteeringVector.at`; one operator and rule, or several. A function is searched
+            over `coeffs` alone, which must be given.
+        condition: Search with the bare query ("vector"), or with the instruction in the prompt; default for a function: what it
+            steers, with the instruction in the prompt.
+        around: What is made of each candidate's plan, such as `plausible`, its gate. `vector.at(best)` is the plan without it.
         gate: The quality that a candidate must not lose.
         quality: What scores the responses; default: perplexity under the model itself where the gate asks for it.
         trials: Responses per prompt and candidate; more than one needs a temperature.
@@ -292,8 +324,25 @@ def sweep(
     """
     measured = quality or Quality.for_gate(gate)
     trials, seed = whole(trials, "trials"), whole(seed, "seed")
+    coeffs = real_numbers(coeffs, "coeff")
+    if _is_method(vectors):
+        given = {"layers": layers != "paper", "operators": operators != "set_projection"}
+        given |= {"positions": positions != "all", "unit": unit != "absolute"}
+        for name in (name for name, is_given in given.items() if is_given):
+            raise SteerlensError(
+                f"a function is searched over coeffs alone, got {name} as well; set it in the function"
+            )
+        if candidates is None and coeffs == [1.0]:
+            raise SteerlensError(
+                "a search over a function needs the coefficients to try, got none; give coeffs=[0.1, 0.01]"
+            )
+    if condition is None and _is_method(vectors):
+        listed = candidates if isinstance(candidates, Sequence) else []
+        sizes = [*(candidate.coeff for candidate in listed), *coeffs]
+        condition = _condition_of(vectors, sizes[0]) if sizes else "text+attention"
+    condition = condition or "vector"
     rules = {
-        'condition must be "vector" or "text+vector"': condition in ("vector", "text+vector"),
+        f"condition must be one of {', '.join(get_args(Searched))}": condition in get_args(Searched),
         f"gate must be one of {', '.join(get_args(Gate))}, all but the first with perplexity measured": gate
         == "degenerate"
         or (gate in get_args(Gate) and measured.perplexity),
@@ -304,13 +353,14 @@ def sweep(
             raise SteerlensError(f"{rule}, got condition {condition!r}, gate {gate!r}, {measured}, trials {trials}")
     if len(pairs) == 0:
         raise DataError("a search needs at least one validation prompt, got none; check the split and the filter")
-    by_instruction = dict.fromkeys(pairs.instructions, vectors) if isinstance(vectors, SteeringVector) else vectors
+    by_instruction = vectors if isinstance(vectors, Mapping) else dict.fromkeys(pairs.instructions, vectors)
     with sampler_of(model, out, settings) as sampler:
-        if candidates is None:
-            sizes = real_numbers(coeffs, "coeff")
-            options: Any = {"coeffs": sizes, "operators": operators, "positions": positions, "unit": unit}
+        if candidates is None and _is_method(vectors):
+            candidates = method_candidates(vectors, coeffs)
+        elif candidates is None:
+            options: Any = {"coeffs": coeffs, "operators": operators, "positions": positions, "unit": unit}
             candidates = _grid_over(sampler.model, layers, options)
-        tried, requests = _rows(sampler.model, by_instruction, pairs, candidates, condition, trials, seed)
+        tried, requests = _rows(sampler.model, by_instruction, pairs, candidates, condition, around, trials, seed)
         if out is not None:
             names = [str(one) for one in dict.fromkeys(tried)]
             asked = {"condition": condition, "gate": gate, "trials": trials, "seed": seed, "candidates": names}
@@ -347,10 +397,11 @@ def _grid_over(model: Any, layers: Any, options: Mapping[str, Any]) -> Spec:
 
 def _rows(
     model: Any,
-    vectors: Mapping[str, SteeringVector],
+    vectors: Mapping[str, SteeringVector | Method],
     pairs: PairSet,
     candidates: Spec,
     condition: str,
+    around: Callable[[Plan], Plan] | None,
     trials: int,
     seed: int,
 ) -> tuple[list[Candidate], list[Request]]:
@@ -362,22 +413,49 @@ def _rows(
         if name not in vectors:
             raise DataError(f"every instruction needs a vector, got none for {name!r}; vectors: {', '.join(vectors)}")
         vector = vectors[name]
-        vector.check_fits(model)
+        if isinstance(vector, SteeringVector):
+            vector.check_fits(model)
         for candidate in _listed(candidates, vector):
-            plan = vector.at(candidate)
+            plan = vector.at(candidate) if isinstance(vector, SteeringVector) else vector(candidate.coeff)
+            plan = plan if around is None else around(plan)
             rows = requests_for(group, plan, conditions=[condition], trials=trials, seed=seed)
             requests += rows
             tried += [candidate] * len(rows)
     return tried, requests
 
 
-def _listed(candidates: Spec, vector: SteeringVector) -> list[Candidate]:
-    found = list(dict.fromkeys(candidates(vector) if callable(candidates) else candidates))
+def _is_method(vectors: Any) -> TypeGuard[Method]:
+    return callable(vectors) and not isinstance(vectors, SteeringVector | Mapping)
+
+
+def method_candidates(method: Method, coeffs: Iterable[RealNumber]) -> list[Candidate]:
+    """A method's strengths as candidates, in the order given."""
+    return [Candidate(None, coeff, _method_operator(method(coeff))) for coeff in real_numbers(coeffs, "coeff")]
+
+
+def _condition_of(method: Method, coeff: float) -> Searched:
+    """The cell of all that a method steers, with the instruction in the prompt."""
+    plan = method(coeff)
+    if not plan.attention:
+        return "text+vector"
+    return "text+vector+attention" if plan.residual else "text+attention"
+
+
+def _method_operator(plan: Plan) -> Operator | AttentionOperator:
+    """What a table calls what a method does: its first step on attention, or its first."""
+    if not plan:
+        raise SteerlensError("a search over a function needs one that makes a plan that steers, got no steering")
+    return plan.attention[0].operator if plan.attention else plan.residual[0].operator
+
+
+def _listed(candidates: Spec, vector: SteeringVector | Method) -> list[Candidate]:
+    spec: Any = candidates
+    found: list[Candidate] = list(dict.fromkeys(spec(vector) if callable(spec) else spec))
     found = [candidate for candidate in found if candidate != UNSTEERED]
     if not found:
         raise SteerlensError(f"a search needs a candidate to try, got none for {vector!r}")
     for candidate in found:
-        if candidate.layer is None:
+        if candidate.layer is None and isinstance(vector, SteeringVector):
             raise SteerlensError("a candidate needs a layer; no steering is always part of a search")
     return found
 
@@ -401,7 +479,7 @@ def choose(scores: pd.DataFrame, gate: Gate = "degenerate") -> pd.DataFrame:
     table["eligible"] = False
     table["chosen"] = False
     for _, group in table.groupby("instruction", sort=False):
-        unsteered = group["layer"].isna()
+        unsteered = group["layer"].isna() & (group["coeff"] == UNSTEERED.coeff)
         allowed = 0.0 if gate == "no_low_perplexity" else group.loc[unsteered, failed].iloc[0]
         eligible = unsteered | (group[failed] <= allowed)
         table.loc[group.index, "eligible"] = eligible

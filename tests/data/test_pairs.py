@@ -14,7 +14,7 @@ import pytest
 
 from steerlens.checks.catalogue import format_instructions
 from steerlens.checks.registry import check_arguments, register_check
-from steerlens.data.conditions import CONDITIONS, WITH_TEXT
+from steerlens.data.conditions import ALL_CONDITIONS, WITH_TEXT
 from steerlens.data.load import bundled_queries, load_pairs
 from steerlens.data.pairs import LONGEST_NAME, InstructionPair, PairSet, contrast, pair_set
 from steerlens.errors import DataError, SteerlensError
@@ -101,9 +101,9 @@ def test_a_pair_needs_only_query_instruction_and_id():
 
 def test_the_prompt_carries_the_instruction_exactly_in_the_text_conditions():
     pair = InstructionPair("Describe rain.", "Use capitals.", CAPITAL)
-    with_text = {condition for condition in CONDITIONS if pair.text(condition) == pair.prompt}
-    assert with_text == set(WITH_TEXT) == {"text", "text+vector"}
-    assert all(pair.text(condition) == pair.query for condition in {*CONDITIONS} - WITH_TEXT)
+    with_text = {condition for condition in ALL_CONDITIONS if pair.text(condition) == pair.prompt}
+    assert with_text == set(WITH_TEXT) == {condition for condition in ALL_CONDITIONS if "text" in condition}
+    assert all(pair.text(condition) == pair.query for condition in {*ALL_CONDITIONS} - WITH_TEXT)
 
 
 def test_ids_of_several_instructions_are_joined_and_none_arguments_dropped():

@@ -11,8 +11,9 @@ from steerlens.data.pairs import InstructionPair, PairSet
 from steerlens.errors import DataError
 from steerlens.stats.comparisons import tango_interval
 from steerlens.stats.rates import wilson_interval
+from steerlens.steering.interventions import Intervention
 from steerlens.steering.operators import rank_one
-from steerlens.steering.plan import Intervention, Plan
+from steerlens.steering.plan import Plan
 from steerlens.study.arms import LayerStudy, randomly_ablated
 from steerlens.study.layers import necessity, steer_by_layer, transfer_between_layers
 from steerlens.study.scores import Evaluation

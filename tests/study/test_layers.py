@@ -12,7 +12,8 @@ from steerlens.models.load import load_model
 from steerlens.models.passes import Read, run_pass
 from steerlens.models.prompts import encode_all
 from steerlens.models.rows import pad
-from steerlens.steering.plan import Intervention, Plan
+from steerlens.steering.interventions import Intervention
+from steerlens.steering.plan import Plan
 from steerlens.steering.residual import residual_edits
 from steerlens.steering.sampling import generate
 from steerlens.study.arms import N_DRAWS

@@ -10,7 +10,8 @@ from transformers import LlamaConfig, LlamaForSequenceClassification
 from steerlens.data.pairs import InstructionPair, PairSet
 from steerlens.errors import ModelError
 from steerlens.models.prompts import PromptFormat, encode
-from steerlens.steering.plan import Intervention, Plan
+from steerlens.steering.interventions import Intervention
+from steerlens.steering.plan import Plan
 from steerlens.steering.sampling import generate
 from steerlens.study.quality import Quality, Response, kl_from_unsteered, measure, rewards, text_perplexities
 from steerlens.study.scores import evaluate

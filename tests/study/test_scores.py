@@ -13,7 +13,9 @@ from steerlens.data.pairs import InstructionPair, PairSet, pair_set
 from steerlens.errors import DataError, SteerlensError
 from steerlens.files import Journal
 from steerlens.models.prompts import encode
-from steerlens.steering.plan import Intervention, Plan
+from steerlens.steering.attention import pasta
+from steerlens.steering.interventions import Intervention
+from steerlens.steering.plan import Plan
 from steerlens.steering.settings import SamplingConfig
 from steerlens.study.quality import mean_log_probabilities
 from steerlens.study.responses import Sampler, requests_for
@@ -427,3 +429,22 @@ def test_a_vector_in_the_place_of_a_plan_is_told_how_to_become_one(pairs, vector
             SteerlensError, match=r"steering must be a plan, got SteeringVector\(.*by vector.at\(layer\)"
         ):
             unchecked(requests_for)(pairs, steering)
+
+
+def test_each_instruction_runs_with_what_its_own_plan_has_for_a_cell(pairs, plan):
+    plans = {CAPITAL: plan + pasta(0.1), NO_COMMA: pasta(0.1)}
+    requests = requests_for(pairs[:2], plans)
+    of = {(one.pair.instruction_id, one.condition): one.plan for one in requests}
+    assert len(of) == 2 * 8
+    assert of[CAPITAL, "vector"].residual == plan.interventions
+    assert not of[NO_COMMA, "vector"]
+    assert not of[NO_COMMA, "random"]
+    assert of[NO_COMMA, "text+attention"] == of[NO_COMMA, "text+vector+attention"] == pasta(0.1).on(pairs[1])
+    assert of[CAPITAL, "text+attention"] == pasta(0.1).on(pairs[0])
+
+
+def test_a_cell_that_no_plan_has_anything_for_is_refused(pairs, plan):
+    with pytest.raises(DataError, match=r"got 'vector' for pasta .*; conditions for it: none, text, text\+attention"):
+        requests_for(pairs, pasta(0.1), conditions=["vector"])
+    with pytest.raises(DataError, match=r"got 'text\+attention' for add 4"):
+        requests_for(pairs, plan, conditions=["text+attention"])

@@ -10,7 +10,9 @@ import torch
 
 from steerlens.data.pairs import InstructionPair, PairSet
 from steerlens.errors import DataError, ModelError, SteerlensError
+from steerlens.steering.attention import pasta, spotlight
 from steerlens.steering.candidates import Candidate, draws, grid
+from steerlens.steering.directer import plausible
 from steerlens.steering.positions import Window
 from steerlens.steering.sampling import generate
 from steerlens.study import responses
@@ -405,3 +407,40 @@ def test_layers_and_coefficients_may_be_arrays(llama, vector, pairs, layers, tmp
 def test_layers_that_are_none_are_refused(llama, vector, pairs, layers, message):
     with pytest.raises(SteerlensError, match=message):
         unchecked(sweep)(llama.model, vector, pairs, layers=layers)
+
+
+def test_the_strengths_of_a_method_are_searched_with_the_instruction_in_the_prompt(llama, pairs):
+    found = sweep(llama.model, spotlight, pairs, coeffs=[0.5, 0.2], max_new_tokens=4)
+    assert found.table[["coeff", "operator"]].values.tolist() == [[0.0, "set_projection"], [0.5, "mass"], [0.2, "mass"]]
+    assert found.table["layer"].isna().all()
+    expected = generate(
+        llama.model, pairs.prompts("text"), steering=[spotlight(0.5).on(pair) for pair in pairs], max_new_tokens=4
+    )
+    assert found.scores.query("coeff == 0.5")["response"].tolist() == expected.texts
+    assert found.plot().layout.xaxis.ticktext == ("0.2", "0.5")
+
+
+def test_what_is_put_around_candidates_steers_with_them_and_is_another_sweep(llama, vector, pairs, tmp_path):
+    options = {"layers": [1], "operators": "add", "coeffs": [40.0], "max_new_tokens": 4}
+    plain = sweep(llama.model, vector, pairs, **options)
+    gated = sweep(llama.model, vector, pairs, around=plausible, out=tmp_path, **options)
+    assert gated.table["layer"].tolist() == plain.table["layer"].tolist()
+    assert gated.scores.query("layer == 1")["response"].tolist() == [
+        one.text
+        for one in generate(
+            llama.model,
+            pairs.prompts("none"),
+            steering=plausible(vector.at(1, operator="add", coeff=40.0)),
+            max_new_tokens=4,
+        )
+    ]
+    assert gated.table["gate_accepted"].notna().tolist() == [False, True]
+    assert "gate_accepted" not in plain.table
+    identity = json.loads((tmp_path / "config.json").read_text())["identity"]
+    sweep(llama.model, vector, pairs, out=tmp_path, **options)
+    assert json.loads((tmp_path / "config.json").read_text())["identity"] != identity
+
+
+def test_a_gated_method_is_searched_too(llama, pairs):
+    found = sweep(llama.model, pasta, pairs, coeffs=[0.1], around=plausible, max_new_tokens=2)
+    assert found.scores["plan"].str.startswith("if plausible").tolist() == [False] * len(pairs) + [True] * len(pairs)
