@@ -5,10 +5,12 @@ from typing import TYPE_CHECKING
 from steerlens._lazy import lazy_exports
 
 if TYPE_CHECKING:
+    from steerlens.reading.attention import AttentionMass as AttentionMass, attention_mass as attention_mass
     from steerlens.reading.attribution import Attribution as Attribution, attribute as attribute
     from steerlens.reading.diagnosis import Diagnosis as Diagnosis, diagnose as diagnose
     from steerlens.reading.effects import VectorEffects as VectorEffects, vector_effects as vector_effects
     from steerlens.reading.embedding import Embedding as Embedding, embed as embed
+    from steerlens.reading.gating import gate_table as gate_table
     from steerlens.reading.lens import PromptLens as PromptLens, prompt_lens as prompt_lens
     from steerlens.reading.lines import Line as Line, line as line
     from steerlens.reading.patching import PatchingMap as PatchingMap, patch as patch

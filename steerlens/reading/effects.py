@@ -221,7 +221,9 @@ def _measured(
         for batch in able.batches([len(tokens[row.prompt]) for row in rows], batch_size):
             prompts, plans = [rows[index].prompt for index in batch], [rows[index].plan for index in batch]
             lengths = [len(tokens[prompt]) for prompt in prompts]
-            edits = residual_edits(plans, lengths, d_model=resid.shape[1], device=model_device(model))
+            edits = residual_edits(
+                [plan.residual for plan in plans], lengths, d_model=resid.shape[1], device=model_device(model)
+            )
             total = run(prompts, edits).logits.float()
             moved = resid[prompts] + torch.stack([_step(plan) for plan in plans])
             direct = torch.cat([logits for _, logits in iter_logits(model, moved)])
@@ -233,7 +235,7 @@ def _measured(
 
 def _step(plan: Plan) -> Float[Tensor, " d_model"]:
     """What a plan of one `add` adds to a residual."""
-    (step,) = plan
+    (step,) = plan.residual
     return step.coeff * (step.direction if step.write is None else step.write)
 
 

@@ -28,17 +28,19 @@ from steerlens._results import Result
 from steerlens._typing import WholeNumber, several
 from steerlens.errors import SteerlensError
 from steerlens.figures.lens import lens_heatmap
-from steerlens.models.facts import check_layer, model_device, resid_post
+from steerlens.models.facts import check_layer, resid_post
 from steerlens.models.passes import Read, Runner
 from steerlens.models.probe import abilities
 from steerlens.models.prompts import PromptFormat, encode_all
 from steerlens.models.rows import pad, pad_id
 from steerlens.reading.readout import check_readout, iter_logits, ranks
 from steerlens.reading.words import single_token, told_apart, written
+from steerlens.steering.edits import check_plan, edited_sites, plan_edits, require_ungated
+from steerlens.steering.generations import Generations
 from steerlens.steering.plan import Plan, as_plan
 from steerlens.steering.positions import Window, as_window
-from steerlens.steering.residual import check_plan, residual_edits
-from steerlens.steering.sampling import Generations, per_row
+from steerlens.steering.sampling import per_row
+from steerlens.steering.scores import bind
 
 if TYPE_CHECKING:
     import plotly.graph_objects as go
@@ -183,14 +185,17 @@ def _texts(
 ) -> list[_Text]:
     """The rows, with their plans, each with at least one position to read."""
     if isinstance(prompts, Generations):
+        written = list(prompts.prompts)
         rows = [((*one.prompt_tokens, *one.tokens), len(one.prompt_tokens)) for one in prompts]
     else:
-        encoded = encode_all(model, [prompts] if isinstance(prompts, str) else prompts, prompt_format)
-        rows = [(tuple(ids), len(ids)) for ids in encoded]
+        written = [prompts] if isinstance(prompts, str) else list(prompts)
+        rows = [(tuple(ids), len(ids)) for ids in encode_all(model, written, prompt_format)]
     plans = [as_plan(plan) for plan in per_row(Plan() if steering is None else steering, len(rows), "steering")]
     texts = []
     for row, ((tokens, length), plan) in enumerate(zip(rows, plans, strict=True)):
         check_plan(model, plan)
+        require_ungated(plan)
+        plan = bind(model, plan, written[row], prompt_format, what=f"text {row}")
         low, high = positions.bounds(length)
         read = range(low, min(high, len(tokens)))
         if not read:
@@ -212,13 +217,13 @@ def _residuals(
     fitting = RESID_MEMORY // (4 * max(lengths) * d_model * len(sites))
     reads = [Read(site, "all") for site in sites]
     plans = [text.plan for text in texts]
-    edited = {resid_post(layer) for plan in plans for layer in plan.active.layers}
+    edited = edited_sites(model, plans)
     with Runner(model, {*sites, *edited}) as runner:
         for indices in able.batches(lengths, max(1, min(batch_size, fitting))):
             batch = [texts[index] for index in indices]
             prompts = [text.prompt_length for text in batch]
             rows = pad([text.tokens for text in batch], side=able.side, pad_id=pad_id(model), prompt_lengths=prompts)
-            edits = residual_edits([text.plan for text in batch], prompts, d_model=d_model, device=model_device(model))
+            edits = plan_edits(model, [text.plan for text in batch], prompts)
             passes = [runner.run(rows, reads=reads, edits=used).reads for used in ([(), edits] if steered else [()])]
             for place, (index, text) in enumerate(zip(indices, batch, strict=True)):
                 at = (rows.positions[place] >= text.positions.start) & (rows.positions[place] < text.positions.stop)
