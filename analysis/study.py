@@ -95,7 +95,8 @@ def parts_for(settings: Study) -> Sequence[PairSet]:
     pairs = load_pairs(settings.pairs, seed=settings.seed)
     if settings.data is None:
         return three_parts(pairs, seed=settings.seed)
-    test = PairSet(pair for pair in load_pairs(settings.data, seed=settings.seed) if pair.query is not None)
+    asked = load_pairs(settings.data, seed=settings.seed, queries=getattr(settings, "queries", None))
+    test = PairSet(pair for pair in asked if pair.query is not None)
     if len(test) == 0:
         raise DataError(f"test prompts need their base queries, and {settings.data} has none")
     return three_parts(pairs, test, seed=settings.seed)
@@ -110,6 +111,7 @@ class Lab:
         self.sampler = Sampler(
             self.model,
             max_new_tokens=settings.max_new_tokens,
+            temperature=getattr(settings, "temperature", 0.0),
             batch_size=settings.batch_size,
             journal=journal,
             progress=True,

@@ -37,7 +37,7 @@ from steerlens.models.load import load_model
 from steerlens.models.prompts import encode
 from steerlens.models.rows import pad, pad_id
 from steerlens.steering import sampling as sampling_module
-from steerlens.steering.residual import steer
+from steerlens.steering.edits import steer
 from steerlens.steering.sampling import generate
 from steerlens.vectors.activations import record_activations, record_means
 from steerlens.vectors.estimators import fit_steering_vector

@@ -36,6 +36,16 @@ def test_a_lens_agrees_with_a_readout_per_direction_and_never_holds_the_table_of
     assert all(0.1 < tables < 1 for tables in found["tables_at_once"].values())  # 0 would be a count of nothing
 
 
+def test_directer_says_what_its_plain_loop_says_in_less_time():
+    """How much less, the benchmark tells: here types are checked at every call, and few tokens pay for the ranking."""
+    benchmark = load("directer")
+    found = benchmark.measure(benchmark.Settings(max_new_tokens=24, rounds=1))
+    assert found["compared_tokens"] > 12
+    assert found["different_tokens"] == 0
+    assert 0 < found["gate"]["skipped"] < 1
+    assert found["plain_loop_times_directer"]["median"] > 1
+
+
 def test_a_patching_map_as_rows_is_faster_than_runs_per_cell_with_the_same_values():
     """On tiny; the ratios of the 135M model, of which at least five is asked, are those of the benchmark itself."""
     benchmark = load("patching")

@@ -2,6 +2,7 @@
 
 import dataclasses
 import importlib
+import json
 import re
 
 import pandas as pd
@@ -41,6 +42,23 @@ SCRIPTS = {
         ["promoted", "ranks", "own_word", "formats", "effects"],
         {"words": ("dream", "garden"), "n_queries": 6, "n_prompts": 2},
     ),
+    "attention_benchmark": (
+        ["prompts", "methods", "validation", "comparisons", "by_instruction", "sensitivity", "heads", "examples"],
+        {
+            "instructions": ("keywords:forbidden_words", "language:response_language", "change_case:english_lowercase"),
+            "methods": ("PASTA, profiled heads", "DIRECTER", "vector", "vector + gate", "text+vector + gate, KL 1"),
+            "positions": ("all",),
+            "pasta_alphas": (5.0, 30.0),
+            "directer_betas": (0.5,),
+            "coeffs": (0.5, 1.0),
+            "text_coeffs": (0.25, 0.5),
+            "gate_betas": (0.5,),
+            "gate_kls": (1.0,),
+            "n_profile": 1,
+            "profile_layers": (2,),
+            "rounds": 1,
+        },
+    ),
     "necessity": (["necessity", "transfer", "comparisons"], {"windows": ("1", "all")}),
 }
 
@@ -53,8 +71,8 @@ def test_a_script_measures_saves_and_draws_from_what_it_saved(name, tmp_path, mo
     drawn: dict[str, go.Figure] = {}
     monkeypatch.setattr(study, "save", lambda figure, folder, name, **size: drawn.update({name: figure}))
     fields = {field.name for field in dataclasses.fields(script.Settings)}
-    small = {key: value for key, value in SMALL.items() if key in fields}
-    settings = script.Settings(out=tmp_path, **small, **own)
+    small = {key: value for key, value in SMALL.items() if key in fields} | own
+    settings = script.Settings(out=tmp_path, **small)
     frames = study.conduct(settings, script.measure, script.draw, tables)
     assert {path.stem for path in tmp_path.glob("*.csv")} == set(tables)
     for frame in frames.values():
@@ -65,7 +83,7 @@ def test_a_script_measures_saves_and_draws_from_what_it_saved(name, tmp_path, mo
     assert first
     assert all(figure.layout.title.text and figure.data for figure in drawn.values())
     monkeypatch.setattr(study, "load_model", None)  # drawing again needs no model
-    again = script.Settings(out=tmp_path, redraw=True, **small, **own)
+    again = script.Settings(out=tmp_path, redraw=True, **small)
     study.conduct(again, lambda settings: pytest.fail("redrawing must not measure"), script.draw, tables)
     assert {name: figure.to_json() for name, figure in drawn.items()} == first
 
@@ -319,3 +337,75 @@ def test_the_trade_off_has_a_panel_for_each_rule_that_was_steered_and_no_steerin
     assert [note.text for note in figure.layout.annotations] == ["steering last tokens"]
     assert {trace.name: list(trace.x) for trace in figure.data} == {"vector": [1.5, 1.9], "none": [1.2]}
     assert list(figure.data[0].text) == ["1", "3"]
+
+
+def test_prompts_whose_instruction_is_woven_into_the_query_are_left_out_and_counted(tmp_path):
+    import attention_benchmark as script
+
+    name, ends = "startend:end_checker", ["That is all.", "Done."]
+    rows = [
+        ("Describe rain.", f"Describe rain. End with {ends[0]!r}"),
+        ("Name a fox.", f"Name, before {ends[1]!r}, a fox."),
+    ]
+    lines = [
+        {"prompt": prompt, "instruction_id_list": [name], "kwargs": [{"end_phrase": end}], "prompt_without_instruction": query}
+        for (query, prompt), end in zip(rows, ends, strict=True)
+    ]  # fmt: skip
+    (tmp_path / "data.jsonl").write_text("".join(f"{json.dumps(line)}\n" for line in lines))
+    settings = script.Settings(out=tmp_path, data=tmp_path / "data.jsonl", instructions=(name,), n_valid=3)
+    with study.lab(settings) as here:
+        found = script.gather(here, settings)
+    assert [pair.query for pair in found.test] == ["Describe rain."]
+    assert found.counts.to_dict("records") == [{"instruction": name, "n_test": 1, "n_valid": 3, "left_out": 1}]
+    assert not {pair.query_key for pair in found.test} & {pair.query_key for pair in (*found.valid, *found.train[name])}
+
+
+def test_types_of_the_benchmark_have_queries_of_their_own_and_languages_are_one_type(tmp_path):
+    import attention_benchmark as script
+
+    types = ("language:response_language", "change_case:english_lowercase", "detectable_format:title")
+    settings = script.Settings(out=tmp_path, instructions=types)
+    with study.lab(settings) as here:
+        languages = [f"language:response_language_{code}" for code in ("es", "de")]
+        pairs = script.dealt(here, types, languages, 1, 4)
+    assert [pair.instruction_id for pair in pairs[:4]] == 2 * languages
+    assert len({pair.query for pair in pairs}) == len(pairs) == 12
+    assert [pair.instruction_ids[0] for pair in script.per_type(pairs, 3, 0)] == [
+        name for name in types for _ in range(3)
+    ]
+
+
+def test_words_to_avoid_are_steered_away_from_one_by_one():
+    import attention_benchmark as script
+
+    from steerlens.data.pairs import InstructionPair
+    from steerlens.vectors.vector import SteeringVector
+
+    ones, twos = torch.tensor([1.0, 0.0]), torch.tensor([0.0, 2.0])
+    vectors = {
+        name: SteeringVector({2: direction}, resid_norm={2: 3.0})
+        for name, direction in {"include red": ones, "include wet": twos, "punctuation:no_comma": ones}.items()
+    }
+    avoid = InstructionPair("Why?", "No red, no wet.", "keywords:forbidden_words", {"forbidden_words": ["red", "wet"]})
+    plan = script.steered(0.5, vectors, 2, "all")(avoid)
+    assert [(step.direction.tolist(), step.coeff) for step in plan] == [([1.0, 0.0], -1.5), ([0.0, 1.0], -1.5)]
+    comma = InstructionPair("Why?", "No commas.", "punctuation:no_comma")
+    assert [step.coeff for step in script.steered(0.5, vectors, 2, "all", gate={"beta": 0.1})(comma)] == [1.5]
+    assert script.steered(0.5, vectors, 2, "all", gate={"beta": 0.1})(comma).gate.beta == 0.1
+
+
+def test_sensitivity_is_per_doubling_and_counts_prompts_that_go_the_other_way():
+    import attention_benchmark as script
+
+    verdicts = {1.0: [0, 0, 0, 1], 2.0: [1, 0, 0, 0], 4.0: [1, 1, 0, 0]}
+    rows = [
+        ("A", str(prompt), strength, bool(one))
+        for strength, each in verdicts.items()
+        for prompt, one in enumerate(each)
+    ]
+    rows += [("B", "0", 1.0, True)]  # one strength has no slope
+    tested = pd.DataFrame(rows, columns=["method", "prompt_id", "strength", "followed_strict"]).assign(control=False)
+    (row,) = script.sensitivity(tested).to_dict("records")
+    assert (row["method"], row["n"], row["lowest_rate"], row["highest_rate"]) == ("A", 4, 0.25, 0.5)
+    assert row["slope_per_doubling"] == pytest.approx(0.125)
+    assert (row["anti_steerable"], row["unsettled"]) == (0.25, 0.75)
