@@ -20,11 +20,20 @@ from steerlens.errors import SteerlensError
 from steerlens.files import user_path, writable_folder
 from steerlens.models.prompts import PromptFormat
 from steerlens.steering.settings import SamplingConfig
-from steerlens.study.config import LookConfig, ModelConfig, PairsConfig, RunConfig, SweepConfig, pairs_for
+from steerlens.study.config import (
+    AttentionConfig,
+    LookConfig,
+    ModelConfig,
+    PairsConfig,
+    RunConfig,
+    SweepConfig,
+    pairs_for,
+)
 
 if TYPE_CHECKING:
     import pandas as pd
 
+    from steerlens.steering.generations import Generation
     from steerlens.steering.plan import Plan
 
 Prompts = Annotated[PromptFormat, tyro.conf.arg(name="")]
@@ -33,6 +42,7 @@ Prompts = Annotated[PromptFormat, tyro.conf.arg(name="")]
 Sampling = Annotated[SamplingConfig, tyro.conf.arg(name="")]
 Model = Annotated[ModelConfig, tyro.conf.arg(name="")]
 Pairs = Annotated[PairsConfig, tyro.conf.arg(name="")]
+Attention = Annotated[AttentionConfig, tyro.conf.arg(name="")]
 Look = Annotated[LookConfig, tyro.conf.arg(name="")]
 Places = Annotated[tuple[Path, ...], tyro.conf.Positional]
 
@@ -66,6 +76,7 @@ def run(
       steerlens run --out runs/demo --n-test 4
       steerlens run --model smollm2-135m --pairs format --data prompts.jsonl --out runs/real
       steerlens run --instructions change_case:english_lowercase punctuation:no_comma --layers 3 4 5
+      steerlens run --attention spotlight:target=0.3 --n-test 4 --out runs/attention
     """
     from steerlens.study.job import run as run_job
 
@@ -80,9 +91,12 @@ def sweep(
 ) -> None:
     """Try layers, coefficients, operators and positions on validation prompts; keep every response, pick the best.
 
+    With --attention, strengths of that method are tried in place of vectors.
+
     For example:
       steerlens sweep --layers 1 3 5 7 --coeffs 0.5 1 1.5 --out runs/sweep
       steerlens sweep --operators add --unit resid_norm --coeffs 0.25 2 --n-random 40 --trials 3 --temperature 1
+      steerlens sweep --attention pasta:heads=2-5 --coeffs 0.1 0.01 0.001 --out runs/pasta
     """
     from steerlens.study.job import run_sweep
 
@@ -139,30 +153,39 @@ def generate(
     vector: Path | None = None,
     layer: int | None = None,
     step: Steering = Step(),
+    attention: Attention = AttentionConfig(),
+    instruction: tuple[str, ...] = (),
     sampling: Sampling = SamplingConfig(),
     seed: int = 0,
     prompt_format: Prompts = PromptFormat(),
 ) -> None:
-    """Answer prompts, steered by a saved vector or not.
+    """Answer prompts, steered by a saved vector, through attention, by both or not.
 
     For example:
       steerlens generate --prompt "Tell me about the fox." --vector lowercase.safetensors --layer 4 --positions prompt
+      steerlens generate --prompt "Describe rain. Use capitals." --attention directer --instruction "Use capitals."
 
     Args:
         prompt: One prompt or more.
-        vector: A vector file; without it nothing is steered.
+        vector: A vector file.
         layer: Where to steer; needed with a vector.
+        instruction: What attention is steered towards: a text or more that stand in every prompt; needed with --attention.
         seed: Of the first prompt; the next ones count on from it.
     """
     from steerlens.steering.plan import Plan
     from steerlens.steering.sampling import generate as sample
+    from steerlens.study.written import around_of
 
     if vector is None and layer is not None:
         raise SteerlensError(
             f"--layer {layer} needs --vector, a file made by `steerlens fit`; without it nothing is steered"
         )
+    towards = _attention(attention, instruction)
+    around = around_of(attention.plausible, towards)
+    if attention.plausible is not None and vector is None and attention.attention is None:
+        raise SteerlensError("--plausible needs something to be steered behind it; give --vector or --attention")
     loaded = _load(model)
-    plan = Plan() if vector is None else _plan(loaded, vector, layer, step)
+    plan = around((Plan() if vector is None else _plan(loaded, vector, layer, step)) + towards)
     for row in sample(
         loaded,
         list(prompt),
@@ -172,7 +195,8 @@ def generate(
         seed=[seed + index for index in range(len(prompt))],
         progress=True,
     ):
-        print(f"> {prompt[row.index]}\n{row.text}\n[{len(row.tokens)} tokens, stopped by {row.finish_reason}]\n")
+        said = f"> {prompt[row.index]}\n{row.text}\n[{len(row.tokens)} tokens, stopped by {row.finish_reason}]"
+        print(f"{said}{_gate_line(row)}\n")
 
 
 def evaluate(
@@ -181,13 +205,14 @@ def evaluate(
     model: Model = ModelConfig(),
     data: str = "auto",
     step: Steering = Step(),
+    attention: Attention = AttentionConfig(),
     n_test: int | None = None,
     trials: int = 1,
     sampling: Sampling = SamplingConfig(),
     batch_size: int = 16,
     prompt_format: Prompts = PromptFormat(),
 ) -> None:
-    """The four cells and the control for one saved vector at one layer.
+    """The cells and the controls for one saved vector at one layer, with attention steered or not.
 
     For example:
       steerlens evaluate --vector lowercase.safetensors --layer 4 --positions prompt --n-test 8
@@ -204,8 +229,11 @@ def evaluate(
     from steerlens.data.load import load_pairs
     from steerlens.data.splits import at_most, without_queries
     from steerlens.study.scores import evaluate as run_evaluation
+    from steerlens.study.written import around_of
     from steerlens.vectors.vector import SteeringVector
 
+    towards = _attention(attention)
+    around = around_of(attention.plausible, towards)
     metadata = SteeringVector.load(vector).metadata
     if "parts" in metadata:
         raise SteerlensError(
@@ -226,7 +254,7 @@ def evaluate(
     loaded = _load(model)
     found = run_evaluation(
         loaded,
-        _plan(loaded, vector, layer, step),
+        around(_plan(loaded, vector, layer, step) + towards),
         pairs,
         trials=trials,
         seed=seed,
@@ -374,6 +402,19 @@ def models() -> None:
     print("\nA local folder in Hugging Face format, or a hub id, works as well.")
 
 
+def methods() -> None:
+    """How attention steering is written for --attention, each method with its parameters and their defaults."""
+    from steerlens.study.written import written_methods
+
+    for written, sentence in written_methods().items():
+        print(f"{written}\n    {sentence}")
+    print(
+        "\nWrite what differs: pasta:alpha=0.1,heads=2-5. Heads are layers, of which every head counts, or the file of a profile."
+        "\nMethods without beta may stand behind a gate: spotlight:target=0.3,gate=0.5; its other parameters may follow, such as"
+        "\nweaken=coeff."
+    )
+
+
 def instructions() -> None:
     """The bundled instructions, with an example of each."""
     import random
@@ -412,6 +453,7 @@ COMMANDS: dict[str, Callable[..., Any]] = {
     "layers": layers,
     "info": info,
     "models": models,
+    "methods": methods,
     "instructions": instructions,
 }
 
@@ -447,6 +489,35 @@ def _load(config: ModelConfig) -> Any:
     from steerlens.models.load import load_model
 
     return load_model(config.model, dtype=config.dtype, device=config.device)
+
+
+def _attention(config: AttentionConfig, instruction: tuple[str, ...] | None = None) -> "Plan":
+    """The plan that steers attention, towards texts where a command asks for them."""
+    from steerlens.steering.plan import Plan
+    from steerlens.study.written import method
+
+    if config.attention is None:
+        if instruction:
+            raise SteerlensError("--instruction needs --attention, the method that steers towards it")
+        return Plan()
+    plan = method(config.attention)
+    if instruction is None:
+        return plan
+    if not instruction:
+        raise SteerlensError("--attention needs --instruction, the text in the prompt that it is steered towards")
+    return plan.on(*instruction)
+
+
+def _gate_line(row: "Generation") -> str:
+    """What a gate made of a row's tokens; nothing where there was none."""
+    if not row.gated:
+        return ""
+    from steerlens.steering.gates import gate_stats
+
+    found = gate_stats(row.gated)
+    shares = ", ".join(f"{found[name]:.0%} {name}" for name in ("accepted", "rejected", "skipped"))
+    means = f"{found['mean_active_layers']:.1f} layers active and {found['extra_passes']:.1f} extra passes per token"
+    return f"\n[gate: {shares}; {means}]"
 
 
 def _plan(model: Any, path: Path, layer: int | None, step: Step) -> "Plan":

@@ -1,6 +1,7 @@
 """The command line as a user meets it: its output and its exit code."""
 
 import os
+import re
 import shlex
 import shutil
 import subprocess
@@ -80,6 +81,7 @@ def test_help_is_quick_and_has_examples():
         "layers",
         "info",
         "models",
+        "methods",
         "instructions",
     ],
 )
@@ -93,6 +95,7 @@ SHARED = {
     "model": ("--model", "--dtype", "--device"),
     "sampling": ("--max-new-tokens", "--temperature", "--top-k", "--top-p", "--stop", "--stop-ids"),
     "format": ("--style", "--system", "--date"),
+    "attention": ("--attention", "--plausible"),
 }
 
 
@@ -100,7 +103,7 @@ SHARED = {
 def test_options_have_one_name_on_every_command(steerlens, command):
     words = set(steerlens(command, "--help").stdout.split())
     for group, flags in SHARED.items():
-        assert (command == "fit" and group == "sampling") or words >= set(flags)
+        assert (command == "fit" and group in ("sampling", "attention")) or words >= set(flags)
 
 
 @pytest.mark.parametrize(
@@ -233,8 +236,118 @@ def test_run_prints_the_table_and_the_report_and_info_shows_it_again(steerlens, 
     assert "text+vector" in steerlens("info", tmp_path / "run").stdout
 
 
-def test_lists_name_models_and_instructions(steerlens):
+ATTENTION = ["generate", "--prompt", "Hi", "--model", "nothing-of-this-name", "--attention"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        ([*ATTENTION, "psta", "--instruction", "Hi"], "got 'psta'; did you mean 'pasta'?"),
+        ([*ATTENTION, "pasta:alhpa=1", "--instruction", "Hi"], "pasta has no parameter 'alhpa'; did you mean 'alpha'?"),
+        ([*ATTENTION, "pasta:alpha=x", "--instruction", "Hi"], "alpha of pasta must be a number, got 'x'"),
+        ([*ATTENTION, "pasta"], "--attention needs --instruction, the text in the prompt that it is steered towards"),
+        ([*ATTENTION[:-1], "--instruction", "Hi"], "--instruction needs --attention"),
+        ([*ATTENTION, "pasta", "--instruction", " "], "a span needs a text that is not empty, got ' '"),
+        ([*ATTENTION[:-1], "--plausible", "0.5"], "--plausible needs something to be steered behind it"),
+        ([*ATTENTION, "directer", "--instruction", "Hi", "--plausible", "0.5"], "a plan has one gate"),
+        ([*ATTENTION, "pasta", "--instruction", "Hi", "--plausible", "-1"], "beta must be at least 0, got -1"),
+        (["run", "--attention", "psta"], "got 'psta'; did you mean 'pasta'?"),
+        (["run", "--plausible", "half"], "half"),
+        (["run", "--attention", "directer", "--plausible", "0.5"], "a plan has one gate"),
+        (["sweep", "--attention", "pasta"], "a search of pasta tries values of its first parameter, got none"),
+        (
+            ["sweep", "--attention", "pasta:alpha=0.1", "--coeffs", "0.1"],
+            "which must not be written, got 'pasta:alpha=0.1'",
+        ),
+        (["sweep", "--attention", "pasta", "--coeffs", "0.1", "-1"], "alpha must be above 0, got -1"),
+        (
+            ["sweep", "--attention", "pasta", "--coeffs", "0.1", "--layers", "3"],
+            "attention is searched over coeffs alone",
+        ),
+        (["sweep", "--attention", "pasta", "--coeffs", "0.1", "--condition", "text+vector"], "got condition as well"),
+        (["evaluate", "--vector", "v.safetensors", "--layer", "1", "--attention", "psta"], "did you mean 'pasta'?"),
+    ],
+)
+def test_attention_that_is_asked_for_wrongly_is_refused_in_a_sentence_before_a_model_loads(
+    steerlens, arguments, sentence, tmp_path, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("steerlens.models.load.load_model", None)
+    done = steerlens(*arguments)
+    assert done.returncode == 2
+    assert sentence in done.stderr
+    assert "Traceback" not in done.stderr
+    assert [*tmp_path.iterdir()] == []
+
+
+@pytest.mark.parametrize(
+    ("attention", "instruction", "sentence"),
+    [
+        (
+            "pasta",
+            "Use rhymes.",
+            "a span must stand in its prompt as it is written, and 'Use rhymes.' is not in that of",
+        ),
+        ("pasta:heads=4", "Use no commas.", "layer"),
+    ],
+)
+def test_attention_that_does_not_fit_the_prompt_or_the_model_is_refused(
+    steerlens, tiny_folders, attention, instruction, sentence
+):
+    command = [
+        "generate",
+        "--model",
+        tiny_folders["llama"],
+        "--prompt",
+        "Say one. Use no commas.",
+        "--attention",
+        attention,
+    ]
+    done = steerlens(*command, "--instruction", instruction, "--max-new-tokens", 2)
+    assert done.returncode == 2
+    assert sentence in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_answers_are_steered_through_attention_by_a_vector_and_by_both(steerlens, tiny_folders, pairs_file, tmp_path):
+    vector, common = tmp_path / "v.safetensors", ["--model", tiny_folders["llama"]]
+    steerlens("fit", *common, "--instruction", NO_COMMA, "--pairs", pairs_file, "--out", vector)
+    command = ["generate", *common, "--prompt", "Say one. Use no commas.", "--max-new-tokens", 8]
+    attention = ["--attention", "instaboost:bias=4", "--instruction", "Use no commas."]
+    steering = ["--vector", vector, "--layer", 2, "--operator", "add", "--coeff", 30]
+    said = [steerlens(*command, *options) for options in ([], attention, steering, [*attention, *steering])]
+    assert [one.returncode for one in said] == [0] * 4, [one.stderr for one in said]
+    assert len({one.stdout for one in said}) == 4
+    assert not any("[gate" in one.stdout for one in said)
+    gated = steerlens(*command, *attention, "--plausible", 0.1)
+    written = steerlens(*command, "--attention", "instaboost:bias=4,gate=0.1", *attention[2:])
+    assert gated.stdout == written.stdout
+    line = gated.stdout.strip().splitlines()[-1]
+    assert re.fullmatch(
+        r"\[gate: \d+% accepted, \d+% rejected, \d+% skipped; .* layers active and .* per token\]", line
+    )
+    table = steerlens("evaluate", *common, "--vector", vector, "--layer", 2, *attention[:2], "--max-new-tokens", 2)
+    assert table.returncode == 0, table.stderr
+    assert len(table.stdout.splitlines()) == 1 + 8
+
+
+def test_the_strengths_of_a_method_are_swept_without_any_vector(steerlens, tiny_folders, pairs_file, tmp_path):
+    command = ("sweep", "--model", tiny_folders["llama"], "--pairs", pairs_file, "--out", tmp_path, "--n-valid", 2)
+    done = steerlens(*command, "--attention", "pasta:heads=1-2", "--coeffs", 0.1, 0.01, "--max-new-tokens", 4)
+    assert done.returncode == 0, done.stderr
+    assert "3 candidates, 3 responses" in done.stdout
+    assert {path.name for path in tmp_path.iterdir()} == {
+        *("config.json", "generations.jsonl", "scores.jsonl", "table.csv", "sweep.html"),
+    }
+    assert "coefficient" in (tmp_path / "sweep.html").read_text()
+    scores = read_scores(tmp_path)
+    assert set(scores["condition"]) == {"text", "text+attention"}
+    assert scores["layers"].unique().tolist() == ["", "1, 2"]
+
+
+def test_lists_name_models_methods_and_instructions(steerlens):
     assert "smollm2-135m" in steerlens("models").stdout
+    assert "\nspotlight:target=0.2,granularity=row,positions=all\n" in steerlens("methods").stdout
     listed = steerlens("instructions").stdout
     assert listed.count("phrasings)") == 12 + 30  # the paper's formats, and IFEval's languages
     assert "language:response_language_de" in listed

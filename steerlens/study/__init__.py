@@ -16,7 +16,15 @@ if TYPE_CHECKING:
         steer_by_layer as steer_by_layer,
         transfer_between_layers as transfer_between_layers,
     )
+    from steerlens.study.methods import (
+        MethodComparison as MethodComparison,
+        Setting as Setting,
+        compare_methods as compare_methods,
+        measure_speed as measure_speed,
+        swept as swept,
+    )
     from steerlens.study.opened import look_at as look_at
+    from steerlens.study.profiling import HeadProfile as HeadProfile, profile_heads as profile_heads
     from steerlens.study.quality import Quality as Quality
     from steerlens.study.responses import Sampler as Sampler, requests_for as requests_for
     from steerlens.study.scores import Evaluation as Evaluation, evaluate as evaluate, score as score
@@ -32,5 +40,6 @@ if TYPE_CHECKING:
         candidate_layers as candidate_layers,
         sweep as sweep,
     )
+    from steerlens.study.written import by_strength as by_strength, method as method
 
 __getattr__, __dir__, __all__ = lazy_exports(__name__, __file__)

@@ -1,9 +1,9 @@
 """What jobs depend on: frozen dataclasses, each setting declared once, shared by the command line and the jobs.
 
-    ModelConfig, PairsConfig, EngineConfig      groups that several commands have
-    SearchConfig                                all of them, and what a search tries and measures
-    RunConfig, SweepConfig                      the two jobs
-    LookConfig                                  what looks at a run or at saved vectors
+    ModelConfig, PairsConfig, EngineConfig, AttentionConfig     groups that several commands have
+    SearchConfig                                                all of them, and what a search tries and measures
+    RunConfig, SweepConfig                                      the two jobs
+    LookConfig                                                  what looks at a run or at saved vectors
 
 Imports nothing heavy.
 """
@@ -57,7 +57,23 @@ class EngineConfig:
 
 
 @dataclass(frozen=True)
-class SearchConfig(EngineConfig, PairsConfig, ModelConfig):
+class AttentionConfig:
+    """What steers besides a vector, and what all steering must pass.
+
+    Example:
+        >>> AttentionConfig("pasta:alpha=0.01")
+        AttentionConfig(attention='pasta:alpha=0.01', plausible=None)
+    """
+
+    attention: str | None = None
+    """Steer attention towards the instruction in the prompt: a method, such as pasta:alpha=0.01; see `steerlens methods`."""
+    plausible: float | None = None
+    """Steer behind a gate: a token must have at least this share of the largest unsteered probability (0.5 in DIRECTER), or
+    steering gives way."""
+
+
+@dataclass(frozen=True)
+class SearchConfig(AttentionConfig, EngineConfig, PairsConfig, ModelConfig):
     """A search of layers and more on validation prompts, with vectors fitted on others."""
 
     data: str | None = None
@@ -135,8 +151,11 @@ class SweepConfig(SearchConfig):
 
     n_random: int | None = None
     """Draw this many candidates at random, with coefficients between the lowest and the highest, instead of every combination."""
+    coeffs: tuple[float, ...] = ()
+    """Coefficients to search: for set_projection and ablate the share of the full change (default 1), for add the step's length;
+    with `attention`, which is searched in place of vectors, values of the method's first parameter."""
     condition: Literal["vector", "text+vector"] = "vector"
-    """With the bare query, or with the instruction in the prompt."""
+    """Of vectors: with the bare query, or with the instruction in the prompt. Attention is searched with it."""
     batch_size: int = 64
     """Rows per batch; pairs per batch when recording."""
     sampling: SamplingConfig = SamplingConfig(max_new_tokens=64)

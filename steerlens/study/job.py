@@ -13,7 +13,7 @@ never finds an old answer.
 import contextlib
 import html
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -27,21 +27,24 @@ from steerlens.data.load import BUNDLED_QUERIES, load_pairs
 from steerlens.data.pairs import PairSet
 from steerlens.data.splits import at_most, query_ids, three_parts
 from steerlens.errors import DataError, SteerlensError
-from steerlens.figures.layers import layer_curve
 from steerlens.files import Journal, content_key, json_lines, start_folder, writable_folder, write_atomically
 from steerlens.models.facts import check_layer, library_versions, model_digest, model_facts, model_id
 from steerlens.models.load import load_model
 from steerlens.models.prompts import encode_all, frame, pinned, template_digest
 from steerlens.models.stops import check_stop_ids
-from steerlens.steering.candidates import draws, grid
+from steerlens.steering.candidates import Candidate, draws, grid
+from steerlens.steering.edits import check_plan
+from steerlens.steering.plan import Plan
+from steerlens.steering.scores import bind
 from steerlens.steering.settings import SamplingConfig
 from steerlens.study.config import PLACE, RunConfig, SearchConfig, SweepConfig, pairs_for
 from steerlens.study.pages import RESULTS, write_facts, write_run_report
 from steerlens.study.quality import Quality
-from steerlens.study.responses import Engine, Sampler, requests_for
+from steerlens.study.responses import Engine, Sampler, cells_of, requests_for
 from steerlens.study.scores import Evaluation, score
 from steerlens.study.seeing import Subject, see_geometry, see_lens
-from steerlens.study.sweeps import Sweep, candidate_layers, sweep
+from steerlens.study.sweeps import Sweep, candidate_layers, method_candidates, sweep
+from steerlens.study.written import around_of, by_strength, method
 from steerlens.vectors.estimators import fit_vectors
 from steerlens.vectors.vector import SteeringVector
 
@@ -105,6 +108,8 @@ def run(
         raise SteerlensError(
             "Ray workers load the model themselves, and one was handed over loaded; name it in the settings"
         )
+    attention = Plan() if config.attention is None else method(config.attention)
+    around = around_of(config.plausible, attention)
     folder = writable_folder(out)
     if model is not None:
         config = replace(config, model=model_id(model), dtype=str(model.cfg.dtype).removeprefix("torch."))
@@ -117,7 +122,7 @@ def run(
     )
     config = replace(config, prompt_format=pinned(model, config.prompt_format, folder))
     _say(progress, f"{model_facts(model)['model']}: {train!r} to fit, {valid!r} to search, {test!r} to test")
-    check_settings(config, model, valid, test)
+    check_settings(config, model, valid, test, attention)
     quality = Quality(True, config.quality_model, config.kl, config.reward_model)
     quality.load()
     identity = run_identity(config, model, quality, train, valid, test)
@@ -150,16 +155,20 @@ def run(
                 positions=config.positions,
                 unit=config.unit,
                 condition=condition,
+                around=around,
                 gate=config.gate,
                 quality=Quality.for_gate(config.gate, config.quality_model),
                 seed=config.seed,
             )
         plans, text_plans = (
-            {name: vector.at(found[condition].best(name)) for name, vector in vectors.items()} for condition in SEARCHED
+            {name: around(vector.at(found[condition].best(name)) + attention) for name, vector in vectors.items()}
+            for condition in SEARCHED
         )
         _say(progress, "evaluate: the test prompts under every condition")
+        # Where no vector was chosen at all, attention leaves nothing to its cells.
+        cells = cells_of(plans, text_plans) if attention else CONDITIONS
         requests = requests_for(
-            test, plans, text_plans=text_plans, conditions=CONDITIONS, trials=config.trials, seed=config.seed
+            test, plans, text_plans=text_plans, conditions=cells, trials=config.trials, seed=config.seed
         )
         evaluation = Evaluation(score(sampler(config.sampling), requests, quality=quality))
     facts = _facts(config, model, identity, (train, valid, test), found, notes, command)
@@ -173,6 +182,8 @@ def run(
 def run_sweep(config: SweepConfig, out: str | Path, *, progress: bool = True) -> Sweep:
     """Fit vectors and search with them in a folder, or go on with it; no test prompt is touched.
 
+    With `config.attention`, the strength of that method is searched instead, and nothing is fitted.
+
     Returns:
         What is in the folder: the sweep (scores.jsonl, table.csv, and sweep.html, its picture), beside vectors and generations.
 
@@ -183,6 +194,7 @@ def run_sweep(config: SweepConfig, out: str | Path, *, progress: bool = True) ->
         >>> run_sweep(SweepConfig(layers=(3, 4)), "runs/sweep").best("punctuation:no_comma")  # doctest: +SKIP
         Best(layer=3, coeff=1.0, operator='set_projection', positions='all', unit='absolute', rate=0.875)
     """
+    by_coeff = _by_coeff(config)
     folder = writable_folder(out)
     config = replace(config, pairs=pairs_for(config.pairs, config.model))
     quality = Quality.for_gate(config.gate, config.quality_model)
@@ -190,21 +202,21 @@ def run_sweep(config: SweepConfig, out: str | Path, *, progress: bool = True) ->
     train, valid, _, _ = select_pairs(config)
     model = load_model(config.model, dtype=config.dtype, device=config.device, progress=progress)
     config = replace(config, prompt_format=pinned(model, config.prompt_format, folder))
-    vectors = vectors_in(folder, config, model, train, valid, progress=progress)
-    options: Any = {"operators": config.operators, "positions": config.positions, "unit": config.unit}
-    layers = config.layers or candidate_layers(int(model.cfg.n_layers))
-    if config.n_random is None:
-        candidates = grid(layers=layers, coeffs=config.coeffs, **options)
+    searched: Any
+    if by_coeff is None:
+        searched = vectors_in(folder, config, model, train, valid, progress=progress)
+        candidates = _candidates(config, int(model.cfg.n_layers))
     else:
-        ends = min(config.coeffs), max(config.coeffs)
-        candidates = draws(config.n_random, layers=layers, coeff_range=ends, seed=config.seed, **options)
+        searched, candidates = by_coeff, method_candidates(by_coeff, config.coeffs)
+        check_attention_on(model, by_coeff(config.coeffs[0]), valid, config)
     with engine_for(config) as engine:
         found = sweep(
             model,
-            vectors,
+            searched,
             valid,
             candidates=candidates,
-            condition=config.condition,
+            condition=config.condition if by_coeff is None else "text+attention",
+            around=around_of(config.plausible),
             gate=config.gate,
             quality=quality,
             trials=config.trials,
@@ -216,8 +228,42 @@ def run_sweep(config: SweepConfig, out: str | Path, *, progress: bool = True) ->
             engine=engine,
             progress=progress,
         )
-    write_atomically(folder / "sweep.html", layer_curve(found.table).to_html())
+    write_atomically(folder / "sweep.html", found.plot().to_html())
     return found
+
+
+def _by_coeff(config: SweepConfig) -> Callable[[float], Plan] | None:
+    """The method that is searched, by its first parameter; None where vectors are.
+
+    Raises:
+        SteerlensError: if it is not written as it should be, has no values to try, or comes with settings of vectors.
+    """
+    if config.attention is None:
+        return None
+    by_coeff = by_strength(config.attention)
+    if not config.coeffs:
+        raise SteerlensError(
+            f"a search of {config.attention} tries values of its first parameter, got none; give them as coeffs"
+        )
+    default = SweepConfig()
+    for name in ("layers", "operators", "positions", "unit", "n_random", "condition", "n_train"):
+        if getattr(config, name) != getattr(default, name):
+            raise SteerlensError(
+                f"attention is searched over coeffs alone, got {name} as well, which is a setting of vectors; "
+                "layers and positions are written with the method, as in pasta:heads=2-5,positions=prompt"
+            )
+    for coeff in config.coeffs:
+        around_of(config.plausible, by_coeff(coeff))
+    return by_coeff
+
+
+def _candidates(config: SweepConfig, n_layers: int) -> list[Candidate]:
+    options: Any = {"operators": config.operators, "positions": config.positions, "unit": config.unit}
+    layers, coeffs = config.layers or candidate_layers(n_layers), config.coeffs or (1.0,)
+    if config.n_random is None:
+        return grid(layers=layers, coeffs=coeffs, **options)
+    ends = min(coeffs), max(coeffs)
+    return draws(config.n_random, layers=layers, coeff_range=ends, seed=config.seed, **options)
 
 
 @contextlib.contextmanager
@@ -310,20 +356,23 @@ def run_identity(config: RunConfig, model: Any, quality: Quality, *parts: PairSe
     Files, folders and models count by what is in them, not by how their paths are spelled.
     """
     settings = {key: value for key, value in asdict(config).items() if key not in (*BY_CONTENT, *PLACE)}
+    if config.attention is not None:  # not how it is written
+        settings["attention"] = method(config.attention).digest
     template = template_digest(model, config.prompt_format)
     hashes = [part.content_hash for part in parts]
     return content_key([settings, quality.content(), model_digest(model), template, hashes])
 
 
-BY_CONTENT = ("model", "pairs", "data", "queries", "quality_model", "reward_model")
+BY_CONTENT = ("model", "pairs", "data", "queries", "quality_model", "reward_model", "attention")
 """Settings that name what a run's identity holds by its content."""
 
 
-def check_settings(config: RunConfig, model: Any, valid: PairSet, test: PairSet) -> None:
+def check_settings(config: RunConfig, model: Any, valid: PairSet, test: PairSet, attention: Plan) -> None:
     """Refuse, before anything is run, what would stop the job later.
 
     Raises:
-        SteerlensError: for a setting out of range, or a prompt that leaves no room for its answer.
+        SteerlensError: for a setting out of range, a prompt that leaves no room for its answer, attention that the model does
+            not have or cannot be steered, or an instruction that stands nowhere in its prompt.
     """
     if config.trials < 1 or (config.trials > 1 and config.sampling.greedy):
         raise SteerlensError(f"trials must be 1, or more with a temperature above 0; got {config.trials}")
@@ -333,10 +382,22 @@ def check_settings(config: RunConfig, model: Any, valid: PairSet, test: PairSet)
         check_layer(model, layer)
     for pair in (*valid, *test):
         pair.require_check()
+    check_attention_on(model, attention, test, config)
     check_stop_ids(model, config.sampling.stop_ids)
     for part, sampling in ((valid, search_sampling(config)), (test, config.sampling)):
         for condition in ("none", "text"):
             encode_all(model, part.prompts(condition), config.prompt_format, room=sampling.max_new_tokens)
+
+
+def check_attention_on(model: Any, attention: Plan, pairs: PairSet, config: SearchConfig) -> None:
+    """Refuse attention that cannot be steered towards the instructions of these pairs.
+
+    Raises:
+        SteerlensError: if the model does not have its layers or heads, or an instruction stands nowhere in its prompt.
+    """
+    check_plan(model, attention)
+    for pair in pairs if attention else ():
+        bind(model, attention.on(pair), pair.text("text"), config.prompt_format)
 
 
 def search_sampling(config: RunConfig) -> SamplingConfig:
@@ -430,6 +491,7 @@ def _facts(
         "coefficients searched": ", ".join(f"{x:g}" for x in config.coeffs) + _in_unit(config.unit),
         "search answers cut at the limit": f"{(scores['finish_reason'] == 'length').mean():.0%}; "
         "checks of how an answer ends can fail for that alone",
+        **_steered_besides(config),
         "quality gate of the search": config.gate,
         "perplexity under": config.quality_model or "the unsteered model, given the bare query",
         "chosen": _choices(found["vector"]),
@@ -444,6 +506,16 @@ def _facts(
         "versions": library_versions(),
         "command": command,
     }
+
+
+def _steered_besides(config: RunConfig) -> dict[str, str]:
+    """What steers besides vectors, and behind which gate, where that was asked for."""
+    found = {}
+    if config.attention is not None:
+        found["attention"] = f"{config.attention}: {method(config.attention)}"
+    if config.plausible is not None:
+        found["steered tokens"] = f"have at least {config.plausible:g} of the largest unsteered probability"
+    return found
 
 
 def _in_words(sampling: SamplingConfig) -> str:

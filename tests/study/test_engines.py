@@ -13,9 +13,12 @@ import psutil
 import pytest
 import torch
 
+from steerlens.data.conditions import ALL_CONDITIONS
 from steerlens.data.pairs import InstructionPair, PairSet
 from steerlens.errors import SteerlensError
 from steerlens.files import Journal
+from steerlens.steering.attention import pasta, spotlight
+from steerlens.steering.directer import directer, plausible
 from steerlens.steering.settings import SamplingConfig
 from steerlens.study.config import RunConfig
 from steerlens.study.engines import ray_engine
@@ -66,6 +69,23 @@ def test_a_sweep_on_two_nodes_is_the_local_one_row_for_row(llama, vector, pairs,
     assert len(nodes) == 2
     pd.testing.assert_frame_equal(far.scores, local.scores)
     pd.testing.assert_frame_equal(far.table, local.table)
+
+
+def test_attention_and_gates_on_two_nodes_are_the_local_ones_row_for_row(llama, vector, pairs, cluster):
+    step = vector.at(1, operator="add", coeff=4.0)
+    plans = {
+        "attention": step + pasta(0.1, heads={1: [0, 2], 3: [1]}) + spotlight(0.3),
+        "gated": plausible(step + pasta(0.1), beta=0.2),
+        "directer": step + directer(beta=0.2),
+    }
+    requests = [one for plan in plans.values() for one in requests_for(pairs[:3], plan)]
+    sampling = SamplingConfig(12)
+    expected = Sampler(llama.model, sampling=sampling, batch_size=8).generate(requests)
+    with ray_engine(str(llama.folder), address=cluster.address) as engine:
+        found = Sampler(llama.model, sampling=sampling, batch_size=8, engine=engine).generate(requests)
+    assert found == expected
+    assert {request.condition for request in requests} == set(ALL_CONDITIONS)
+    assert any("gated" in record for record in found)
 
 
 def ray_actors():

@@ -17,6 +17,7 @@ import pytest
 import torch
 
 from steerlens.checks.registry import register_check
+from steerlens.data.conditions import ALL_CONDITIONS
 from steerlens.data.pairs import InstructionPair, PairSet
 from steerlens.errors import DataError, SteerlensError
 from steerlens.models.prompts import PromptFormat
@@ -26,6 +27,7 @@ from steerlens.study.job import run, run_identity, select_pairs
 from steerlens.study.quality import Quality
 from steerlens.study.scores import Evaluation
 from steerlens.study.seeing import GEOMETRY, LENS
+from steerlens.study.sweeps import Best
 from steerlens.vectors.vector import SteeringVector
 
 NO_COMMA, LOWERCASE = "punctuation:no_comma", "change_case:english_lowercase"
@@ -89,6 +91,84 @@ def test_a_run_leaves_everything_it_promises(config, tmp_path):
     loaded = SteeringVector.load(done.folder / max(vectors))
     assert loaded.layers == (0, 1, 2, 3)
     assert loaded.metadata["instruction"] == NO_COMMA
+
+
+@pytest.fixture
+def chosen_for_no_comma(monkeypatch):
+    """Searches choose a vector for one instruction and no steering for the other: a random model's rates choose nothing."""
+    best = {NO_COMMA: Best(1, 30.0, "add"), LOWERCASE: Best(None, 0.0)}
+    monkeypatch.setattr("steerlens.study.sweeps.Sweep.best", lambda self, name, **_: best[name])
+
+
+@pytest.mark.usefixtures("chosen_for_no_comma")
+def test_a_run_with_attention_fills_its_cells_too_and_says_so(config, tmp_path):
+    asked = replace(config, attention="pasta:alpha=0.1,heads=1-2", operators=("add",), coeffs=(30.0,), layers=(1,))
+    done = run(asked, tmp_path, progress=False)
+    plans = done.evaluation.scores.groupby("condition", sort=False)["plan"].unique()
+    assert set(plans.index) == set(ALL_CONDITIONS)
+    assert plans["none"].tolist() == plans["text"].tolist() == ["no steering"]
+    assert plans["text+attention"].tolist() == [
+        "pasta -2.303 nats on the rest of the prompt at layer 1, 2, positions all"
+    ]
+    steps = done.evaluation.scores.groupby(["instruction", "condition"])["n_interventions"].unique().str[0]
+    cells = ["vector", "random", "text+vector", "text+attention", "text+vector+attention", "text+random"]
+    assert steps[NO_COMMA][cells].tolist() == [1, 1, 1, 1, 2, 2]
+    assert steps[LOWERCASE][cells].tolist() == [0, 0, 0, 1, 1, 1]
+    assert done.facts["attention"].startswith("pasta:alpha=0.1,heads=1-2: pasta -2.303 nats")
+    page = done.report.read_text()
+    assert "pasta:alpha=0.1,heads=1-2" in page
+    assert "text+vector+attention" in page
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"attention": "instaboost:bias=2"}, {"attention": "directer:beta=0.2"}, {"attention": "pasta", "plausible": 0.2}],
+)
+def test_a_run_that_chose_no_vector_has_the_cells_of_attention_all_the_same(config, tmp_path, change):
+    """The text of a random model follows nothing by a vector of strength 0.001."""
+    asked = replace(config, operators=("add",), coeffs=(0.001,), **change)
+    done = run(asked, tmp_path, progress=False)
+    assert all(done.search["vector"].best(name).layer is None for name in done.vectors)
+    assert list(dict.fromkeys(done.evaluation.scores["condition"])) == ["none", "text", "text+attention", "text+random"]
+    gated = {"gate_accepted"} & set(done.evaluation.table)
+    assert bool(gated) == (change["attention"] != "instaboost:bias=2")
+
+
+def test_attention_is_part_of_a_runs_identity_by_what_it_does_not_by_how_it_is_written(config, llama):
+    parts = select_pairs(config, n_test=2)[:3]
+
+    def identity(**names: Any) -> str:
+        return run_identity(replace(config, **names), llama.model, Quality(), *parts)
+
+    written = ("pasta", "pasta:alpha=0.01", "pasta:positions=all,alpha=1e-2")
+    assert len({identity(attention=one) for one in written}) == 1
+    others = [{}, {"attention": "pasta"}, {"attention": "pasta:alpha=0.1"}, {"plausible": 0.5}, {"plausible": 0.2}]
+    assert len({identity(**one) for one in others}) == len(others)
+
+
+def test_attention_that_cannot_be_steered_stops_a_run_before_anything_is_done(config, tmp_path):
+    woven = PairSet(InstructionPair(f"Say {n}.", "", NO_COMMA, prompt=f"Say {n}, no commas.") for n in range(8))
+    woven.save(tmp_path / "woven.jsonl")
+    for change, sentence in (
+        ({"attention": "pasta:heads=9"}, r"layer must be in \[0, 4\), got 9"),
+        ({"attention": "psta"}, "did you mean 'pasta'"),
+        ({"attention": "pasta", "pairs": str(tmp_path / "woven.jsonl")}, "a span needs an instruction that stands in"),
+    ):
+        with pytest.raises(SteerlensError, match=sentence):
+            run(replace(config, **change), tmp_path / "run", progress=False)
+        assert not (tmp_path / "run" / "vectors").exists()
+
+
+@pytest.mark.usefixtures("chosen_for_no_comma")
+def test_a_gate_is_around_vectors_in_the_search_and_in_the_evaluation(config, tmp_path):
+    asked = replace(config, plausible=0.3, operators=("add",), coeffs=(30.0,), layers=(1,))
+    done = run(asked, tmp_path, progress=False)
+    for scores in (*(one.scores for one in done.search.values()), done.evaluation.scores):
+        steered = scores[scores["n_interventions"] > 0]
+        assert steered["plan"].str.startswith("if plausible (beta 0.3").all()
+        assert steered["gate_skipped"].notna().all()
+    assert len(done.search["vector"].scores.query("layer == 1"))
+    assert done.facts["steered tokens"] == "have at least 0.3 of the largest unsteered probability"
 
 
 def test_a_second_run_generates_nothing_and_changes_nothing(config, tmp_path, monkeypatch):
