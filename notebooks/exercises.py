@@ -524,3 +524,51 @@ def check_08_4(answer: Any) -> str | None:
         return "a text with a comma passes"
     passed = [text for text in broken if answer(text)]
     return None if not passed else f"a broken text passes: {passed[0][:24]!r}"
+
+
+# 09_attention_steering
+
+
+@check("a function of shares, of which tokens are chosen, and of alpha")
+def check_09_1(answer: Any) -> str | None:
+    shares = torch.rand(3, 6, generator=torch.Generator().manual_seed(0)).softmax(-1)
+    chosen, alpha = torch.tensor([False, True, False, False, True, True]), 0.25
+    found = answer(shares.clone(), chosen, alpha)
+    if found is ... or found is None:
+        return "the function gives nothing back yet"
+    if tuple(found.shape) != (3, 6):
+        return f"shares of 3 rows and 6 tokens stay [3, 6], and these are {list(found.shape)}"
+    scaled = shares * torch.where(chosen, 1.0, alpha)
+    wanted = scaled / scaled.sum(-1, keepdim=True)
+    if torch.allclose(found, scaled, atol=1e-6):
+        return "these shares do not sum to 1 any more; a softmax always makes them"
+    other = shares * torch.where(chosen, alpha, 1.0)
+    if torch.allclose(found, other / other.sum(-1, keepdim=True), atol=1e-6):
+        return "that takes attention from the instruction; which tokens does alpha < 1 weaken?"
+    return None if torch.allclose(found, wanted, atol=1e-5) else "multiply first, then divide by the new sum"
+
+
+@check("a function of a mass and a target")
+def check_09_2(answer: Any) -> str | None:
+    for mass, target in ((0.05, 0.2), (0.1, 0.5), (0.19, 0.2)):
+        found = answer(mass, target)
+        if found is ... or found is None:
+            return "the function gives nothing back yet"
+        if abs(found - target) < 1e-9:
+            return "that is the target; what happens to the instruction's share when all shares are made to sum to 1?"
+        if abs(found - target / (1 + target - mass)) > 1e-6:
+            return "the instruction has t, and the rest of the tokens still has 1 - m, before both are divided by their sum"
+    return None if abs(answer(0.4, 0.2) - 0.4) < 1e-9 else "what if the mass is above the target already?"
+
+
+@check("a number of prompts")
+def check_09_3(answer: Any, found: Any) -> str | None:
+    rows = found.comparisons[found.comparisons["method"] == "DIRECTER"].set_index("baseline")
+    wanted = {name: int(rows.loc[name, "gained"] - rows.loc[name, "lost"]) for name in ("text", "control")}
+    if 0 < abs(answer) < 1:
+        return "that looks like a share; count prompts"
+    if answer == wanted["control"]:
+        return None
+    if answer == wanted["text"]:
+        return "that is the difference to the instruction alone; the control is another baseline"
+    return "take the row of DIRECTER whose baseline is its control: those it gained, less those it lost"

@@ -13,16 +13,18 @@ PACKAGE = Path(steerlens.__file__).parent
 ROOMS = {
     "": "_lazy errors _typing _results files",
     "stats": "words rates comparisons slopes pareto",
-    "figures": "theme words marks multiples cells layers studies matrices measures geometry tokens lens effects patching page "
-    "summary samples sections report",
+    "figures": "theme words marks multiples cells layers studies matrices measures geometry tokens lens effects patching "
+    "attention gates methods page summary samples sections report",
     "checks": "arguments catalogue text ifeval registry",
     "data": "cells conditions readers pairs splits load families starter",
-    "models": "facts load prompts stops rows backends passes probe",
-    "steering": "operators positions plan residual candidates settings sampling",
+    "models": "facts load prompts stops rows backends passes probe attention",
+    "steering": "operators positions interventions gates plan residual scores edits attention directer candidates settings "
+    "generations batches gated sampling",
     "vectors": "formats vector activations estimators transfer",
     "reading": "readout words vocabulary lens effects examples embedding similarity probes diagnosis lines "
-    "patches metrics patching attribution",
-    "study": "config quality responses scores judge calibration sweeps arms layers engines seeing pages job opened",
+    "patches metrics patching attribution attention gating",
+    "study": "config quality responses scores judge calibration sweeps arms methods layers profiling written engines seeing "
+    "pages job opened",
     "explorer": "settings verdicts runs widget notebook",
 }
 ORDER = [f"{room}.{name}".lstrip(".") for room, names in ROOMS.items() for name in names.split()] + ["cli", "__main__"]

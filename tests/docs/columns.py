@@ -43,6 +43,8 @@ def all_columns(folder: Path) -> Columns:
         **vocabulary(model, vectors[LOWER]),
         **geometry(model, vectors, acts, pairs),
         **studies(model, vectors, valid[:2], folder / "layers"),
+        **attention(model, valid[:4]),
+        **methods(model, vectors, test[:4], valid[:2], folder / "methods"),
         **statistics(),
     }
 
@@ -63,10 +65,11 @@ def evaluations(model: Any, vectors: Mapping[str, sl.SteeringVector], test: sl.P
     plans = {name: vector.at(4, positions="prompt") for name, vector in vectors.items()}
     found = sl.evaluate(model, plans, test, trials=2, temperature=1.0, quality=sl.Quality(kl=True), out=out, **FEW)
     rewarded = sl.Evaluation(found.scores.assign(reward=0.0))
+    gated = sl.evaluate(model, sl.plausible(sl.pasta(0.1)), test[:1], out=out / "gated", **FEW)
     return {
-        "generations.jsonl": keys(out / "generations.jsonl"),
-        "scores": of(rewarded.scores),
-        "table": of(rewarded.table),
+        "generations.jsonl": keys(out / "generations.jsonl") + keys(out / "gated" / "generations.jsonl"),
+        "scores": of(rewarded.scores, gated.scores),
+        "table": of(rewarded.table, gated.table),
         "comparisons": of(found.comparisons),
     }
 
@@ -147,6 +150,40 @@ def studies(model: Any, vectors: Mapping[str, sl.SteeringVector], valid: sl.Pair
         **{name: of(pd.read_csv(out / name / "table.csv")) for name in ask},
         "study scores": of(*(one.scores for one in found.values())),
         "study comparisons": of(*(one.comparisons for one in found.values())),
+    }
+
+
+def attention(model: Any, valid: sl.PairSet) -> Columns:
+    masses = sl.attention_mass(model, valid, steering=sl.pasta(), layers=[3])
+    gated = sl.generate(
+        model, valid.prompts("text"), steering=[sl.directer().on(pair) for pair in valid], max_new_tokens=2
+    )
+    profile = sl.profile_heads(model, valid, layers=[3], **FEW)
+    return {
+        "attention_mass": of(masses.table),
+        "attention_mass per_prompt": of(masses.per_prompt),
+        "gate_table": of(sl.reading.gate_table(model, gated)),
+        "profile_heads": of(profile.table),
+        "profile_heads scores": of(*(one for one in [profile.scores] if one is not None)),
+        "HeadProfile.held_out": of(profile.held_out(folds=2)),
+    }
+
+
+def methods(
+    model: Any, vectors: Mapping[str, sl.SteeringVector], test: sl.PairSet, valid: sl.PairSet, out: Path
+) -> Columns:
+    """With a gate, and timed; a made-up divergence and reward."""
+    plans = {name: sl.plausible(vector.at(4)) for name, vector in vectors.items()}
+    options: dict[str, Any] = {"valid": valid, "rounds": 1, "trials": 2, "temperature": 1.0, "out": out, **FEW}
+    found = sl.study.compare_methods(model, {"gated": plans}, test, **options)
+    more = sl.study.MethodComparison.of(found.scores.assign(kl=0.0, reward=0.0))
+    return {
+        "compare_methods": of(pd.read_csv(out / "table.csv"), more.table),
+        "compare_methods validation": of(more.validation),
+        "compare_methods comparisons": of(found.comparisons),
+        "compare_methods by instruction": of(more.by_instruction),
+        "compare_methods scores": of(more.scores),
+        "measure_speed": of(pd.read_csv(out / "speed.csv")),
     }
 
 

@@ -6,7 +6,14 @@ from pathlib import Path
 from tests.docs.columns import all_columns
 
 PAGE = Path(__file__).parents[2] / "docs/tables.md"
-OPTIONAL = ("Where measured.", "With a plan.", "With three components.", "In a sweep's file.")
+OPTIONAL = (
+    "Where measured.",
+    "With a plan.",
+    "With three components.",
+    "In a sweep's file.",
+    "In the file of a comparison.",
+    "Behind a gate.",
+)
 
 
 def slug(heading: str) -> str:
