@@ -492,8 +492,8 @@ def draw_gates(table: pd.DataFrame) -> go.Figure:
                     showlegend=col == 1 and label not in {trace.name for trace in figure.data}, legendgroup=label,
                     row=row, col=col,
                 )  # fmt: skip
-        figure.update_yaxes(title_text="followed, strictly", tickformat=".0%", range=[-0.05, 1.1], row=row, col=1)
-        figure.update_xaxes(tickformat=".0%", row=row, col=1)
+        figure.update_yaxes(title_text="followed, strictly", tickformat="~%", range=[-0.05, 1.1], row=row, col=1)
+        figure.update_xaxes(tickformat="~%", row=row, col=1)
         figure.update_xaxes(type="log", row=row, col=2)
     figure.update_xaxes(title_text="repeated trigrams", row=len(groups), col=1)
     figure.update_xaxes(title_text="median perplexity, unsteered model", row=len(groups), col=2)

@@ -455,3 +455,17 @@ def test_a_single_pass_has_no_gate(llama: Case) -> None:
         sl.steer(llama.model, sl.directer(on=SPAN)),
     ):
         pass
+
+
+def test_prompts_of_one_token_have_nothing_before_it_and_are_steered_alike(llama: Case) -> None:
+    alone = sl.PromptFormat(style="plain", bos=False)
+    options: Any = {"steering": sl.directer(2.0, beta=0.2, on=(0, 1)), "max_new_tokens": N_NEW, "prompt_format": alone}
+    together = generate(llama.model, ["a", "b", "c"], **options)
+    assert {len(one.prompt_tokens) for one in together} == {1}
+    for one, prompt in zip(together, "abc", strict=True):
+        ids = [*one.prompt_tokens]
+        expected = plain_directer(
+            llama.plain, ids, [(0, 1)], alpha=2.0, beta=0.2, max_new_tokens=N_NEW, stop_ids=stop_ids(llama.model)
+        )
+        assert_same_verdicts([expected], [one])
+        assert generate(llama.model, [prompt], **options)[0].tokens == one.tokens
