@@ -14,7 +14,7 @@ Condition = Literal[
 ]
 """A cell of the evaluation: what asks for the instruction. "vector" stands for what a plan does to the residual stream,
 "attention" for what it does to attention; "random" is the control, a random vector of equal norm, and "text+random" that of a
-whole plan with the instruction in the prompt: as much attention on random tokens of it."""
+whole plan with the instruction in the prompt: as much attention on random other tokens of it."""
 
 
 ALL_CONDITIONS: tuple[Condition, ...] = get_args(Condition)

@@ -324,7 +324,7 @@ class AttentionIntervention:
         }
         keys = {"span": "the instruction", "rest": "the rest of the prompt", "prompt": "the prompt"}[self.keys]
         if self.placebo is not None:
-            keys += ", with random tokens for the instruction's"
+            keys += ", with random other tokens for the instruction's"
         where = "every layer" if self.heads is None else f"layer {', '.join(map(str, self.layers or ()))}"
         some = any(heads is not None for heads in (self.by_layer or {}).values())
         some_heads = f", {sum(len(heads or ()) for heads in (self.by_layer or {}).values())} heads" if some else ""
