@@ -29,7 +29,7 @@ CONDITION_COLORS = {
     "text": "#0072B2",
     "text+vector": "#009E73",
     "text+random": "#6B7078",
-    "text+attention": "#CC79A7",
+    "text+attention": "#C2308F",
     "text+vector+attention": "#7A4F9A",
 }
 """The conditions in the order in which they are shown, each with its colour."""

@@ -38,8 +38,8 @@ class Gate:
     """What is tried at every step, when it is taken, and how it is weakened.
 
     Example:
-        >>> Gate(tuple(vector.at(4)), beta=0.5).n_trials(1)
-        1
+        >>> Gate(tuple(vector.at(4)), beta=0.5, halvings=2).n_trials(1)
+        3
     """
 
     interventions: tuple[Intervention | AttentionIntervention, ...]

@@ -16,7 +16,7 @@ from steerlens.explorer import runs, verdicts
 from steerlens.explorer.runs import Explorer, Side, View
 from steerlens.explorer.settings import Settings
 from steerlens.models.prompts import encode
-from steerlens.steering import sampling
+from steerlens.steering import batches
 from steerlens.vectors.vector import SteeringVector
 from tests.conftest import Subject, hooks_on
 from tests.explorer.conftest import LOWERCASE, TITLE
@@ -178,14 +178,14 @@ def test_the_model_is_free_between_two_views(explorer: Explorer, settings: Setti
 def test_a_failure_is_a_sentence_and_leaves_no_hook(
     explorer: Explorer, settings: Settings, model: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    whole, real, calls = last(explorer, settings), sampling.choose, itertools.count()
+    whole, real, calls = last(explorer, settings), batches.choose, itertools.count()
 
     def failing(*args: Any) -> torch.Tensor:
         if next(calls) == 3:
             raise RuntimeError("out of memory")
         return real(*args)
 
-    monkeypatch.setattr(sampling, "choose", failing)
+    monkeypatch.setattr(batches, "choose", failing)
     view = last(explorer, settings)
     assert (view.status, view.problems) == ("failed", (("run", "RuntimeError: out of memory"),))
     assert len(view.steered.tokens) == 3
