@@ -152,12 +152,8 @@ class CachedBatch(Batch):
         super().__init__(job, rows)
         self.cache: Cache | None = None
         self.fed = pad([row.prompt for row in rows], pad_id=pad_id(self.model)).to(model_device(self.model))
-        stems = _stems(rows)
-        # What more edits do to a prompt is not known, so rows with them share nothing.
         # Queries of a prompt that pool must be run at once, and what more edits do to a prompt is not known.
-        pooled = any(step.pooled for row in rows for step in Plan(row.plan.interventions).attention)
-        if job.more_edits or (pooled and not to_last):
-            stems = list(range(len(rows)))
+        stems = list(range(len(rows))) if job.more_edits or pools(rows) else _stems(rows)
         if len(set(stems)) < len(stems) or (to_last and self.fed.tokens.shape[1] > 1):
             self._prefill_once(stems)
 
@@ -184,6 +180,11 @@ class CachedBatch(Batch):
     def select(self, keep: Int[Tensor, " kept"]) -> None:
         assert self.cache is not None
         self.cache, self.fed = self.cache.select(keep), self.fed.select(keep)
+
+
+def pools(rows: Sequence[Row]) -> bool:
+    """Whether queries of a prompt depend on each other in any row, by what always acts on it."""
+    return any(step.pooled for row in rows for step in row.plan.ungated.attention)
 
 
 def _stems(rows: Sequence[Row]) -> list[int]:

@@ -28,7 +28,7 @@ from steerlens.models.backends import Cache
 from steerlens.models.facts import layer_of
 from steerlens.models.passes import Edit, PassResult, Read, Runner
 from steerlens.models.rows import Rows, pad, pad_id
-from steerlens.steering.batches import Batch, CachedBatch, Job, Row
+from steerlens.steering.batches import Batch, CachedBatch, Job, Row, pools
 from steerlens.steering.directer import sensitivities
 from steerlens.steering.edits import PlanEdit, plan_edits
 from steerlens.steering.gates import Gate, GatedToken, plausible_tokens, worth_trying
@@ -61,12 +61,11 @@ class GatedBatch(Batch):
         self.strengths: dict[int, Float[Tensor, "trial layer"]] = {}
         """By the same index, once they are known."""
         self.columns: _Columns | None = None
-        if cached:
+        if cached and not pools(rows):
             begun = CachedBatch(job, rows, to_last=True)
-            pooled = any(step.pooled for row in rows for step in Plan(row.plan.interventions).attention)
-            # Queries that pool over the whole prompt do so when it is run at once.
-            if (begun.cache is None or begun.cache.forks) and not pooled:
-                self.columns = _Columns(begun.cache, begun.fed)
+            if begun.cache is None or begun.cache.forks:
+                # All but the column that is to be run next.
+                self.columns = _Columns(begun.cache, begun.fed.mask[:, :-1])
         self.start = _Start(rows, self.edits, self.tried, self.columns)
 
     # --- a step ------------------------------------------------------------------------------------------------------
@@ -186,9 +185,7 @@ class GatedBatch(Batch):
     ) -> Bool[Tensor, " trial"]:
         """Which trials' tokens their rows' gates let pass."""
         gates = [self.gates[place] for place in owners]
-        threshold = torch.tensor(
-            [gate.beta if gate.criterion == "min_p" else gate.limit for gate in gates], device=raw.device
-        )
+        threshold = torch.tensor([gate.threshold for gate in gates], device=raw.device)
         found = torch.zeros(len(gates), dtype=torch.bool, device=raw.device)
         for criterion in dict.fromkeys(gate.criterion for gate in gates):
             its = torch.tensor([gate.criterion == criterion for gate in gates], device=raw.device)
@@ -308,16 +305,15 @@ class GatedBatch(Batch):
 class _Columns:
     """The cache of a batch, and which of its columns hold tokens; one row for each of the batch's."""
 
-    def __init__(self, cache: Cache | None, begun: Rows) -> None:
-        """
-        Args:
-            begun: The rows with the column that is to be run next, or, without a cache, with all of their columns.
-        """
-        self.cache = cache
-        self.mask: Int[Tensor, "row past"] = begun.mask[:, :-1]
+    def __init__(self, cache: Cache | None, mask: Int[Tensor, "row past"]) -> None:
+        self.cache, self.mask = cache, mask
         self.result: Cache | None = None
         self.aside: list[Tensor] | None = None
         """Of every table of the cache, each row's column that is set aside."""
+
+    def fork(self) -> "_Columns":
+        """The columns as they are now, to go on from in another way."""
+        return _Columns(None if self.cache is None else self.cache.fork(), self.mask)
 
     def pass_(
         self,
@@ -360,11 +356,9 @@ class _Columns:
                 if done and self.aside is not None:
                     table.put_newest(front, self.aside[number][front.to(table.tensor.device)])
         self.cache, self.result = cache, None
-        mask = (
-            torch.cat([self.mask, torch.ones_like(self.mask[:, :1])], dim=1) if self.mask.shape[1] else torch.ones(n, 1)
-        )
-        mask = mask.to(torch.long)
-        mask[back] = torch.cat([torch.zeros_like(mask[back][:, :1]), self.mask[back]], dim=1)
+        one = torch.ones(n, 1, dtype=torch.long)
+        mask = torch.cat([self.mask, one], dim=1)
+        mask[back] = torch.cat([0 * one, self.mask], dim=1)[back]
         self.mask = mask
 
     def select(self, keep: Int[Tensor, " kept"]) -> None:
@@ -384,14 +378,7 @@ class _Start:
     ) -> None:
         self.place = {row.index: place for place, row in enumerate(rows)}
         self.always, self.tried = always, tried
-        self.columns: _Columns | None = None
-        if columns is not None:
-            self.columns = _Columns(None if columns.cache is None else columns.cache.fork(), _masked(columns.mask))
-
-
-def _masked(mask: Int[Tensor, "row past"]) -> Rows:
-    whole = torch.cat([mask, torch.ones(len(mask), 1, dtype=mask.dtype)], dim=1)
-    return Rows(whole[:, -1:], whole, (0,) * len(mask))
+        self.columns = None if columns is None else columns.fork()
 
 
 def _edits(

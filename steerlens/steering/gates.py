@@ -75,6 +75,11 @@ class Gate:
             object.__setattr__(self, name, value)
 
     @property
+    def threshold(self) -> float:
+        """What its criterion compares with: `beta`, or for a divergence `limit`."""
+        return self.beta if self.criterion == "min_p" else self.limit
+
+    @property
     def gives_way(self) -> Weaken:
         """What is weakened: "layers" or "coeff"."""
         if self.weaken is not None:
@@ -109,11 +114,11 @@ class Gate:
 
     def record(self) -> dict[str, Any]:
         """What the gate does as plain data; what does not count is None."""
-        by_layers, min_p = self.gives_way == "layers", self.criterion == "min_p"
+        by_layers = self.gives_way == "layers"
         return {
             "interventions": [step.record() for step in self.interventions],
             "criterion": self.criterion,
-            "threshold": self.beta if min_p else self.limit,
+            "threshold": self.threshold,
             "weaken": self.gives_way,
             "ranking": self.ranking if by_layers else None,
             "fewest": self.fewest if by_layers else None,

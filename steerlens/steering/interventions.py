@@ -8,7 +8,7 @@ where a direction came from is no part of that.
 """
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, get_args
 
@@ -382,3 +382,11 @@ def _parts(spans: Any) -> tuple[Part, ...]:
 def tensor_digest(tensor: Tensor) -> str:
     """16 hex digits of a tensor's float32 content."""
     return hashlib.sha256(tensor.detach().cpu().float().contiguous().numpy().tobytes()).hexdigest()[:16]
+
+
+def tables_digest(name: str, tables: Iterable[Tensor]) -> str:
+    """16 hex digits of an edit's name and of every number in its tables."""
+    content = hashlib.sha256(name.encode())
+    for table in tables:
+        content.update(table.cpu().contiguous().numpy().tobytes())
+    return content.hexdigest()[:16]

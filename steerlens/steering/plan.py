@@ -90,6 +90,11 @@ class Plan:
         return Plan(tuple(step for step in self.interventions if step.acts), gate)
 
     @property
+    def ungated(self) -> "Plan":
+        """What always acts."""
+        return Plan(self.interventions)
+
+    @property
     def digest(self) -> str:
         """16 hex digits of the plan's content, the directions' numbers included; "" for no steering."""
         active = self.active

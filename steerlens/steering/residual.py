@@ -8,7 +8,6 @@ the host once per batch; the hook only multiplies and adds, so rows that differ 
 same as rows that do not. A row without an intervention at a layer has zeros there and comes back bit for bit.
 """
 
-import hashlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields, replace
 
@@ -18,7 +17,7 @@ from torch import Tensor
 
 from steerlens.models.facts import resid_post
 from steerlens.models.rows import Rows
-from steerlens.steering.interventions import Intervention
+from steerlens.steering.interventions import Intervention, tables_digest
 from steerlens.steering.operators import rank_one
 
 
@@ -50,10 +49,7 @@ class ResidualEdit:
     @property
     def digest(self) -> str:
         """16 hex digits of the site and of every number in the tables."""
-        content = hashlib.sha256(self.site.encode())
-        for table in self._tables:
-            content.update(table.cpu().contiguous().numpy().tobytes())
-        return content.hexdigest()[:16]
+        return tables_digest(self.site, self._tables)
 
     def select(self, keep: Int[Tensor, " kept"]) -> "ResidualEdit":
         """The edit of some rows."""

@@ -14,10 +14,9 @@ Keys are told by their place in the prompt, through the tokenizer's character of
 edit acts alike whether keys are cached or computed. Tables are built once per batch, and all layers share those of the keys.
 """
 
-import hashlib
 import random
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 import torch
@@ -29,7 +28,7 @@ from steerlens.models.attention import attn_scores, softcap
 from steerlens.models.facts import check_layer, model_device
 from steerlens.models.prompts import PromptFormat, encode, token_span
 from steerlens.models.rows import Rows
-from steerlens.steering.interventions import AttentionIntervention
+from steerlens.steering.interventions import AttentionIntervention, tables_digest
 from steerlens.steering.plan import Plan
 
 # --- keys ------------------------------------------------------------------------------------------------------------
@@ -82,8 +81,10 @@ def key_weights(
         count, n_sections = count.clamp(max=1), 1
     else:
         n_sections = len(sections)
-    first, last = len(prompt) - len(prompt.lstrip()), len(prompt.rstrip())
-    own = token_span(model, prompt, (first, last), prompt_format)
+    own = (0, length)
+    if step.placebo is not None or "template" in step.exempt:
+        first, last = len(prompt) - len(prompt.lstrip()), len(prompt.rstrip())
+        own = token_span(model, prompt, (first, last), prompt_format)
     if step.placebo is not None:
         count = _elsewhere(count, own, step.placebo, what)
     weights = {"span": count, "rest": n_sections - count, "prompt": torch.full((length,), float(n_sections))}[step.keys]
@@ -148,18 +149,7 @@ class KeyTables:
 
     @property
     def tables(self) -> list[Tensor]:
-        names = (
-            "bias",
-            "log_scale",
-            "target",
-            "weights",
-            "low",
-            "high",
-            "pooled_queries",
-            "pooled_heads",
-            "prompt_lengths",
-        )
-        return [getattr(self, name) for name in names]
+        return [getattr(self, one.name) for one in fields(self) if one.init]
 
     def of_pass(self, rows: Rows) -> "KeysOfPass":
         """What the tables come to for the keys and the queries of a pass."""
@@ -256,10 +246,8 @@ class ScoreEdit:
     @property
     def digest(self) -> str:
         """16 hex digits of the site and of every number in the tables."""
-        content = hashlib.sha256(f"{self.site} {self.softcap}".encode())
-        for table in [*self.heads, self.strength, *(table for keys in self.keys for table in keys.tables)]:
-            content.update(table.cpu().contiguous().numpy().tobytes())
-        return content.hexdigest()[:16]
+        tables = [*self.heads, self.strength, *(table for keys in self.keys for table in keys.tables)]
+        return tables_digest(f"{self.site} {self.softcap}", tables)
 
     def select(self, keep: Int[Tensor, " kept"]) -> "ScoreEdit":
         """The edit of some rows."""

@@ -24,7 +24,7 @@ import torch
 from transformers import AttentionInterface, AttentionMaskInterface, AutoModelForCausalLM
 from transformers.masking_utils import eager_mask
 
-from tests.reference.plain_loop import PlainText
+from tests.reference.plain_loop import PlainText, greedy
 
 Spans = Sequence[tuple[int, int]]
 """Half-open token spans of the prompt, counted from its first token."""
@@ -310,13 +310,9 @@ def attention_greedy(
     stop_ids: Sequence[int] = (),
 ) -> PlainText:
     """The most likely token under a change, again and again, until a stop id or the limit; `n_steered` counts layers."""
-    tokens: list[int] = []
-    gaps: list[float] = []
-    n_steered = 0
-    while len(tokens) < max_new_tokens and (not tokens or tokens[-1] not in stop_ids):
-        result = attention_pass(plain_model, [*prompt, *tokens], change)
-        first, second = result.logits[-1].topk(2).values.tolist()
-        tokens.append(int(result.logits[-1].argmax()))
-        gaps.append(first - second)
-        n_steered = result.n_changed
-    return PlainText(tokens, gaps, n_steered)
+
+    def after(ids: Sequence[int]) -> tuple[torch.Tensor, int]:
+        result = attention_pass(plain_model, ids, change)
+        return result.logits[-1], result.n_changed
+
+    return greedy(after, prompt, max_new_tokens=max_new_tokens, stop_ids=stop_ids)

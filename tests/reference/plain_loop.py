@@ -133,11 +133,26 @@ def plain_greedy(
     stop_ids: Sequence[int] = (),
 ) -> PlainText:
     """The most likely token, again and again, until a stop id or the limit."""
+
+    def after(ids: Sequence[int]) -> tuple[torch.Tensor, int]:
+        return plain_logits(hf_model, ids, steps, len(prompt))
+
+    return greedy(after, prompt, max_new_tokens=max_new_tokens, stop_ids=stop_ids)
+
+
+def greedy(
+    after: Callable[[Sequence[int]], tuple[torch.Tensor, int]],
+    prompt: Sequence[int],
+    *,
+    max_new_tokens: int,
+    stop_ids: Sequence[int] = (),
+) -> PlainText:
+    """The most likely token, again and again, of what gives the logits after a prefix, and how many changes were made."""
     tokens: list[int] = []
     gaps: list[float] = []
     n_steered = 0
     while len(tokens) < max_new_tokens and (not tokens or tokens[-1] not in stop_ids):
-        logits, n_steered = plain_logits(hf_model, [*prompt, *tokens], steps, len(prompt))
+        logits, n_steered = after([*prompt, *tokens])
         first, second = logits.topk(2).values.tolist()
         tokens.append(int(logits.argmax()))
         gaps.append(first - second)
