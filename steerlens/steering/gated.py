@@ -65,7 +65,7 @@ class GatedBatch(Batch):
             begun = CachedBatch(job, rows, to_last=True)
             if begun.cache is None or begun.cache.forks:
                 # All but the column that is to be run next.
-                self.columns = _Columns(begun.cache, begun.fed.mask[:, :-1])
+                self.columns = _Columns(begun.cache, begun.fed.mask[:, :-1].cpu())
         self.start = _Start(rows, self.edits, self.tried, self.columns)
 
     # --- a step ------------------------------------------------------------------------------------------------------
