@@ -15,8 +15,9 @@ import re
 import tempfile
 import unicodedata
 import warnings
+from array import array
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
@@ -134,17 +135,79 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
         scratch.unlink(missing_ok=True)
 
 
-def write_atomically(path: str | os.PathLike[str], text: str) -> Path:
-    """Write a text file that appears whole or not at all."""
-    with atomic_path(path) as scratch:
+def write_atomically(path: str | os.PathLike[str], text: str | Iterable[str]) -> Path:
+    """Write a text file, of a text or of its parts, that appears whole or not at all."""
+    with (
+        atomic_path(path) as scratch,
         # What is no character (half of a surrogate pair) is escaped, as in JSON: nothing is lost for it.
-        scratch.write_text(text, encoding="utf-8", errors="backslashreplace", newline="\n")
+        scratch.open("w", encoding="utf-8", errors="backslashreplace", newline="\n") as file,
+    ):
+        file.writelines([text] if isinstance(text, str) else text)
     return user_path(path)
 
 
-def json_lines(frame: "pd.DataFrame") -> str:
-    """A frame as JSON lines, one row each."""
-    return str(frame.to_json(orient="records", lines=True, force_ascii=False))
+def json_lines(frame: "pd.DataFrame") -> Iterator[str]:
+    """A frame as JSON lines, one row each; the text of some rows at a time."""
+    for start in range(0, len(frame), 1024):
+        yield str(frame.iloc[start : start + 1024].to_json(orient="records", lines=True, force_ascii=False))
+
+
+class Records(Mapping[str, dict[str, Any]]):
+    """The records of a journal by key. They stay on the disk: in memory is where each one stands.
+
+    A record is read each time that it is asked for, and is the caller's own.
+
+    >>> with Journal(folder / "generations.jsonl") as journal:
+    ...     journal.append([{"key": "a", "text": "It rains."}])
+    >>> len(journal.records), journal.records["a"]["text"]
+    (1, 'It rains.')
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._lines: dict[str, int] = {}
+        self._ends = array("q")
+        self._file: IO[bytes] | None = None
+
+    def add(self, key: str, size: int) -> None:
+        """Say that the file's next line, of so many bytes, is the record of this key; of two, the later one counts."""
+        self._lines[key] = len(self._ends)
+        self._ends.append(self.end + size)
+
+    @property
+    def end(self) -> int:
+        """Where the last line ends, in bytes."""
+        return self._ends[-1] if self._ends else 0
+
+    def __getitem__(self, key: str) -> dict[str, Any]:
+        line = self._lines[key]
+        start = self._ends[line - 1] if line else 0
+        # Unbuffered: what a buffer holds is mostly not the next record. Closed with the journal, it is opened for each one.
+        with nullcontext(self._file) if self._file else self._path.open("rb", buffering=0) as file:
+            file.seek(start)
+            record: dict[str, Any] = json.loads(file.read(self._ends[line] - start))
+        return record
+
+    def __contains__(self, key: object) -> bool:
+        return key in self._lines
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._lines)
+
+    def __len__(self) -> int:
+        return len(self._lines)
+
+    def __repr__(self) -> str:
+        return f"Records({str(self._path)!r}, {len(self)} records)"
+
+    def open(self) -> None:
+        """Keep the file open for reading."""
+        self._file = self._path.open("rb", buffering=0)
+
+    def close(self) -> None:
+        if self._file is not None:
+            self._file.close()
+            self._file = None
 
 
 class Journal:
@@ -159,13 +222,14 @@ class Journal:
 
     def __init__(self, path: str | Path) -> None:
         self.path = user_path(path)
-        self.records: dict[str, dict[str, Any]] = {}
+        self.records = Records(self.path)
         # Unbuffered, so that a batch is one write to the system.
         self._file = open(self.path, "ab", buffering=0)  # noqa: SIM115 (closed by close)
         try:
             # The lock comes first: what looks like a line cut short may be one that another process is writing.
             self._take()
             self._recover()
+            self.records.open()
         except BaseException:
             self._file.close()
             raise
@@ -189,35 +253,38 @@ class Journal:
 
     def _recover(self) -> None:
         """Read what is whole; cut off a last line that a kill left unfinished."""
-        end = 0
         with self.path.open("rb") as lines:
             for number, line in enumerate(lines, start=1):
                 if not line.endswith(b"\n"):
                     break
                 try:
-                    record = json.loads(line)
-                    self.records[record["key"]] = record
+                    self.records.add(json.loads(line)["key"], len(line))
                 except (ValueError, KeyError, TypeError) as error:
                     raise DataError(
                         f"{self.path}, line {number}: every line must be a record with a key, got {line[:60]!r}; "
                         "restore the file, or start in another folder"
                     ) from error
-                end += len(line)
-        self._file.truncate(end)
+        self._file.truncate(self.records.end)
 
     def append(self, records: Iterable[Mapping[str, Any]]) -> None:
         """Add records and wait until they are on the disk; a key that is already there is not written again."""
-        new = [dict(record) for record in records if record["key"] not in self.records]
-        lines = [json.dumps(record, ensure_ascii=False) + "\n" for record in new]
-        data = "".join(lines).encode(errors="backslashreplace")  # half of a surrogate pair becomes its JSON escape
+        new = {
+            # Half of a surrogate pair becomes its JSON escape.
+            record["key"]: (json.dumps(dict(record), ensure_ascii=False) + "\n").encode(errors="backslashreplace")
+            for record in records
+            if record["key"] not in self.records
+        }
+        data = b"".join(new.values())
         if (written := self._file.write(data)) != len(data):  # one call, so that a kill leaves all of it or nothing
             raise DataError(
                 f"{self.path}: wrote {written} of {len(data)} bytes; is the disk full? Make room, and run again"
             )
         os.fsync(self._file.fileno())
-        self.records.update((record["key"], record) for record in new)
+        for key, line in new.items():
+            self.records.add(key, len(line))
 
     def close(self) -> None:
+        self.records.close()
         self._file.close()
 
     def __enter__(self) -> "Journal":

@@ -268,7 +268,12 @@ class PairSet(Sequence[InstructionPair]):
     @property
     def content_hash(self) -> str:
         """16 hex digits over the pairs in their order (without `source`): equal for equal content."""
-        return digest([{**asdict(pair), "source": None} for pair in self])[:16]
+        # As `digest` of the list of them all, pair by pair: the text of many is large.
+        found = hashlib.sha256(b"[[")
+        for place, pair in enumerate(self):
+            found.update(b", " * (place > 0) + _json({**asdict(pair), "source": None}))
+        found.update(b"]]")
+        return found.hexdigest()[:16]
 
     def filter(self, instructions: str | Iterable[str]) -> "PairSet":
         """The pairs with one of these instruction ids, in their order."""
@@ -435,7 +440,11 @@ def known_ids(wanted: str | Iterable[str], known: Iterable[str]) -> set[str]:
 
 def digest(*values: Any) -> str:
     """64 hex digits of the values' content; see `_plain` for what is equal content."""
-    return hashlib.sha256(json.dumps(_plain(values), sort_keys=True).encode()).hexdigest()
+    return hashlib.sha256(_json(values)).hexdigest()
+
+
+def _json(value: Any) -> bytes:
+    return json.dumps(_plain(value), sort_keys=True).encode()
 
 
 def _plain(value: Any) -> Any:

@@ -39,6 +39,10 @@ EXACT_BELOW = 25
 """With fewer discordant pairs than this McNemar's test is exact, as is usual for the chi-square approximation."""
 
 
+DRAWN_AT_ONCE = 1_000_000
+"""Clusters that a bootstrap draws at a time, which keeps the table of them at a few megabytes."""
+
+
 EXACT_FLIPS = 16
 """Up to this many non-zero differences all 2^n sign choices are counted; above, they are sampled."""
 
@@ -302,12 +306,17 @@ def bootstrap_columns(
     if n_clusters < 2:
         return np.full((n_resamples, values.shape[1]), math.nan)
     there = ~np.isnan(values)
-    member = (labels == np.arange(n_clusters)[:, None]).astype(float)  # [cluster, row]
-    sums, counts = member @ np.where(there, values, 0.0), member @ there
-    drawn = np.random.default_rng(seed).integers(n_clusters, size=(n_resamples, n_clusters))
-    times = np.stack([np.bincount(row, minlength=n_clusters) for row in drawn]).astype(float)  # [resample, cluster]
-    with np.errstate(invalid="ignore"):
-        means: NDArray[np.float64] = (times @ sums) / (times @ counts)
+    sums, counts = np.zeros((2, n_clusters, values.shape[1]))
+    np.add.at(sums, labels, np.where(there, values, 0.0))
+    np.add.at(counts, labels, there)
+    rng = np.random.default_rng(seed)
+    means = np.empty((n_resamples, values.shape[1]))
+    chunk = max(1, DRAWN_AT_ONCE // n_clusters)
+    for start in range(0, n_resamples, chunk):
+        drawn = rng.integers(n_clusters, size=(min(chunk, n_resamples - start), n_clusters))
+        times = np.stack([np.bincount(row, minlength=n_clusters) for row in drawn]).astype(float)  # [resample, cluster]
+        with np.errstate(invalid="ignore"):
+            means[start : start + chunk] = (times @ sums) / (times @ counts)
     return means
 
 
@@ -547,7 +556,7 @@ def _last_kept(keeps: Callable[[float], bool], inside: float, end: float) -> flo
 def _resampled_means(sums: NDArray[Any], counts: NDArray[Any], n_resamples: int, seed: int) -> NDArray[np.float64]:
     rng = np.random.default_rng(seed)
     means = np.empty(n_resamples, dtype=np.float64)
-    chunk = max(1, 1_000_000 // len(sums))  # keeps the table of drawn clusters at a few megabytes
+    chunk = max(1, DRAWN_AT_ONCE // len(sums))
     for start in range(0, n_resamples, chunk):
         drawn = rng.integers(len(sums), size=(min(chunk, n_resamples - start), len(sums)))
         means[start : start + chunk] = sums[drawn].sum(axis=1) / counts[drawn].sum(axis=1)

@@ -13,9 +13,9 @@ What these do not show: whether the response answers the query. A fluent answer 
 
 import inspect
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import pandas as pd
@@ -25,6 +25,7 @@ from torch import Tensor
 
 from steerlens._typing import Gate
 from steerlens.errors import ModelError, SteerlensError
+from steerlens.files import content_key
 from steerlens.models.facts import model_digest, weights_digest
 from steerlens.models.load import in_one_line, load_model
 from steerlens.models.passes import run_pass
@@ -40,7 +41,7 @@ LOW_PERPLEXITY = 2.5
 LAST_TOKENS = 1024
 
 
-LOGITS_MEMORY = 2**30
+LOGITS_MEMORY = 2**28
 """Bytes that the logits of one batch may take: a vocabulary is wide."""
 
 
@@ -109,27 +110,45 @@ class Response:
     """Bound to the prompt."""
 
 
-def measure(model: Any, responses: Sequence[Response], quality: Quality, *, batch_size: int = 8) -> pd.DataFrame:
+Known = dict[str, float]
+"""Values by a key of what they were measured on: that of many responses is far smaller than the responses."""
+
+
+def measure(
+    model: Any,
+    responses: Sequence[Response],
+    quality: Quality,
+    *,
+    batch_size: int = 8,
+    known: Known | None = None,
+) -> pd.DataFrame:
     """One row per response: perplexity and low_perplexity, and where they are asked for kl and reward. nan: not defined.
 
     Equal responses are measured once.
+
+    Args:
+        known: What was measured before, of other responses, under the same model and quality; what is new is added to it.
     """
+    once = partial(_once, {} if known is None else known)
     columns: dict[str, list[float]] = {"perplexity": [float("nan")] * len(responses)}
     if quality.perplexity and quality.quality_model is None:
         rows = [(one.context, one.tokens) for one in responses]
-        found = _once(rows, lambda unique: (-mean_log_probabilities(model, unique, batch_size)).exp().tolist())
-        columns["perplexity"] = found
+        columns["perplexity"] = once(
+            "perplexity", rows, lambda new: (-mean_log_probabilities(model, new, batch_size)).exp().tolist()
+        )
     elif quality.perplexity:
-        texts = [one.text for one in responses]
-        columns["perplexity"] = _once(
-            texts, lambda unique: text_perplexities(_causal_lm(quality.quality_model), unique)
+        texts = [(one.text,) for one in responses]
+        columns["perplexity"] = once(
+            "perplexity",
+            texts,
+            lambda new: text_perplexities(_causal_lm(quality.quality_model), [text for (text,) in new]),
         )
     if quality.kl:
         steps = [(one.prompt, one.tokens, one.plan) for one in responses]
-        columns["kl"] = _once(steps, lambda unique: kl_from_unsteered(model, unique, batch_size))
+        columns["kl"] = once("kl", steps, lambda new: kl_from_unsteered(model, new, batch_size))
     if quality.reward_model is not None:
         pairs = [(one.query, one.text) for one in responses]
-        columns["reward"] = _once(pairs, lambda unique: rewards(str(quality.reward_model), unique))
+        columns["reward"] = once("reward", pairs, lambda new: rewards(str(quality.reward_model), new))
     frame = pd.DataFrame(columns)
     if quality.perplexity:
         empty = pd.Series([not one.text.strip() for one in responses])
@@ -137,11 +156,15 @@ def measure(model: Any, responses: Sequence[Response], quality: Quality, *, batc
     return frame
 
 
-def _once(items: Sequence[Any], values: Any) -> list[float]:
-    """The value of each item, each distinct one computed once."""
-    unique = list(dict.fromkeys(items))
-    found = dict(zip(unique, values(unique), strict=True))
-    return [found[item] for item in items]
+def _once(known: Known, what: str, items: Sequence[Any], values: Callable[[list[Any]], list[float]]) -> list[float]:
+    """The value of each item, each distinct one computed once, and not at all where it is known."""
+    digests = {id(part): part.digest for item in items for part in item if isinstance(part, Plan)}
+    keys = [
+        content_key([what, *(digests[id(part)] if isinstance(part, Plan) else part for part in item)]) for item in items
+    ]
+    new = {key: item for key, item in zip(keys, items, strict=True) if key not in known}
+    known.update(zip(new, values(list(new.values())), strict=True))
+    return [known[key] for key in keys]
 
 
 def mean_log_probabilities(

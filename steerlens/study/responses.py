@@ -9,7 +9,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Unpack
+from typing import Any, Unpack, overload
 
 from tqdm import tqdm
 
@@ -50,6 +50,38 @@ Record = dict[str, Any]
 
 Engine = Callable[["Sampler", Sequence[Batch]], Iterator[tuple[int, list[Record]]]]
 """What answers batches: for each its place and its records, as they are done."""
+
+
+class Answers(Sequence[Record]):
+    """The record of each request, in order; one that a journal holds is read each time that it is asked for.
+
+    >>> answers = Sampler(model, max_new_tokens=4).generate(requests_for(test[:2], Plan(), conditions=["none"]))
+    >>> len(answers), len(answers[:1]), answers[0]["finish_reason"]
+    (2, 1, 'length')
+    """
+
+    def __init__(self, records: Mapping[str, Record], keys: Sequence[str]) -> None:
+        self._records, self.keys = records, keys
+
+    def __len__(self) -> int:
+        return len(self.keys)
+
+    @overload
+    def __getitem__(self, index: int) -> Record: ...
+    @overload
+    def __getitem__(self, index: slice) -> "Answers": ...
+    def __getitem__(self, index: int | slice) -> "Record | Answers":
+        if isinstance(index, slice):
+            return Answers(self._records, self.keys[index])
+        return self._records[self.keys[index]]
+
+    def __eq__(self, other: object) -> bool:
+        return list(self) == list(other) if isinstance(other, Answers | list) else NotImplemented
+
+    __hash__ = None  # type: ignore[assignment]  # compared by content, as a list is
+
+    def __repr__(self) -> str:
+        return f"Answers({len(self)} records)"
 
 
 def requests_for(
@@ -103,13 +135,20 @@ def requests_for(
     if trials < 1:
         raise DataError(f"trials must be at least 1, got {trials}; 1 is one response per prompt and condition")
     requests = []
+    acting: dict[tuple[int, str, str], tuple[Plan, Plan]] = {}
+    # Pairs share what acts, so that a row costs no copy of its directions; the plan it was made of is kept, for its id.
     for pair in pairs:
         plan = plan_of(pair, plans)
         text_plan = plan if text_plans is None else plan_of(pair, text_plans)
         for condition in conditions:
-            used = _acting(text_plan if condition in WITH_TEXT else plan, condition)
-            if condition in ("random", "text+random"):
-                used = used.placebo(seed=control_seed(used, seed, pair.instruction_id))
+            whole_plan = text_plan if condition in WITH_TEXT else plan
+            case = (id(whole_plan), condition, pair.instruction_id)
+            if case not in acting:
+                used = _acting(whole_plan, condition)
+                if condition in ("random", "text+random"):
+                    used = used.placebo(seed=control_seed(used, seed, pair.instruction_id))
+                acting[case] = (whole_plan, used)
+            _, used = acting[case]
             if used.unbound:
                 used = used.filled(pair)
             for trial in range(trials):
@@ -221,7 +260,8 @@ class Sampler:
         self.prompt_format = pinned(model, prompt_format, None if journal is None else journal.path.parent)
         self.engine = self._here if engine is None else partial(engine, self)
         self.batch_size, self.journal, self.progress = batch_size, journal, progress
-        self.records: dict[str, dict[str, Any]] = {} if journal is None else journal.records
+        self._kept: dict[str, Record] = {}
+        self.records: Mapping[str, Record] = self._kept if journal is None else journal.records
         self.greedy = self.sampling.greedy
         # What greedy text does not depend on is left out.
         used = replace(self.sampling, top_k=None, top_p=1.0) if self.greedy else self.sampling
@@ -230,8 +270,18 @@ class Sampler:
 
     def key(self, request: Request) -> str:
         """The hash of all that decides a request's text: model, tokens fed, plan with its numbers, sampling, seed."""
+        return self.keys([request])[0]
+
+    def keys(self, requests: Sequence[Request]) -> list[str]:
+        """The key of each request; the numbers of a plan that several share are hashed once."""
+        digests = {
+            place: plan.digest for place, plan in {id(request.plan): request.plan for request in requests}.items()
+        }
+        return [self._key(request, digests[id(request.plan)]) for request in requests]
+
+    def _key(self, request: Request, plan_digest: str) -> str:
         seed = None if self.greedy else request.seed
-        key = [self._settings, self.encode(request.prompt), request.plan.digest, seed]
+        key = [self._settings, self.encode(request.prompt), plan_digest, seed]
         # Characters are counted in the prompt as it was written, before a template trims it.
         lead = len(request.prompt) - len(request.prompt.lstrip())
         return content_key([*key, lead] if lead and request.plan.attention else key)
@@ -242,7 +292,7 @@ class Sampler:
             self._encoded[prompt] = encode(self.model, prompt, self.prompt_format)
         return self._encoded[prompt]
 
-    def generate(self, requests: Sequence[Request]) -> list[dict[str, Any]]:
+    def generate(self, requests: Sequence[Request]) -> Answers:
         """The record of each request, in order; what is missing is generated, batch by batch.
 
         Batches are formed over all requests, also those that are already answered, and written whole, so that a run that
@@ -253,7 +303,7 @@ class Sampler:
         """
         if self.greedy and any(request.trial for request in requests):
             raise SteerlensError("several trials need a temperature above 0: greedy trials of a prompt are one text")
-        request_keys = [self.key(request) for request in requests]
+        request_keys = self.keys(requests)
         by_key = dict(zip(request_keys, requests, strict=True))
         keys = list(by_key)
         lengths = [len(self.encode(by_key[key].prompt)) for key in keys]
@@ -271,7 +321,7 @@ class Sampler:
                 n_tokens += sum(len(record["tokens"]) for record in found)
                 bar.update(len(batch))
                 bar.set_postfix_str(f"{n_tokens / max(bar.format_dict['elapsed'], 1e-9):.0f} tok/s")
-        return [self.records[key] for key in request_keys]
+        return Answers(self.records, request_keys)
 
     def _here(self, batches: Sequence[Batch]) -> Iterator[tuple[int, list[Record]]]:
         for place, batch in enumerate(batches):
@@ -281,7 +331,7 @@ class Sampler:
         if self.journal is not None:
             self.journal.append(records)
         else:
-            self.records.update((record["key"], record) for record in records)
+            self._kept.update((record["key"], record) for record in records)
 
 
 class SamplerSettings(SamplingSettings, total=False):
@@ -336,6 +386,8 @@ def answer(
         )
     )
     rows.sort(key=lambda row: row.index)
+    plans = {id(request.plan): request.plan for request in batch}
+    steps = {place: [step.record() for step in plan.active.interventions] for place, plan in plans.items()}
     return [
         {
             "prompt": request.prompt,
@@ -343,7 +395,7 @@ def answer(
             "finish_reason": row.finish_reason,
             "seed": row.seed,
             "n_steered": row.n_steered,
-            "plan": [step.record() for step in request.plan.active.interventions],
+            "plan": steps[id(request.plan)],
             **_gate_record(request.plan, row),
             "prompt_tokens": list(row.prompt_tokens),
             "tokens": list(row.tokens),
