@@ -20,7 +20,7 @@ from contest import report, take_turns
 from torch.profiler import ProfilerActivity, profile
 
 import steerlens as sl
-from steerlens.models.passes import evaluation_mode
+from steerlens.models.backends import evaluation_mode
 from steerlens.reading.vocabulary import N_RANDOM, VocabularyLens
 from steerlens.vectors.vector import SteeringVector
 

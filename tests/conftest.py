@@ -17,7 +17,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from steerlens.errors import ModelError
-from steerlens.models import probe as probing
+from steerlens.models import choice, probe as probing
 from steerlens.models.load import load_model
 from steerlens.models.passes import PassResult, Runner
 from steerlens.models.rows import Rows
@@ -97,8 +97,14 @@ def smollm2() -> Subject:
 
 
 def hooks_on(model: Any) -> list[str]:
-    """Names of the hook points that carry a hook."""
-    return [name for name, point in model.hook_dict.items() if point.fwd_hooks or point.bwd_hooks]
+    """Names of the hook points that carry a hook, and of the plain modules below them that do."""
+    points = [name for name, point in model.hook_dict.items() if point.fwd_hooks or point.bwd_hooks]
+    known = model.__dict__.get(choice.KNOWN)
+    tree = known.tree if known is not None else None
+    modules = [] if tree is None else list(tree.root.named_modules())
+    return points + [
+        name for name, module in modules if module._forward_hooks or module.__dict__.get("steerlens_hooks")
+    ]
 
 
 Passes = list[tuple[Rows, torch.Tensor]]

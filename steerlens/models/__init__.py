@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING
 from steerlens._lazy import lazy_exports
 
 if TYPE_CHECKING:
+    from steerlens.models.choice import backend_used as backend_used, use_backend as use_backend
     from steerlens.models.facts import model_facts as model_facts
     from steerlens.models.load import load_model as load_model
     from steerlens.models.passes import Read as Read, run_pass as run_pass

@@ -21,15 +21,10 @@ from jaxtyping import Float
 from torch import Tensor
 
 from steerlens.errors import ModelError, SteerlensError
-from steerlens.models.facts import is_hooked_transformer, model_id
+from steerlens.models.facts import attn_scores, is_hooked_transformer, model_id, tolerance
 from steerlens.models.passes import Read, Runner
-from steerlens.models.probe import tolerance, without_callers_hooks
+from steerlens.models.probe import without_callers_hooks
 from steerlens.models.rows import Rows, pad, pad_id
-
-
-def attn_scores(layer: int) -> str:
-    """The hook name of a layer's scores before the softmax: `blocks.{layer}.attn.hook_attn_scores`."""
-    return f"blocks.{layer}.attn.hook_attn_scores"
 
 
 def attn_pattern(layer: int) -> str:

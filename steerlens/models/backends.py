@@ -1,9 +1,10 @@
 """Backends: how each kind of model is run, and what its key-value cache is.
 
     TransformerBridge     Hugging Face modules with Hugging Face's cache (TransformerLens 4, and 3)
+    its plain modules     the same without hook points, where these are not needed (see `lean`)
     HookedTransformer     TransformerLens' own modules with its own cache (TransformerLens 3; version 4 has dropped it)
 
-Both have the same hook names, so edits and reads do not know which one they meet. A HookedTransformer has no Hugging Face model
+All have the same hook names, so edits and reads do not know which one they meet. A HookedTransformer has no Hugging Face model
 inside: what a bridge is asked there (what stops a text, windows, the settings of the weights) is asked of its `cfg` and its
 tokenizer's files, and `facts.coordinate_frame` tells whether its weights were folded or centred.
 """
@@ -11,15 +12,19 @@ tokenizer's files, and `facts.coordinate_frame` tells whether its weights were f
 import copy
 import functools
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, Literal, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
+from steerlens.errors import ModelError
 from steerlens.models.facts import is_hooked_transformer, model_device
+from steerlens.models.lean import Hook, Tree
 from steerlens.models.rows import Rows
 
 Columns = Literal["last", "all"]
@@ -40,6 +45,14 @@ class Table:
     def put_newest(self, rows: Int[Tensor, " some"], column: Tensor) -> None:
         """Write some rows' newest column."""
         self.tensor.select(self.axis, -1)[rows.to(self.tensor.device)] = column
+
+    def put(self, rows: Int[Tensor, " some"], other: "Table | None") -> None:
+        """Write some rows: those of another table, which is not wider, or nothing, with padding on their left."""
+        rows = rows.to(self.tensor.device)
+        self.tensor[rows] = 0
+        if other is not None:
+            width, new = self.tensor.shape[self.axis], other.tensor.shape[self.axis]
+            self.tensor.narrow(self.axis, width - new, new)[rows] = other.tensor.to(self.tensor.device)
 
     def step_back(self, rows: Int[Tensor, " some"], before: "Table | None") -> None:
         """Give some rows what they held before the newest column, with one more column of padding on their left."""
@@ -71,14 +84,33 @@ class Cache(Protocol):
     def first(self, n: int) -> "Cache":
         """The first n rows, as they lie in this one's tensors; this one is used up."""
 
+    def without(self, n: int) -> "Cache":
+        """Without the first n columns, which are padding in every row; this one is used up."""
+
+    def writable(self) -> "Cache":
+        """The cache to write into its tables; this one is used up."""
+
     @property
     def tables(self) -> list["Table"]:
-        """What the cache holds, to be written into."""
+        """What the cache holds."""
+
+
+def put(cache: Cache, rows: Int[Tensor, " some"], other: Cache | None) -> Cache:
+    """A cache, used up, with some rows as those of another that is not wider, or as padding; what may be written into `forks`."""
+    cache = cache.writable()
+    tables = cache.tables
+    with torch.inference_mode():
+        for table, new in zip(tables, other.tables if other else [None] * len(tables), strict=True):
+            table.put(rows, new)
+    return cache
 
 
 @runtime_checkable
 class Backend(Protocol):
-    """How one kind of model is run."""
+    """How one kind of model is run: without dropout, whatever mode its modules are in."""
+
+    def hooked(self, functions: Mapping[str, Hook]) -> AbstractContextManager[None]:
+        """Hooks `(activation, hook)` at the named points inside the block, and none of them after it."""
 
     def forward(
         self, rows: Rows, cache: Any, *, keep_cache: bool, logits: Columns
@@ -87,8 +119,79 @@ class Backend(Protocol):
 
 
 def backend_of(model: Any) -> Backend:
-    """The backend of a model."""
+    """The backend that runs a model's hook points."""
     return HookedTransformerBackend(model) if is_hooked_transformer(model) else BridgeBackend(model)
+
+
+def per_head(site: str) -> bool:
+    """Whether a site holds `[row, head, query, key]`: attention before or after the softmax."""
+    return site.endswith(("hook_attn_scores", "hook_pattern"))
+
+
+@contextmanager
+def hooks_on(model: Any, functions: Mapping[str, Hook]) -> Iterator[None]:
+    """A hook `(tensor, hook)` at each named point inside the block, and none of them after it.
+
+    Raises:
+        ModelError: if the model has no hook point of such a name; not every TransformerLens says so itself.
+    """
+    points = model.hook_dict
+    if missing := [site for site in functions if site not in points]:
+        raise ModelError(
+            f"a hook point must be one of the model's {len(points)}, got {missing[0]!r}; model.hook_dict names them"
+        )
+    with model.hooks(fwd_hooks=list(functions.items())):
+        yield
+
+
+@contextmanager
+def _hooked(model: Any, functions: Mapping[str, Hook]) -> Iterator[None]:
+    with evaluation_mode(model), hooks_on(model, functions):
+        yield
+
+
+@contextmanager
+def evaluation_mode(model: Any) -> Iterator[None]:
+    """Dropout off inside the block; every module's mode is as it was afterwards."""
+    # The bridge keeps the Hugging Face model outside its own submodules (TransformerLens 4.3), so its modules are named, too.
+    # Each by itself: eval() and train() would give a module's children one mode, and a caller may have given them several.
+    roots = [model, getattr(model, "original_model", model)]
+    training = {module for root in roots for module in root.modules() if module.training}
+    for module in training:
+        module.training = False
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
+
+
+SPARE = 32
+"""Columns that a layer of a cache makes room for at once."""
+
+
+class RoomyLayer(DynamicLayer):
+    """A layer of a cache that has room for columns to come: it copies what it holds once in `SPARE` columns, and not at each."""
+
+    keys: Any
+    values: Any
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        start, n_new = self.keys.shape[-2], key_states.shape[-2]
+        room = self.__dict__.get("room")
+        # Where rows have left, or the tensors were replaced, the room is another's.
+        own = room is not None and room[0].data_ptr() == self.keys.data_ptr() and len(room[0]) == len(self.keys)
+        if room is None or not own or room[0].shape[-2] < start + n_new:
+            width = start + n_new + SPARE
+            room = self.room = tuple(
+                held.new_empty(*held.shape[:-2], width, held.shape[-1]) for held in (self.keys, self.values)
+            )
+            room[0].narrow(-2, 0, start).copy_(self.keys)
+            room[1].narrow(-2, 0, start).copy_(self.values)
+        room[0].narrow(-2, start, n_new).copy_(key_states)
+        room[1].narrow(-2, start, n_new).copy_(value_states)
+        self.keys, self.values = room[0].narrow(-2, 0, start + n_new), room[1].narrow(-2, 0, start + n_new)
+        return self.keys, self.values
 
 
 @dataclass(frozen=True, eq=False)
@@ -107,24 +210,47 @@ class BridgeCache:
                 layer.keys, layer.values = layer.keys.index_select(0, chosen), layer.values.index_select(0, chosen)
         return self
 
+    def with_room(self) -> "BridgeCache":
+        """The same cache, which from now on appends in place; see `RoomyLayer`."""
+        for layer in self.cache.layers:
+            if type(layer) is DynamicLayer:
+                layer.__class__ = RoomyLayer
+        return self
+
     def copy(self) -> "BridgeCache":
         return BridgeCache(copy.deepcopy(self.cache))
 
     @property
     def forks(self) -> bool:
-        from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
-
-        kinds = (DynamicLayer, DynamicSlidingWindowLayer)  # states and fixed tensors are written in place
+        kinds = (DynamicLayer, RoomyLayer, DynamicSlidingWindowLayer)  # states and fixed tensors are written in place
         return all(type(layer) in kinds for layer in getattr(self.cache, "layers", [None]))
 
     def fork(self) -> "BridgeCache":
         forked = copy.copy(self.cache)
         forked.layers = [copy.copy(layer) for layer in self.cache.layers]
+        for layer in forked.layers:
+            if type(layer) is RoomyLayer:
+                # What this one appends next must not be what the other appends.
+                layer.__class__ = DynamicLayer
+                layer.__dict__.pop("room", None)
         return BridgeCache(forked)
 
     def first(self, n: int) -> "BridgeCache":
         for layer in self.cache.layers:
             layer.keys, layer.values = layer.keys[:n], layer.values[:n]
+        return self
+
+    def without(self, n: int) -> "BridgeCache":
+        for layer in self.cache.layers:
+            width = layer.get_seq_length() - n
+            if width <= 0:  # a layer that keeps nothing
+                continue
+            if hasattr(layer, "cumulative_length"):  # a window's: it holds the last columns alone
+                layer.cumulative_length = width
+            layer.keys, layer.values = (table[..., -width:, :] for table in (layer.keys, layer.values))
+        return self
+
+    def writable(self) -> "BridgeCache":
         return self
 
     @property
@@ -138,6 +264,9 @@ class BridgeBackend:
 
     model: Any
 
+    def hooked(self, functions: Mapping[str, Hook]) -> AbstractContextManager[None]:
+        return _hooked(self.model, functions)
+
     def forward(
         self, rows: Rows, cache: BridgeCache | None, *, keep_cache: bool, logits: Columns
     ) -> tuple[Tensor, BridgeCache | None]:
@@ -147,15 +276,65 @@ class BridgeBackend:
             options["attention_mask"] = rows.mask
         if cache is not None:
             options["past_key_values"] = cache.cache
-        last, columns = rows.last, None
-        if logits == "last" and _keeps_logits(type(getattr(self.model, "original_model", self.model)).forward):
-            columns = torch.unique(last)
-            options["logits_to_keep"] = 1 if columns.tolist() == [rows.tokens.shape[1] - 1] else columns
+        columns = _wanted_columns(getattr(self.model, "original_model", self.model), rows, logits, options)
         out, kept = self.model(rows.tokens, return_type="logits_and_cache", **options)
-        if logits == "last":
-            place = last if columns is None else torch.searchsorted(columns, last)
-            out = out[torch.arange(len(out)), place.to(out.device)]
+        out = _chosen_columns(out, rows, logits, columns)
         return out, BridgeCache(kept) if keep_cache and kept is not None else None
+
+
+@dataclass(frozen=True, eq=False)
+class LeanBackend:
+    """The plain Hugging Face modules below a bridge."""
+
+    model: Any
+    tree: Tree
+    graphs: bool = False
+    """Whether steps of one token are run over fixed tensors, and recorded on a GPU; see `static`."""
+
+    def hooked(self, functions: Mapping[str, Hook]) -> AbstractContextManager[None]:
+        return self.tree.hooked(functions)
+
+    def forward(
+        self, rows: Rows, cache: BridgeCache | None, *, keep_cache: bool, logits: Columns
+    ) -> tuple[Tensor, BridgeCache | None]:
+        options: dict[str, Any] = {"use_cache": keep_cache}
+        n_columns = rows.tokens.shape[1]
+        if rows.padding == "left":
+            options["attention_mask"] = rows.mask
+            if self.model._accepts_derived_position_ids():
+                options["position_ids"] = rows.positions.clamp(min=0)
+                if n_columns == 1 and self.tree.causal_alone:
+                    # One query sees every token so far, and the mask need not be built from the model's rules.
+                    options["attention_mask"] = rows.mask[:, None, None, :].bool()
+        if cache is not None:
+            options["past_key_values"] = cache.cache
+        columns = _wanted_columns(self.tree.root, rows, logits, options)
+        result = self.tree.root(rows.tokens, **options)
+        kept = getattr(result, "past_key_values", None)
+        out = _chosen_columns(result.logits, rows, logits, columns)
+        return out, BridgeCache(kept).with_room() if keep_cache and kept is not None else None
+
+
+def _wanted_columns(module: Any, rows: Rows, logits: Columns, options: dict[str, Any]) -> Int[Tensor, " column"] | None:
+    """Ask a Hugging Face model for no more columns' logits than are wanted; those, or None where it gives all."""
+    if logits == "all" or not _keeps_logits(type(module).forward):
+        return None
+    last_column = rows.tokens.shape[1] - 1
+    columns = torch.unique(rows.last) if last_column else rows.last[:1]
+    options["logits_to_keep"] = 1 if not last_column or columns.tolist() == [last_column] else columns
+    return columns
+
+
+def _chosen_columns(
+    out: Float[Tensor, "row column d_vocab"], rows: Rows, logits: Columns, columns: Int[Tensor, " column"] | None
+) -> Float[Tensor, "row d_vocab"] | Float[Tensor, "row pos d_vocab"]:
+    """The logits that are wanted, of those that a model gave."""
+    if logits == "all":
+        return out
+    if out.shape[1] == 1:
+        return out[:, 0]
+    place = rows.last if columns is None else torch.searchsorted(columns, rows.last)
+    return out[torch.arange(len(out)), place.to(out.device)]
 
 
 @functools.cache
@@ -194,6 +373,15 @@ class HookedCache:
         self.cache.previous_attention_mask = self.cache.previous_attention_mask[:n]
         return self
 
+    def without(self, n: int) -> "HookedCache":
+        for entry in self.cache.entries:
+            entry.past_keys, entry.past_values = entry.past_keys[:, n:], entry.past_values[:, n:]
+        self.cache.previous_attention_mask = self.cache.previous_attention_mask[:, n:]
+        return self
+
+    def writable(self) -> "HookedCache":
+        return self
+
     @property
     def tables(self) -> list["Table"]:
         held = [table for entry in self.cache.entries for table in (entry.past_keys, entry.past_values)]
@@ -205,6 +393,9 @@ class HookedTransformerBackend:
     """TransformerLens 3's HookedTransformer."""
 
     model: Any
+
+    def hooked(self, functions: Mapping[str, Hook]) -> AbstractContextManager[None]:
+        return _hooked(self.model, functions)
 
     def forward(
         self, rows: Rows, cache: HookedCache | None, *, keep_cache: bool, logits: Columns

@@ -8,7 +8,8 @@ row, and a digest of both. Recording is a pass with reads, steering one with edi
 `run_pass` is one pass; a `Runner` keeps its hooks on the model for many, as sampling does. Hooks of the caller's stay and fire
 before ours. A model in training mode is in evaluation mode for the pass: with dropout no result could be had twice.
 
-What differs between kinds of models is behind `backends`.
+What differs between kinds of models is behind `backends`. A runner whose sites are blocks' outputs and attention scores runs the
+plain modules below the bridge, without its hook points, where these were seen to give the same (see `choice`).
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -22,9 +23,19 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from steerlens.errors import ModelError, SteerlensError
-from steerlens.models.backends import Cache, Columns, backend_of
+from steerlens.models.backends import (
+    Backend,
+    Cache,
+    Columns,
+    LeanBackend,
+    backend_of,
+    hooks_on,
+    per_head,
+)
+from steerlens.models.choice import choose_backend
 from steerlens.models.facts import is_hooked_transformer, model_device, model_id
 from steerlens.models.rows import Rows
+from steerlens.models.static import StaticCache, StaticSteps, may_be_static
 
 
 @runtime_checkable
@@ -136,13 +147,16 @@ class Runner:
 
     def __init__(self, model: Any, sites: Iterable[str]) -> None:
         self.model, self.sites = model, sorted(sites)
-        self.backend = backend_of(model)
+        self.backend: Backend = backend_of(model)
         self._stack = ExitStack()
         self._rows: Rows | None = None
         self._edits: Mapping[str, list[Edit]] = {}
         self._reads: Mapping[str, Read] = {}
         self._found: dict[str, Tensor] = {}
         self._fired: set[str] = set()
+        self._steps: StaticSteps | None = None
+        self.used = ""
+        """What `backend_used` says of it."""
 
     def __enter__(self) -> "Runner":
         if self.model in _STEERED:
@@ -150,13 +164,14 @@ class Runner:
                 "record, generate and evaluate run the model themselves, and inside a block of steer() their passes would "
                 "be steered twice; leave the block, and give the plan to the call (steering=plan)"
             )
+        self.backend, self.used = choose_backend(self.model, self.sites)
         with ExitStack() as stack:
-            stack.enter_context(evaluation_mode(self.model))
-            stack.enter_context(hooks_on(self.model, {site: self._at(site) for site in self.sites}))
+            stack.enter_context(self.backend.hooked({site: self._at(site) for site in self.sites}))
             self._stack = stack.pop_all()
         return self
 
     def __exit__(self, *exit_: Any) -> None:
+        self._steps = None
         self._stack.close()
 
     def run(
@@ -168,8 +183,13 @@ class Runner:
         cache: Cache | None = None,
         keep_cache: bool = False,
         logits: Columns = "last",
+        steady: bool = False,
     ) -> PassResult:
-        """One pass; see `run_pass`."""
+        """One pass; see `run_pass`.
+
+        Args:
+            steady: The pass is a step of one token a row, and the next one is likely to have the same rows and edits.
+        """
         rows = rows.to(model_device(self.model))
         if logits not in ("last", "all"):
             raise SteerlensError(f'logits must be "last" or "all", got {logits!r}')
@@ -186,16 +206,30 @@ class Runner:
         self._rows, self._found, self._fired = rows, {}, set()
         try:
             with torch.inference_mode():
-                # A cache that is given is used, kept or not: TransformerLens 4.3 sees to that itself, 3.9 does not.
-                out, cache = self.backend.forward(
-                    rows, cache, keep_cache=keep_cache or cache is not None, logits=logits
-                )
+                if steady and rows.tokens.shape[1] == 1 and not reads and may_be_static(backend := self.backend, cache):
+                    out, cache = self._static_step(backend, rows, cache, edits)
+                    wanted = set()  # a recorded step fires nothing
+                else:
+                    cache = cache.plain() if isinstance(cache, StaticCache) else cache
+                    # A cache that is given is used, kept or not: TransformerLens 4.3 sees to that itself, 3.9 does not.
+                    out, cache = self.backend.forward(
+                        rows, cache, keep_cache=keep_cache or cache is not None, logits=logits
+                    )
         finally:
             self._rows = None
         if silent := sorted(wanted - self._fired):
             raise ModelError(f"the hook point {silent[0]} of {model_id(self.model)} did not fire; choose another site")
         check_finite(self.model, out, rows)
         return PassResult(out, self._found, cache if keep_cache else None)
+
+    def _static_step(self, backend: LeanBackend, rows: Rows, cache: Any, edits: Sequence[Edit]) -> tuple[Tensor, Cache]:
+        if self._steps is None or not self._steps.goes_on(cache, edits):
+            before = cache.plain() if isinstance(cache, StaticCache) else cache
+            self._steps = StaticSteps(backend, rows, before, edits, self._enter)
+        return self._steps.step(rows.tokens), self._steps.cache
+
+    def _enter(self, rows: Rows) -> None:
+        self._rows = rows
 
     def _at(self, site: str) -> Callable[..., Tensor | None]:
         def hook(activation: Tensor, hook: Any) -> Tensor | None:
@@ -221,11 +255,6 @@ class Runner:
             return activation if edits else None  # None leaves a hook point's output alone
 
         return hook
-
-
-def per_head(site: str) -> bool:
-    """Whether a site holds `[row, head, query, key]`: attention before or after the softmax."""
-    return site.endswith(("hook_attn_scores", "hook_pattern"))
 
 
 def _fits(shape: torch.Size, rows: Rows) -> bool:
@@ -263,38 +292,6 @@ def steered_by_caller(
             _STEERED.discard(model)
 
 
-@contextmanager
-def hooks_on(model: Any, functions: Mapping[str, Callable[..., Any]]) -> Iterator[None]:
-    """A hook `(tensor, hook)` at each named point inside the block, and none of them after it.
-
-    Raises:
-        ModelError: if the model has no hook point of such a name; not every TransformerLens says so itself.
-    """
-    points = model.hook_dict
-    if missing := [site for site in functions if site not in points]:
-        raise ModelError(
-            f"a hook point must be one of the model's {len(points)}, got {missing[0]!r}; model.hook_dict names them"
-        )
-    with model.hooks(fwd_hooks=list(functions.items())):
-        yield
-
-
-@contextmanager
-def evaluation_mode(model: Any) -> Iterator[None]:
-    """Dropout off inside the block; every module's mode is as it was afterwards."""
-    # The bridge keeps the Hugging Face model outside its own submodules (TransformerLens 4.3), so its modules are named, too.
-    # Each by itself: eval() and train() would give a module's children one mode, and a caller may have given them several.
-    roots = [model, getattr(model, "original_model", model)]
-    training = {module for root in roots for module in root.modules() if module.training}
-    for module in training:
-        module.training = False
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True
-
-
 def check_finite(model: Any, logits: Tensor, rows: Rows) -> None:
     """Refuse logits that say nothing: a text or a number made of them would be one of nothing.
 
@@ -303,6 +300,8 @@ def check_finite(model: Any, logits: Tensor, rows: Rows) -> None:
     """
     # The largest says it all: nan prevails in it, and a single logit of minus infinity only rules a token out.
     largest = logits.amax(-1)
+    if bool(largest.isfinite().all()):
+        return
     padding = rows.positions < 0 if logits.ndim == 3 else (rows.positions < 0).all(1)
     largest = largest.masked_fill(padding.to(largest.device), 0.0)
     bad = ~largest.isfinite()

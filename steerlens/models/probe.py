@@ -5,7 +5,8 @@ instead of keys and values, or change with the length of the batch. No list of n
 ways that sampling runs them, and each way must give, at every layer and in the logits, what a plain pass over one row alone
 gives:
 
-    cache   the rows padded on the left, their last tokens fed one by one with a cache, rows turned round and dropped
+    cache   the rows padded on the left, their last tokens fed one by one with a cache, rows turned round, dropped, and put in
+            the place of others
     batch   the rows whole, side by side, padded on the right: no real token sees padding
 
 A model that fails `cache` is run whole for every token, and one that fails `batch`, a row at a time: slow, and right. The rows
@@ -29,10 +30,10 @@ import torch
 from torch import Tensor
 
 from steerlens.errors import ModelError, SteerlensError
-from steerlens.models.backends import Cache
-from steerlens.models.facts import is_hooked_transformer, model_id, resid_post
+from steerlens.models.backends import Cache, put
+from steerlens.models.facts import is_hooked_transformer, model_id, resid_post, tolerance
 from steerlens.models.passes import PassResult, Read, Runner
-from steerlens.models.rows import Side, length_sorted_batches, pad, pad_id
+from steerlens.models.rows import Rows, Side, length_sorted_batches, n_hidden, pad, pad_id
 
 SHORTEST = 13
 """Tokens of the longest row of the smallest probe; each next one is twice as long."""
@@ -94,12 +95,6 @@ def abilities(model: Any, width: int) -> Abilities:
                 "%s runs whole rows for every new token, %s: with a cache it gives something else", model_id(model), way
             )
     return known[key]
-
-
-def tolerance(model: Any) -> float:
-    """The largest relative difference of residuals that is rounding."""
-    # A faulty row differs by 0.01 or more; float32 rounds to 1e-5 over some dozen layers, the half types to a few percent.
-    return 1e-3 if next(model.parameters()).dtype == torch.float32 else 0.05
 
 
 def _config(model: Any) -> dict[str, Any]:
@@ -171,9 +166,26 @@ def _cached(runner: Runner, rows: Sequence[list[int]]) -> list[Fingerprint]:
     cache = _kept(runner.run(now, cache=cache, keep_cache=True))
     last = torch.tensor([row[-1:] for row in reversed(rows)])
     all_ = _fingerprints(runner.run(now.then(last), reads=reads, cache=cache.copy(), keep_cache=True))
+    if cache.forks:
+        return [all_[-1], *_in_its_place(runner, rows, now, cache, reads)]
     # The first row, now the last, leaves; the others go on without it.
     left = runner.run(now.select(some).then(last[:-1]), reads=reads, cache=cache.select(some), keep_cache=True)
     return [all_[-1], *reversed(_fingerprints(left))]
+
+
+def _in_its_place(
+    runner: Runner, rows: Sequence[list[int]], now: Rows, cache: Cache, reads: Sequence[Read]
+) -> list[Fingerprint]:
+    """The first row, now the last, leaves its place to the second, run by itself, and its columns go; the others go on."""
+    second, place = pad([rows[1][:-1]]), len(rows) - 1
+    cache = put(cache, torch.tensor([place]), _kept(runner.run(second, keep_cache=True)))
+    left = torch.nn.functional.pad(second.mask, (now.mask.shape[1] - second.mask.shape[1], 0)).to(now.mask)
+    mask = torch.cat([now.mask[:place], left])
+    n = n_hidden(mask)
+    last = torch.tensor([row[-1:] for row in [*reversed(rows[1:]), rows[1]]])
+    fed = Rows(last, torch.cat([mask[:, n:], torch.ones_like(mask[:, :1])], dim=1), tuple(map(len, rows)))
+    found = _fingerprints(runner.run(fed, reads=reads, cache=cache.without(n), keep_cache=True))
+    return [found[place], found[0]]
 
 
 def _kept(result: PassResult) -> Cache:

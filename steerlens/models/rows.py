@@ -55,7 +55,7 @@ class Rows:
         """The position of each column so far, the cached ones included; -1 for padding."""
         return token_positions(self.mask)
 
-    @property
+    @cached_property
     def lengths(self) -> Int[Tensor, " row"]:
         """How many tokens each row has so far, the cached ones included."""
         return self.mask.sum(1)
@@ -64,7 +64,7 @@ class Rows:
     def last(self) -> Int[Tensor, " row"]:
         """The new column that holds each row's last token."""
         # Not the last column: rows may be padded on the right, and a row may have no token in it.
-        return self.positions.argmax(1)
+        return self.positions.argmax(1) if self.tokens.shape[1] > 1 else self.tokens.new_zeros(len(self.tokens))
 
     @cached_property
     def padding(self) -> Side | None:
@@ -87,11 +87,24 @@ class Rows:
     def then(self, tokens: Int[Tensor, "row new"], mask: Int[Tensor, "row new"] | None = None) -> "Rows":
         """The rows that go on with these columns, once those here are in the cache; without a mask all are tokens."""
         new = torch.ones_like(tokens) if mask is None else mask
-        return replace(self, tokens=tokens, mask=torch.cat([self.mask, new.to(self.mask.device)], dim=1))
+        rows = replace(self, tokens=tokens, mask=torch.cat([self.mask, new.to(self.mask.device)], dim=1))
+        if mask is None:  # what is known here goes on, and need not be found anew at every step
+            added = torch.arange(tokens.shape[1], device=self.mask.device)
+            known: dict[str, Any] = {"lengths": self.lengths + tokens.shape[1]}
+            known["key_positions"] = torch.cat([self.key_positions, self.lengths[:, None] + added], dim=1)
+            if self.padding != "right":  # a token after such padding makes a gap
+                known["padding"] = self.padding
+            rows.__dict__.update(known)
+        return rows
 
     def to(self, device: torch.device | str) -> "Rows":
         """The same rows on another device."""
-        if {self.tokens.device, self.mask.device} == {torch.device(device)}:
+        wanted = torch.device(device)
+        # "cuda" is whichever of them is current: what lies on one of them lies there.
+        if all(
+            has.type == wanted.type and wanted.index in (None, has.index)
+            for has in (self.tokens.device, self.mask.device)
+        ):
             return self
         return replace(self, tokens=self.tokens.to(device), mask=self.mask.to(device))
 
@@ -153,6 +166,11 @@ def pair_rows(
 def token_positions(mask: Int[Tensor, "row pos"]) -> Int[Tensor, "row pos"]:
     """How many tokens of the row come before each column; -1 for padding, wherever it stands."""
     return (mask.cumsum(1) - 1).masked_fill(mask == 0, -1)
+
+
+def n_hidden(mask: Int[Tensor, "row past"]) -> int:
+    """How many first columns are padding in every row."""
+    return int(mask.any(0).int().argmax())
 
 
 def pad_id(model: Any) -> int:

@@ -37,9 +37,9 @@ from steerlens._typing import WholeNumber, whole
 from steerlens.data.pairs import PairSet
 from steerlens.errors import DataError, ModelError, SteerlensError
 from steerlens.files import derived_seed
-from steerlens.models.facts import check_layer, model_id, resid_post
+from steerlens.models.facts import check_layer, model_id, resid_post, tolerance
 from steerlens.models.passes import Read, Runner
-from steerlens.models.probe import abilities, tolerance
+from steerlens.models.probe import abilities
 from steerlens.models.prompts import PromptFormat, encode_all, pinned
 from steerlens.models.rows import pad, pad_id
 from steerlens.stats.comparisons import bootstrap_columns

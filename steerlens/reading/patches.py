@@ -24,8 +24,9 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from steerlens.models.backends import Cache
+from steerlens.models.facts import tolerance
 from steerlens.models.passes import Edit, Read, Runner
-from steerlens.models.probe import Abilities, tolerance
+from steerlens.models.probe import Abilities
 from steerlens.models.rows import Rows, pad, pad_id
 
 NOTHING, INSTRUCTED, OTHER = -1, 0, 1

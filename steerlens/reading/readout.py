@@ -21,9 +21,10 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from steerlens.errors import ModelError
-from steerlens.models.facts import model_id, resid_post
-from steerlens.models.passes import Read, evaluation_mode, run_pass
-from steerlens.models.probe import SHORTEST, tolerance
+from steerlens.models.backends import evaluation_mode
+from steerlens.models.facts import model_id, resid_post, tolerance
+from steerlens.models.passes import Read, run_pass
+from steerlens.models.probe import SHORTEST
 from steerlens.models.rows import pad
 
 CHUNK_MEMORY = 2**26

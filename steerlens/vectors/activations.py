@@ -23,9 +23,10 @@ from steerlens._typing import WholeNumber, several
 from steerlens.data.pairs import InstructionPair, PairSet
 from steerlens.data.splits import query_ids
 from steerlens.errors import DataError, SteerlensError
-from steerlens.models.facts import check_layer, coordinate_frame, model_id, resid_post, versions_json
+from steerlens.models.choice import backend_used
+from steerlens.models.facts import check_layer, coordinate_frame, model_id, resid_post, tolerance, versions_json
 from steerlens.models.passes import Read, Runner, run_pass
-from steerlens.models.probe import Abilities, abilities, tolerance
+from steerlens.models.probe import Abilities, abilities
 from steerlens.models.prompts import PromptFormat, encode_all, frame, pinned, template_digest
 from steerlens.models.rows import pad, pad_id
 
@@ -241,6 +242,7 @@ def capture_metadata(model: Any, pairs: PairSet, prompt_format: PromptFormat) ->
         "prompt": frame(model, prompt_format),
         "read_position": "last prompt token",
         **_data_metadata(pairs, [pair.instruction_id for pair in pairs]),
+        "backend": backend_used(model, map(resid_post, range(int(model.cfg.n_layers)))),
         "versions": versions_json(),
     }
 
@@ -287,25 +289,42 @@ def iter_activations(
     share_prefixes: bool = True,
     progress: bool = False,
 ) -> Iterator[ActivationBatch]:
-    """Batches of activations as they are computed, longest prompts first."""
+    """Batches of activations as they are computed; of each `TOKENIZED_AT_ONCE` pairs the longest prompts first."""
     prompt_format = pinned(model, prompt_format)
+    sites = [resid_post(layer) for layer in layers]
+    with tqdm(total=len(pairs), desc="record", unit="pair", disable=not progress) as bar:
+        for start in range(0, len(pairs), TOKENIZED_AT_ONCE):
+            some = pairs[start : start + TOKENIZED_AT_ONCE]
+            for batch in _iter_part(model, some, sites, batch_size, prompt_format, share_prefixes):
+                yield ActivationBatch([start + index for index in batch.indices], batch.resid)
+                bar.update(len(batch.indices))
+
+
+TOKENIZED_AT_ONCE = 1024
+"""Pairs whose tokens are held at a time: lists of tokens are larger than texts, and memory is not to grow with the pairs."""
+
+
+def _iter_part(
+    model: Any,
+    pairs: Sequence[InstructionPair],
+    sites: Sequence[str],
+    batch_size: int,
+    prompt_format: PromptFormat,
+    share_prefixes: bool,
+) -> Iterator[ActivationBatch]:
+    """Batches of some pairs, by their place among these."""
     without = encode_all(model, [pair.text("none") for pair in pairs], prompt_format)
     with_ = encode_all(model, [pair.text("text") for pair in pairs], prompt_format)
     able = abilities(model, max(map(len, without + with_), default=0))
-    sites = [resid_post(layer) for layer in layers]
     # A pair is two rows, so where rows must be alone, so must pairs, and their sides are run one after the other.
     batches = able.batches([len(row) for row in with_], batch_size)
-    with tqdm(total=len(pairs), desc="record", unit="pair", disable=not progress) as bar:
-        trunk = _Trunk(model, sites, without + with_, able) if share_prefixes and able.cache else None
-        for indices in batches:
-            batch = [(without[index], with_[index]) for index in indices]
-            if trunk is not None and not trunk.agrees(batch):
-                trunk = None
-            found = whole_last_resid(model, sites, batch, able) if trunk is None else trunk.last_resid(batch)
-            yield ActivationBatch(
-                indices, rearrange(found, "(pair side) layer d_model -> pair side layer d_model", side=2)
-            )
-            bar.update(len(indices))
+    trunk = _Trunk(model, sites, without + with_, able) if share_prefixes and able.cache else None
+    for indices in batches:
+        batch = [(without[index], with_[index]) for index in indices]
+        if trunk is not None and not trunk.agrees(batch):
+            trunk = None
+        found = whole_last_resid(model, sites, batch, able) if trunk is None else trunk.last_resid(batch)
+        yield ActivationBatch(indices, rearrange(found, "(pair side) layer d_model -> pair side layer d_model", side=2))
 
 
 Sides = tuple[list[int], list[int]]

@@ -1,0 +1,221 @@
+"""Which backend runs a pass: the plain modules below a bridge, or its hook points.
+
+The plain modules are used for passes that edit and read nothing but blocks' outputs and attention scores, where they were seen to
+give what the hook points give: random rows are run both ways, padded on either side, whole and with a cache, while every layer
+is nudged, and residuals, scores and logits must agree. That is tried once for a model, and again when parts of it were replaced.
+"""
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor
+
+from steerlens.errors import ModelError, SteerlensError
+from steerlens.models.backends import Backend, LeanBackend, backend_of, per_head
+from steerlens.models.facts import attn_scores, is_hooked_transformer, model_device, model_id, resid_post, tolerance
+from steerlens.models.lean import NotSharedError, Parts, Tree, plain_tree
+from steerlens.models.rows import Rows, pad, pad_id
+
+BackendName = Literal["auto", "hooks", "lean", "graphs"]
+"""The lean pass where it may be, the bridge's hook points always, or an error where the lean pass may not be; "graphs" is "lean"
+with decoding steps over fixed tensors, which a GPU records and replays (see `static`)."""
+
+
+@dataclass(eq=False)
+class _Known:
+    """What is known of a model's plain modules."""
+
+    tree: Tree | None
+    parts: Parts
+    """What the model consisted of then."""
+    reasons: dict[Any, str]
+    """By dtype, device and whether scores are edited: why the tree is not used, or nothing."""
+
+    def __reduce__(self) -> Any:  # a copy of the model finds out for itself
+        return type(None), ()
+
+
+KNOWN = "_steerlens_known"
+"""Kept on the model, which its parts hold on to: in a table beside it, the model would never be let go."""
+_ASKED: "WeakKeyDictionary[Any, BackendName]" = WeakKeyDictionary()
+
+
+def use_backend(model: Any, backend: BackendName) -> None:
+    """Say how a model is run from now on: "auto", "hooks" (always through TransformerLens' hook points), "lean", or "graphs".
+
+    Raises:
+        ModelError: for "lean" and "graphs", if the model's plain modules do not give what its hook points give.
+
+    Example:
+        >>> use_backend(model, "hooks")
+        >>> backend_used(model)
+        'hooks (as asked)'
+        >>> use_backend(model, "auto")
+        >>> backend_used(model)
+        'lean'
+    """
+    if backend not in get_args(BackendName):
+        raise SteerlensError(f'backend must be "auto", "hooks", "lean" or "graphs", got {backend!r}')
+    before = _ASKED.pop(model, "auto")
+    if backend in ("lean", "graphs") and (reason := _chosen(model, ())[1]):
+        _ASKED[model] = before
+        raise ModelError(
+            f'backend "{backend}" needs modules that can be run without hook points, and those of {model_id(model)} cannot '
+            f'({reason}); use "auto", which runs the hook points then'
+        )
+    _ASKED[model] = backend
+
+
+def backend_used(model: Any, sites: Iterable[str] = ()) -> str:
+    """ "lean", "graphs", or "hooks" with the reason, for passes that edit or read these sites.
+
+    Example:
+        >>> backend_used(model, ["blocks.3.hook_resid_post"])
+        'lean'
+        >>> backend_used(model, ["blocks.3.attn.hook_pattern"])
+        'hooks (blocks.3.attn.hook_pattern is seen there alone)'
+    """
+    return choose_backend(model, sites)[1]
+
+
+def choose_backend(model: Any, sites: Iterable[str]) -> tuple[Backend, str]:
+    """What runs passes that edit or read these sites, and what `backend_used` says of it."""
+    tree, reason = _chosen(model, sites)
+    if tree is None:
+        return backend_of(model), f"hooks ({reason})"
+    graphs = _ASKED.get(model) == "graphs"
+    return LeanBackend(model, tree, graphs), "graphs" if graphs else "lean"
+
+
+def _chosen(model: Any, sites: Iterable[str]) -> tuple[Tree | None, str]:
+    """The plain modules to run, or None and why not."""
+    if _ASKED.get(model) == "hooks":
+        return None, "as asked"
+    if is_hooked_transformer(model):
+        return None, "a HookedTransformer has no other modules"
+    sites = set(sites)
+    layers = range(int(model.cfg.n_layers))
+    residuals, scores = set(map(resid_post, layers)), set(map(attn_scores, layers))
+    if others := sorted(sites - residuals - scores):
+        return None, f"{others[0]} is seen there alone"
+    known = _known(model)
+    if known.parts.hooked:
+        return None, "it has hooks of the caller's, which a lean pass would skip"
+    if known.tree is None:
+        return None, known.reasons[None]
+    weights = next(model.parameters())
+    for open_ in (False, True)[: 2 if sites & scores else 1]:
+        key = (weights.dtype, weights.device, open_)
+        if key not in known.reasons:
+            known.reasons[key] = _prove(model, known.tree, scores=open_)
+        if known.reasons[key]:
+            return None, known.reasons[key]
+    return known.tree, ""
+
+
+def _known(model: Any) -> _Known:
+    known: _Known | None = model.__dict__.get(KNOWN)
+    if known is None or known.parts.model is not model or not known.parts.same:
+        try:
+            known = _Known(plain_tree(model), Parts(model), {})
+        except NotSharedError as error:
+            known = _Known(None, Parts(model), {None: str(error)})
+        model.__dict__[KNOWN] = known
+    return known
+
+
+# --- proof -----------------------------------------------------------------------------------------------------------
+
+LENGTHS = (13, 6, 9)
+"""Tokens of the rows that are run both ways."""
+
+ATTENTION = ("sdpa", "eager")
+"""transformers' attention functions that are tried, the fastest first."""
+
+
+def _prove(model: Any, tree: Tree, *, scores: bool) -> str:
+    """Why a tree does not give what the hook points give, or nothing; it is left with the attention that does."""
+    wanted = [_attempt(model, backend_of(model), way, scores) for way in (_whole, _cached)]
+    if all(isinstance(found, str) for found in wanted):
+        return str(wanted[0])
+    if scores:  # of layers in the open; which attention the others have was found out before
+        return _difference(model, LeanBackend(model, tree), wanted, scores)
+    reasons = []
+    for attention in ATTENTION:
+        tree.choose(attention)
+        reason = _difference(model, LeanBackend(model, tree), wanted, scores)
+        if not reason:
+            return ""
+        reasons.append(reason)
+    return reasons[-1]
+
+
+def _difference(model: Any, lean: Backend, wanted: list[Any], scores: bool) -> str:
+    for way, its in zip((_whole, _cached), wanted, strict=True):
+        if isinstance(its, str):
+            continue  # a way that the hook points cannot go is not gone
+        found = _attempt(model, lean, way, scores)
+        if isinstance(found, str):
+            return found
+        for name in ("logits", *_sites(model, scores)):
+            one, other = found.get(name), its.get(name)
+            if one is None or other is None:
+                return f"{name} is not computed there"
+            if one.shape != other.shape or float((one - other).norm()) > tolerance(model) * float(other.norm()):
+                return f"its plain modules compute another {name}"
+    return ""
+
+
+def _attempt(model: Any, backend: Backend, way: Callable[..., Any], scores: bool) -> dict[str, Tensor] | str:
+    """What a way of running gives: its logits, and each site's last column; or in words, why it does not run."""
+    found: dict[str, Tensor] = {}
+
+    def nudge(site: str) -> Callable[..., Tensor]:
+        def hook(activation: Tensor, hook: Any) -> Tensor:
+            if per_head(site):
+                found[site] = activation[:, :, -1].float().clamp(min=-1e4)
+                return activation + 0.5 * (torch.arange(activation.shape[-1], device=activation.device) % 2)
+            found[site] = activation[:, -1].float()
+            return activation + 0.05 * activation.roll(1, -1)
+
+        return hook
+
+    sites = _sites(model, scores)
+    try:
+        with torch.inference_mode(), backend.hooked({site: nudge(site) for site in sites}):
+            logits = way(model, backend)
+    except (torch.OutOfMemoryError, MemoryError):
+        raise
+    except Exception as error:  # whatever an architecture raises there
+        return f"it does not run so: {type(error).__name__}: {error}"
+    return {"logits": logits.float(), **found}
+
+
+def _sites(model: Any, scores: bool) -> list[str]:
+    kinds = (resid_post, attn_scores) if scores else (resid_post,)
+    return [kind(layer) for kind in kinds for layer in range(int(model.cfg.n_layers))]
+
+
+def _random_rows(model: Any) -> list[list[int]]:
+    generator = torch.Generator().manual_seed(2)
+    limit = min(int(model.cfg.d_vocab), len(model.tokenizer))
+    return [torch.randint(limit, (length,), generator=generator).tolist() for length in LENGTHS]
+
+
+def _whole(model: Any, backend: Backend) -> Tensor:
+    rows = pad(_random_rows(model), side="right", pad_id=pad_id(model)).to(model_device(model))
+    return backend.forward(rows, None, keep_cache=False, logits="last")[0]
+
+
+def _cached(model: Any, backend: Backend) -> Tensor:
+    """Padded on the left; the last two tokens come one by one."""
+    ids = _random_rows(model)
+    rows: Rows = pad([row[:-2] for row in ids], pad_id=pad_id(model)).to(model_device(model))
+    _, cache = backend.forward(rows, None, keep_cache=True, logits="last")
+    for place in (-2, -1):
+        rows = rows.then(torch.tensor([[row[place]] for row in ids], device=rows.tokens.device))
+        logits, cache = backend.forward(rows, cache, keep_cache=True, logits="last")
+    return logits
