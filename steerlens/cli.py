@@ -486,9 +486,12 @@ def _show(table: "pd.DataFrame") -> None:
 
 
 def _load(config: ModelConfig) -> Any:
+    from steerlens.models.choice import use_backend
     from steerlens.models.load import load_model
 
-    return load_model(config.model, dtype=config.dtype, device=config.device)
+    model = load_model(config.model, dtype=config.dtype, device=config.device)
+    use_backend(model, config.backend)
+    return model
 
 
 def _attention(config: AttentionConfig, instruction: tuple[str, ...] | None = None) -> "Plan":

@@ -17,9 +17,9 @@ ROOMS = {
     "attention gates methods page summary samples sections report",
     "checks": "arguments catalogue text ifeval registry",
     "data": "cells conditions readers pairs splits load families starter",
-    "models": "facts load prompts stops rows backends passes probe attention",
+    "models": "facts load prompts stops rows lean backends static choice passes probe attention",
     "steering": "operators positions interventions gates plan residual scores edits attention directer candidates settings "
-    "generations batches gated sampling",
+    "generations batches prefill cached gated sampling",
     "vectors": "formats vector activations estimators transfer",
     "reading": "readout words vocabulary lens effects examples embedding similarity probes diagnosis lines "
     "patches metrics patching attribution attention gating",

@@ -1,20 +1,19 @@
 """Rows on their way, and batches of them that are decoded together; see `sampling`.
 
     WholeBatch    every row is run whole for every token
-    CachedBatch   one token a step, with a key-value cache; rows that begin alike share what they begin with
+    CachedBatch   one token a step, with a key-value cache; see `cached`
+    GatedBatch    the same twice, steered and not; see `gated`
 
-What a batch does at a step is to give each row's logits; choosing from them, and who leaves, is the same for all.
+What a batch does at a step is to give each row's logits; choosing from them, and when a row stops, is the same for all.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Sequence, Set
 from typing import Any, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from steerlens.models.backends import Cache
-from steerlens.models.facts import model_device
 from steerlens.models.passes import Edit, Runner
 from steerlens.models.rows import pad, pad_id
 from steerlens.models.stops import before_stop, decode
@@ -81,33 +80,28 @@ class Batch:
 
     def __init__(self, job: Job, rows: list[Row]) -> None:
         self.job, self.runner, self.model, self.rows = job, job.runner, job.model, rows
-        self.edits: Sequence[Edit] = self.edits_of(rows)
+        self.edits: Sequence[Edit] = edits_of(job, rows)
 
-    def edits_of(self, rows: Sequence[Row]) -> Sequence[Edit]:
-        lengths = [len(row.prompt) for row in rows]
-        steered = plan_edits(self.model, [row.plan.interventions for row in rows], lengths)
-        chosen = torch.tensor([row.index for row in rows])
-        return [*steered, *(edit.select(chosen) for edit in self.job.more_edits)]
+    @property
+    def n_left(self) -> int:
+        """How many rows have not stopped."""
+        return len(self.rows)
 
     def step(self) -> tuple[list[Generation], int]:
         """One token more for every row, or under a gate for some; rows that stop leave the batch. Also the number of tokens."""
         places, logits = self.next_logits()
         rows = [self.rows[place] for place in places]
-        chosen = self.choose(logits, rows).tolist()
-        outcomes: dict[int, Generation | None] = {}
-        for place, row, token in zip(places, rows, chosen, strict=True):
+        stopped: dict[int, Generation] = {}
+        for place, row, token in zip(places, rows, self.choose(logits, rows).tolist(), strict=True):
             row.tokens.append(token)
-            outcomes[place] = row.finished(self.model.tokenizer, self.job.sampling, self.job.stops)
+            finished = row.finished(self.model.tokenizer, self.job.sampling, self.job.stops)
+            if finished is not None:
+                stopped[place] = finished
         if self.job.hear is not None:
             self.job.hear(rows, logits)
-        stay = [place for place in range(len(self.rows)) if outcomes.get(place) is None]
-        if len(stay) < len(self.rows):
-            self.rows = [self.rows[place] for place in stay]
-            keep = torch.tensor(stay, dtype=torch.long)
-            self.edits = [edit.select(keep) for edit in self.edits]
-            if self.rows:
-                self.select(keep)
-        return [outcome for outcome in outcomes.values() if outcome is not None], len(places)
+        if stopped:
+            self.leave(set(stopped))
+        return list(stopped.values()), len(places)
 
     def choose(self, logits: Float[Tensor, "row d_vocab"], rows: Sequence[Row]) -> Int[Tensor, " row"]:
         """The next token of some of the rows."""
@@ -117,87 +111,40 @@ class Batch:
 
     def next_logits(self) -> tuple[Sequence[int], Float[Tensor, "some d_vocab"]]:
         """The places of the rows that get a token now, in order, and the logits that it is chosen from."""
-        return range(len(self.rows)), self.logits()
-
-    def logits(self) -> Float[Tensor, "row d_vocab"]:
-        """After each row's last token."""
         raise NotImplementedError
+
+    def leave(self, places: Set[int]) -> None:
+        """Rows that stopped leave their places to the others."""
+        stay = [place for place in range(len(self.rows)) if place not in places]
+        self.rows = [self.rows[place] for place in stay]
+        keep = torch.tensor(stay, dtype=torch.long)
+        self.edits = [edit.select(keep) for edit in self.edits]
+        if self.rows:
+            self.select(keep)
 
     def select(self, keep: Int[Tensor, " kept"]) -> None:
-        """Drop the rows that stopped from what is kept between steps."""
+        """Keep some rows of what is held between steps."""
         raise NotImplementedError
+
+
+def edits_of(job: Job, rows: Sequence[Row]) -> list[Edit]:
+    """What always acts on some rows."""
+    steered = plan_edits(job.model, [row.plan.interventions for row in rows], [len(row.prompt) for row in rows])
+    chosen = torch.tensor([row.index for row in rows], dtype=torch.long)
+    return [*steered, *(edit.select(chosen) for edit in job.more_edits)]
 
 
 class WholeBatch(Batch):
     """Every row is run whole for every token: for models whose cache, or padding on the left, gives something else."""
 
-    def logits(self) -> Float[Tensor, "row d_vocab"]:
+    def next_logits(self) -> tuple[Sequence[int], Float[Tensor, "row d_vocab"]]:
         ids = [[*row.prompt, *row.tokens] for row in self.rows]
         lengths = [len(row.prompt) for row in self.rows]
         whole = pad(ids, side="right", pad_id=pad_id(self.model), prompt_lengths=lengths)
-        return self.runner.run(whole, edits=self.edits).logits
+        return range(len(self.rows)), self.runner.run(whole, edits=self.edits).logits
 
     def select(self, keep: Int[Tensor, " kept"]) -> None:
         pass
-
-
-class CachedBatch(Batch):
-    """Rows padded on the left; after their prompts, one token a step, with a key-value cache."""
-
-    def __init__(self, job: Job, rows: list[Row], *, to_last: bool = False) -> None:
-        """
-        Args:
-            to_last: Run the prompts up to their last tokens in any case, if there is anything before these.
-        """
-        super().__init__(job, rows)
-        self.cache: Cache | None = None
-        self.fed = pad([row.prompt for row in rows], pad_id=pad_id(self.model)).to(model_device(self.model))
-        # Queries of a prompt that pool must be run at once, and what more edits do to a prompt is not known.
-        stems = list(range(len(rows))) if job.more_edits or pools(rows) else _stems(rows)
-        if len(set(stems)) < len(stems) or (to_last and self.fed.tokens.shape[1] > 1):
-            self._prefill_once(stems)
-
-    def _prefill_once(self, stems: list[int]) -> None:
-        """Run what rows have in common, their prompts up to the last token, once per stem, and hand it to each of its rows."""
-        first = list(dict.fromkeys(stems))
-        rows = [self.rows[place] for place in first]
-        # Windows count from the whole prompt's end, though its last token comes later.
-        lengths = [len(row.prompt) for row in rows]
-        begun = pad([row.prompt[:-1] for row in rows], pad_id=pad_id(self.model), prompt_lengths=lengths)
-        cache = self.runner.run(begun, edits=self.edits_of(rows), keep_cache=True).cache
-        assert cache is not None
-        share = torch.tensor([first.index(stem) for stem in stems])
-        self.cache = cache.select(share)
-        self.fed = begun.select(share).then(self.fed.tokens[:, -1:])
-
-    def logits(self) -> Float[Tensor, "row d_vocab"]:
-        if self.rows[0].tokens:
-            self.fed = self.fed.then(torch.tensor([[row.tokens[-1]] for row in self.rows]))
-        result = self.runner.run(self.fed, edits=self.edits, cache=self.cache, keep_cache=True)
-        self.cache = result.cache
-        return result.logits
-
-    def select(self, keep: Int[Tensor, " kept"]) -> None:
-        assert self.cache is not None
-        self.cache, self.fed = self.cache.select(keep), self.fed.select(keep)
-
-
-def pools(rows: Sequence[Row]) -> bool:
-    """Whether queries of a prompt depend on each other in any row, by what always acts on it."""
-    return any(step.pooled for row in rows for step in row.plan.ungated.attention)
-
-
-def _stems(rows: Sequence[Row]) -> list[int]:
-    """For each row the first one whose prompt, and what steers it before its last token, are the same."""
-    first: dict[Any, int] = {}
-    stems = []
-    for place, row in enumerate(rows):
-        end = len(row.prompt) - 1
-        # Only what acts before the last token: rows that differ at it, or after it, still have the same keys and values here.
-        early = Plan(tuple(step for step in row.plan.active.interventions if step.bounds(end + 1)[0] < end))
-        alone = (place,) if end < 1 else ()  # nothing before the last token: nothing to share
-        stems.append(first.setdefault((tuple(row.prompt), early.digest, *alone), place))
-    return stems
 
 
 def _draws(rows: Sequence[Row], device: torch.device) -> Float[Tensor, " batch"] | None:

@@ -14,9 +14,10 @@ from jaxtyping import Int
 from torch import Tensor
 
 from steerlens.errors import ModelError, SteerlensError
-from steerlens.models.attention import attn_scores, check_attention_abilities
-from steerlens.models.facts import check_layer, check_origin, model_device, resid_post
-from steerlens.models.passes import per_head, steered_by_caller
+from steerlens.models.attention import check_attention_abilities
+from steerlens.models.backends import per_head
+from steerlens.models.facts import attn_scores, check_layer, check_origin, model_device, resid_post
+from steerlens.models.passes import steered_by_caller
 from steerlens.models.rows import Rows
 from steerlens.steering.interventions import AttentionIntervention, Intervention
 from steerlens.steering.plan import Plan, Step, as_plan

@@ -28,11 +28,12 @@ from steerlens.models.backends import Cache
 from steerlens.models.facts import layer_of
 from steerlens.models.passes import Edit, PassResult, Read, Runner
 from steerlens.models.rows import Rows, pad, pad_id
-from steerlens.steering.batches import Batch, CachedBatch, Job, Row, pools
+from steerlens.steering.batches import Batch, Job, Row
 from steerlens.steering.directer import sensitivities
 from steerlens.steering.edits import PlanEdit, plan_edits
 from steerlens.steering.gates import Gate, GatedToken, plausible_tokens, worth_trying
 from steerlens.steering.plan import Plan
+from steerlens.steering.prefill import begin, pools
 
 PASS_ROWS = 64
 """Rows of one pass that ranks layers, at most."""
@@ -62,10 +63,9 @@ class GatedBatch(Batch):
         """By the same index, once they are known."""
         self.columns: _Columns | None = None
         if cached and not pools(rows):
-            begun = CachedBatch(job, rows, to_last=True)
+            begun = begin(job, rows)
             if begun.cache is None or begun.cache.forks:
-                # All but the column that is to be run next.
-                self.columns = _Columns(begun.cache, begun.fed.mask[:, :-1].cpu())
+                self.columns = _Columns(begun.cache, begun.mask)
         self.start = _Start(rows, self.edits, self.tried, self.columns)
 
     # --- a step ------------------------------------------------------------------------------------------------------

@@ -60,8 +60,9 @@ class Generations(Sequence[Generation]):
     (2, 1, True)
     """
 
-    def __init__(self, rows: Sequence[Generation], prompts: Sequence[str]) -> None:
-        self._rows, self.prompts = tuple(rows), tuple(prompts)
+    def __init__(self, rows: Sequence[Generation], prompts: Sequence[str], backend: str = "") -> None:
+        self._rows, self.prompts, self.backend = tuple(rows), tuple(prompts), backend
+        """`backend` says how the model was run; see `steerlens.models.backend_used`."""
 
     @property
     def texts(self) -> list[str]:
@@ -86,7 +87,7 @@ class Generations(Sequence[Generation]):
     def __getitem__(self, index: slice) -> "Generations": ...
     def __getitem__(self, index: int | slice) -> "Generation | Generations":
         if isinstance(index, slice):
-            return Generations(self._rows[index], self.prompts[index])
+            return Generations(self._rows[index], self.prompts[index], self.backend)
         return self._rows[index]
 
     def __eq__(self, other: object) -> bool:

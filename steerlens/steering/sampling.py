@@ -1,8 +1,8 @@
 """Sampling text, batched and with a key-value cache, while hooks steer.
 
 One row is one prompt with its plan. Rows are sorted by length, padded on the left, prefilled once and then decoded a token at
-a time; a row that stops leaves the batch. Rows of one prompt whose plans agree before its last token (trials; strengths that
-steer only the last token or the generated ones) share their prefill.
+a time; rows that wait take the places of those that stop (see `cached`). Rows of one prompt whose plans agree before its last
+token (trials; strengths that steer only the last token or the generated ones) share their prefill.
 
 A steered position is steered when it is computed, and its keys and values are cached
 in that state, which is the same as re-running the whole steered prefix for every token (tests/reference/ does that).
@@ -27,7 +27,8 @@ from steerlens.models.passes import Edit, Runner
 from steerlens.models.probe import abilities
 from steerlens.models.prompts import PromptFormat, encode_all, pinned, text_list
 from steerlens.models.stops import check_stop_ids
-from steerlens.steering.batches import Batch, CachedBatch, Row, WholeBatch
+from steerlens.steering.batches import Batch, Row, WholeBatch
+from steerlens.steering.cached import CachedBatch
 from steerlens.steering.edits import check_plan, edited_sites
 from steerlens.steering.gated import GatedBatch
 from steerlens.steering.generations import Generation, Generations, Token
@@ -74,7 +75,7 @@ def generate(
     with Progress(len(job.rows), sampling.max_new_tokens, disable=not progress) as bar, job.runner:
         while job.left:
             finished += job.advance(bar)
-    return Generations(sorted(finished, key=lambda generation: generation.index), job.prompts)
+    return Generations(sorted(finished, key=lambda generation: generation.index), job.prompts, job.runner.used)
 
 
 def stream(
@@ -234,24 +235,24 @@ class _Job:
         self.rows = [Row(i, ids, acting[i].active, seeds[i], sampling) for i, ids in enumerate(encoded)]
         longest = max((len(row.prompt) for row in self.rows), default=0)
         self.able = abilities(model, longest + sampling.max_new_tokens) if self.rows else None
-        self.waiting = [
-            batch
-            for gated in (True, False)
-            for batch in self._batches([row for row in self.rows if (row.plan.gate is not None) == gated], batch_size)
-        ]
-        """Taken from the end: the longest first."""
+        order, self.batch_size = self._order(batch_size)
+        gated, plain_ = ([row for row in order if (row.plan.gate is None) == alone] for alone in (False, True))
+        self.waiting = [rows for rows in (gated, plain_) if rows]
+        """Rows of each kind; both are taken from the end, the longest first."""
         self.batch: Batch | None = None
         self.hear: Callable[[Sequence[Row], Tensor], None] | None = None
         """Is told the rows of every step, with their new tokens, and the model's logits before these."""
         sites = edited_sites(model, acting)
         self.runner = Runner(model, sites | {edit.site for edit in self.more_edits})
 
-    def _batches(self, rows: list[Row], batch_size: int) -> list[list[Row]]:
-        """Rows that are decoded together, the shortest first."""
-        if not rows or self.able is None:
-            return []
-        batches = self.able.batches([len(row.prompt) for row in rows], batch_size)
-        return [[rows[index] for index in indices] for indices in reversed(batches)]
+    def _order(self, batch_size: int) -> tuple[list[Row], int]:
+        """The rows, the shortest first, those of one prompt side by side; and how many are decoded together."""
+        if self.able is None:
+            return [], batch_size
+        batches = self.able.batches([len(row.prompt) for row in self.rows], batch_size)
+        first: dict[tuple[int, ...], int] = {}
+        key = {i: (-len(row.prompt), first.setdefault(tuple(row.prompt), i), i) for i, row in enumerate(self.rows)}
+        return [self.rows[i] for i in sorted(key, key=key.__getitem__, reverse=True)], len(batches[0])
 
     @property
     def left(self) -> bool:
@@ -267,16 +268,21 @@ class _Job:
     def step(self, bar: "Progress") -> list[Generation]:
         """One token more, inside the runner's block, for every row of a batch; the rows that stop leave it."""
         if self.batch is None:
-            rows = self.waiting.pop()
-            cached = bool(self.able and self.able.cache)
-            if rows[0].plan.gate is not None:
-                self.batch = GatedBatch(self, rows, cached=cached, together=bool(self.able and self.able.batch))
-            else:
-                self.batch = (CachedBatch if cached else WholeBatch)(self, rows)
+            self.batch = self._next_batch()
         finished, n_tokens = self.batch.step()
         bar.step(n_tokens)
-        if not self.batch.rows:
+        if not self.batch.n_left:
             self.batch = None
+            self.waiting = [rows for rows in self.waiting if rows]
         for generation in finished:
             bar.finish(len(generation.tokens))
         return finished
+
+    def _next_batch(self) -> Batch:
+        waiting = self.waiting[-1]
+        rows = [waiting.pop() for _ in range(min(self.batch_size, len(waiting)))]
+        able = self.able
+        assert able is not None
+        if rows[0].plan.gate is not None:
+            return GatedBatch(self, rows, cached=able.cache, together=able.batch)
+        return CachedBatch(self, rows, waiting) if able.cache else WholeBatch(self, rows)

@@ -24,8 +24,8 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from steerlens.errors import SteerlensError
-from steerlens.models.attention import attn_scores, softcap
-from steerlens.models.facts import check_layer, model_device
+from steerlens.models.attention import softcap
+from steerlens.models.facts import attn_scores, check_layer, model_device
 from steerlens.models.prompts import PromptFormat, encode, token_span
 from steerlens.models.rows import Rows
 from steerlens.steering.interventions import AttentionIntervention, tables_digest

@@ -32,6 +32,9 @@ class ModelConfig:
     """Of the weights: float32, bfloat16 or float16."""
     device: str | None = None
     """As in PyTorch; default: the best one present."""
+    backend: Literal["auto", "hooks", "lean", "graphs"] = "auto"
+    """How it is run: without TransformerLens' hook points where they are not needed, always with them, or never; graphs is never,
+    with decoding steps that a GPU records and replays."""
 
 
 @dataclass(frozen=True)
@@ -185,8 +188,8 @@ class LookConfig:
     """For saved vectors: how a prompt's text becomes what the model reads."""
 
 
-PLACE = ("device", "engine", "ray_address", "n_workers")
-"""Settings that say where a run runs, not what comes out."""
+PLACE = ("device", "backend", "engine", "ray_address", "n_workers")
+"""Settings that say where and how a run runs, not what comes out."""
 
 
 TINY = ("tiny", "tiny-base", "tiny-half", "tiny-plain")

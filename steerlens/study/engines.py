@@ -19,6 +19,7 @@ from typing import Any
 import torch
 
 from steerlens.errors import SteerlensError
+from steerlens.models.choice import BackendName, use_backend
 from steerlens.models.facts import model_device, model_digest
 from steerlens.models.load import load_model
 from steerlens.study.responses import Batch, Record, Sampler, answer
@@ -39,6 +40,7 @@ def ray_engine(
     n_workers: int | None = None,
     dtype: str = "float32",
     device: str | None = None,
+    backend: BackendName = "auto",
 ) -> Iterator["RayEngine"]:
     """An engine on a Ray cluster, shut down at the end; give it to a `Sampler` of the same model.
 
@@ -46,6 +48,7 @@ def ray_engine(
         model: What workers load: a name or hub id, or a folder that every node can read.
         address: Of a running cluster; default: one is started on this machine.
         n_workers: Default: as many as the cluster's processors allow, each with this process's number of threads.
+        backend: As for `use_backend`.
 
     Returns:
         The engine, inside a `with` block.
@@ -71,7 +74,7 @@ def ray_engine(
             raise SteerlensError(
                 f"a Ray cluster must answer at {address!r}: {error}; start one, or leave the address out"
             ) from error
-    engine = RayEngine(ray, model, n_workers, torch.get_num_threads(), dtype, device)
+    engine = RayEngine(ray, model, n_workers, torch.get_num_threads(), dtype, device, backend)
     try:
         yield engine
     finally:
@@ -89,8 +92,9 @@ class _Worker:
     def here(self) -> None:
         """Answered as soon as the worker has found its place."""
 
-    def load(self, model: str, dtype: str, device: str | None) -> str:
+    def load(self, model: str, dtype: str, device: str | None, backend: BackendName) -> str:
         self.model = load_model(model, dtype=dtype, device=device, progress=False)
+        use_backend(self.model, backend)
         return model_digest(self.model)
 
     def answer(self, batch: Batch, sampling: Any, prompt_format: Any) -> list[Record]:
@@ -107,6 +111,7 @@ class RayEngine:
     n_threads: int
     dtype: str
     device: str | None
+    backend: BackendName = "auto"
     starting: dict[Any, Any] = field(default_factory=dict)
     """Reference to a worker's first answer -> the worker that waits for its place."""
     loading: dict[Any, Any] = field(default_factory=dict)
@@ -223,7 +228,7 @@ class RayEngine:
             self._start()
             return
         if stage is self.starting:
-            self.loading[worker.load.remote(self.model, self.dtype, self.device)] = worker
+            self.loading[worker.load.remote(self.model, self.dtype, self.device, self.backend)] = worker
             return
         self.held = digest
         self._check_weights(expected)

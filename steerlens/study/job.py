@@ -28,7 +28,8 @@ from steerlens.data.pairs import PairSet
 from steerlens.data.splits import at_most, query_ids, three_parts
 from steerlens.errors import DataError, SteerlensError
 from steerlens.files import Journal, content_key, json_lines, start_folder, writable_folder, write_atomically
-from steerlens.models.facts import check_layer, library_versions, model_digest, model_facts, model_id
+from steerlens.models.choice import backend_used, use_backend
+from steerlens.models.facts import check_layer, library_versions, model_digest, model_facts, model_id, resid_post
 from steerlens.models.load import load_model
 from steerlens.models.prompts import encode_all, frame, pinned, template_digest
 from steerlens.models.stops import check_stop_ids
@@ -37,7 +38,7 @@ from steerlens.steering.edits import check_plan
 from steerlens.steering.plan import Plan
 from steerlens.steering.scores import bind
 from steerlens.steering.settings import SamplingConfig
-from steerlens.study.config import PLACE, RunConfig, SearchConfig, SweepConfig, pairs_for
+from steerlens.study.config import PLACE, ModelConfig, RunConfig, SearchConfig, SweepConfig, pairs_for
 from steerlens.study.pages import RESULTS, write_facts, write_run_report
 from steerlens.study.quality import Quality
 from steerlens.study.responses import Engine, Sampler, cells_of, requests_for
@@ -115,11 +116,7 @@ def run(
         config = replace(config, model=model_id(model), dtype=str(model.cfg.dtype).removeprefix("torch."))
     config = replace(config, pairs=pairs_for(config.pairs, config.model))
     train, valid, test, notes = select_pairs(config, n_test=config.n_test)
-    model = (
-        model
-        if model is not None
-        else load_model(config.model, dtype=config.dtype, device=config.device, progress=progress)
-    )
+    model = model if model is not None else _loaded(config, progress=progress)
     config = replace(config, prompt_format=pinned(model, config.prompt_format, folder))
     _say(progress, f"{model_facts(model)['model']}: {train!r} to fit, {valid!r} to search, {test!r} to test")
     check_settings(config, model, valid, test, attention)
@@ -200,7 +197,7 @@ def run_sweep(config: SweepConfig, out: str | Path, *, progress: bool = True) ->
     quality = Quality.for_gate(config.gate, config.quality_model)
     quality.load()
     train, valid, _, _ = select_pairs(config)
-    model = load_model(config.model, dtype=config.dtype, device=config.device, progress=progress)
+    model = _loaded(config, progress=progress)
     config = replace(config, prompt_format=pinned(model, config.prompt_format, folder))
     searched: Any
     if by_coeff is None:
@@ -284,6 +281,7 @@ def engine_for(config: SearchConfig) -> Iterator[Engine | None]:
         n_workers=config.n_workers,
         dtype=config.dtype,
         device=config.device,
+        backend=config.backend,
     ) as engine:
         yield engine
 
@@ -468,6 +466,12 @@ def vectors_in(
     )
 
 
+def _loaded(config: ModelConfig, *, progress: bool) -> Any:
+    model = load_model(config.model, dtype=config.dtype, device=config.device, progress=progress)
+    use_backend(model, config.backend)
+    return model
+
+
 def _facts(
     config: RunConfig,
     model: Any,
@@ -481,6 +485,7 @@ def _facts(
     scores = pd.concat([one.scores for one in found.values()])
     return {
         **model_facts(model),
+        "backend": backend_used(model, map(resid_post, range(int(model.cfg.n_layers)))),
         "vectors from": f"{config.pairs}: {train!r}",
         "searched on": f"{config.pairs}: {valid!r}",
         "tested on": f"{config.data or config.pairs}: {test!r}",

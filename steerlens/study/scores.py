@@ -35,14 +35,16 @@ from steerlens.checks.registry import check_all
 from steerlens.data.pairs import PairSet
 from steerlens.errors import DataError
 from steerlens.files import content_key, json_lines, start_folder, user_path, write_atomically
+from steerlens.models.choice import backend_used
 from steerlens.models.facts import library_versions, model_id
 from steerlens.stats.comparisons import compare_cells, mean_intervals
 from steerlens.stats.rates import rates_and_quality
 from steerlens.stats.words import distinct_n, distinct_share, repetition, words
+from steerlens.steering.edits import edited_sites
 from steerlens.steering.gates import GatedToken, gate_stats
 from steerlens.steering.plan import Plan
 from steerlens.steering.scores import bind
-from steerlens.study.quality import Quality, Response, measure
+from steerlens.study.quality import Known, Quality, Response, measure
 from steerlens.study.responses import Request, Sampler, SamplerSettings, requests_for, sampler_in
 
 if TYPE_CHECKING:
@@ -245,9 +247,11 @@ def start_results(
         "prompt_format": asdict(sampler.prompt_format),
         "pairs": repr(pairs),
     }
-    keys = [sampler.key(request) for request in requests]
+    keys = sampler.keys(requests)
     identity = content_key([keys, {**settings, "quality": quality.content()}, pairs.content_hash])
-    start_folder(Path(folder), kind, identity, settings, results)
+    plans = {id(request.plan): request.plan for request in requests}.values()
+    backend = backend_used(sampler.model, edited_sites(sampler.model, plans))
+    start_folder(Path(folder), kind, identity, {**settings, "backend": backend}, results)
 
 
 def require_checks(requests: Sequence[Request]) -> None:
@@ -282,8 +286,36 @@ def score(sampler: Sampler, requests: Sequence[Request], *, quality: Quality = Q
         4
     """
     require_checks(requests)
-    records = sampler.generate(requests)
-    frame = pd.DataFrame(_score(request, record) for request, record in zip(requests, records, strict=True))
+    answers = sampler.generate(requests)
+    judged: dict[str, tuple[bool, bool]] = {}
+    known: Known = {}
+    parts = []
+    for start in range(0, len(requests), SCORED_AT_ONCE):
+        some = slice(start, start + SCORED_AT_ONCE)
+        parts.append(_scores(sampler, requests[some], list(answers[some]), quality, judged, known))
+    return pd.concat(parts, ignore_index=True)
+
+
+SCORED_AT_ONCE = 1024
+"""Responses that are held at a time, beside the columns made of them."""
+
+
+def _scores(
+    sampler: Sampler,
+    requests: Sequence[Request],
+    records: Sequence[Mapping[str, Any]],
+    quality: Quality,
+    judged: dict[str, tuple[bool, bool]],
+    known: Known,
+) -> pd.DataFrame:
+    """The scores of some of the requests; verdicts and qualities that are new are added to those of the others."""
+    plans = {place: plan_columns(plan) for place, plan in {id(one.plan): one.plan for one in requests}.items()}
+    frame = pd.DataFrame(
+        [
+            _score(request, record, plans[id(request.plan)], judged)
+            for request, record in zip(requests, records, strict=True)
+        ]
+    )
     frame["layer"] = frame["layer"].astype("Int64")
     responses = [
         Response(
@@ -298,21 +330,27 @@ def score(sampler: Sampler, requests: Sequence[Request], *, quality: Quality = Q
         )
         for request, record in zip(requests, records, strict=True)
     ]
-    return frame.join(measure(sampler.model, responses, quality, batch_size=sampler.batch_size))
+    return frame.join(measure(sampler.model, responses, quality, batch_size=sampler.batch_size, known=known))
 
 
-def _score(request: Request, record: Mapping[str, Any]) -> dict[str, Any]:
+def _score(
+    request: Request, record: Mapping[str, Any], plan: Mapping[str, Any], judged: dict[str, tuple[bool, bool]]
+) -> dict[str, Any]:
     pair, text = request.pair, record["text"]
-    verdicts = check_all(text, pair.instruction_ids, pair.kwargs)
+    case = content_key([text, pair.instruction_ids, pair.kwargs])
+    if case not in judged:  # many candidates make a model say the same, and a language takes milliseconds to tell
+        verdicts = check_all(text, pair.instruction_ids, pair.kwargs)
+        judged[case] = all(verdict.loose for verdict in verdicts), all(verdict.strict for verdict in verdicts)
+    followed, followed_strict = judged[case]
     return {
         "prompt_id": pair.prompt_id,
         "instruction": pair.instruction_id,
         "condition": request.condition,
-        **plan_columns(request.plan),
+        **plan,
         "trial": request.trial,
         "seed": request.seed,
-        "followed": all(verdict.loose for verdict in verdicts),
-        "followed_strict": all(verdict.strict for verdict in verdicts),
+        "followed": followed,
+        "followed_strict": followed_strict,
         "degenerate": is_degenerate(text, record["tokens"]),
         "n_words": len(words(text)),
         "repetition": repetition(text),

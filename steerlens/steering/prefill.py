@@ -1,0 +1,111 @@
+"""Prompts up to their last tokens, run once for all rows that have them in common, to go on with beside other rows.
+
+    stem    a prompt before its last token, and what steers it there
+
+Rows of one stem have the same keys and values there: trials, or strengths that steer only the last token or the generated ones.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
+
+from steerlens.models.backends import Cache
+from steerlens.models.rows import n_hidden, pad, pad_id
+from steerlens.steering.batches import Job, Row, edits_of
+from steerlens.steering.plan import Plan
+
+
+@dataclass(frozen=True, eq=False)
+class Begun:
+    """Rows whose prompts were run up to their last tokens."""
+
+    cache: Cache | None
+    """None where there is nothing before these."""
+    mask: Int[Tensor, "row past"]
+
+    def select(self, keep: Int[Tensor, " kept"]) -> "Begun":
+        """Some of the rows, as often as they come; this one stays as it is."""
+        return Begun(None if self.cache is None else self.cache.fork().select(keep), self.mask[keep])
+
+    def trimmed(self) -> "Begun":
+        """Without columns that are padding in every row; this one is used up."""
+        n = n_hidden(self.mask)
+        return Begun(None if self.cache is None else self.cache.without(n), self.mask[:, n:])
+
+
+def begin(job: Job, rows: Sequence[Row]) -> Begun:
+    """Run rows' prompts up to their last tokens, once per stem."""
+    keys = stems(job, rows)
+    first = {key: place for place, key in reversed(list(enumerate(keys)))}
+    once = sorted(first.values())
+    chosen = [rows[place] for place in once]
+    # Windows count from the whole prompt's end, though its last token comes later.
+    lengths = [len(row.prompt) for row in chosen]
+    fed = pad([row.prompt[:-1] for row in chosen], pad_id=pad_id(job.model), prompt_lengths=lengths)
+    begun = Begun(None, fed.mask)
+    if fed.tokens.shape[1]:
+        begun = Begun(job.runner.run(fed, edits=edits_of(job, chosen), keep_cache=True).cache, fed.mask)
+    if len(once) == len(rows):
+        return begun
+    share = torch.tensor([once.index(first[key]) for key in keys])
+    # Not every cache can be forked, and this one is wanted no more.
+    return Begun(None if begun.cache is None else begun.cache.select(share), begun.mask[share])
+
+
+class Beginner:
+    """Begins rows a few at a time, and runs a stem once, however many of its rows still wait.
+
+    Args:
+        waiting: The rows that are still to come, the next one last; those of one prompt are side by side.
+    """
+
+    def __init__(self, job: Job, waiting: Sequence[Row]) -> None:
+        self.job, self.waiting = job, waiting
+        self.stem: Any = None
+        self.kept: Begun | None = None
+        """The one row of that stem, while others of it wait."""
+
+    def begin(self, rows: Sequence[Row]) -> list[tuple[list[int], Begun]]:
+        """Rows, begun, in parts: their places among those that were given, and what they go on from."""
+        keys = stems(self.job, rows)
+        again = [place for place, key in enumerate(keys) if key == self.stem]
+        fresh = [place for place, key in enumerate(keys) if key != self.stem]
+        parts = []
+        if again and self.kept is not None:
+            parts.append((again, self.kept.select(torch.zeros(len(again), dtype=torch.long))))
+        if fresh:
+            parts.append((fresh, begin(self.job, [rows[place] for place in fresh])))
+        self.keep(keys[-1], parts[-1][1])
+        return parts
+
+    def keep(self, stem: Any, begun: Begun) -> None:
+        """Remember the last of some rows, if the next one that waits has its stem."""
+        wanted = bool(self.waiting) and stems(self.job, [self.waiting[-1]]) == [stem]
+        last = torch.tensor([len(begun.mask) - 1])
+        self.stem, self.kept = (stem, begun.select(last).trimmed()) if wanted else (None, None)
+
+
+def stems(job: Job, rows: Sequence[Row]) -> list[Any]:
+    """What tells each row's stem from others; a row that shares nothing has its own."""
+    return [_stem(row) if splits(job, [row]) and len(row.prompt) > 1 else row.index for row in rows]
+
+
+def _stem(row: Row) -> Any:
+    end = len(row.prompt) - 1
+    # Only what acts before the last token: rows that differ at it, or after it, still have the same keys and values here.
+    early = Plan(tuple(step for step in row.plan.active.interventions if step.bounds(end + 1)[0] < end))
+    return tuple(row.prompt), early.digest
+
+
+def splits(job: Job, rows: Sequence[Row]) -> bool:
+    """Whether prompts may be run in two parts: queries that pool must be run at once, and what more edits do is not known."""
+    return not job.more_edits and not pools(rows)
+
+
+def pools(rows: Sequence[Row]) -> bool:
+    """Whether queries of a prompt depend on each other in any row, by what always acts on it."""
+    return any(step.pooled for row in rows for step in row.plan.ungated.attention)

@@ -1,0 +1,242 @@
+"""Places of a batch are filled again: the same text as without, in as few passes and copies as the rule says, however it ends."""
+
+import random
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from steerlens.models.backends import BridgeCache, HookedCache, Table, put
+from steerlens.models.load import load_model
+from steerlens.models.passes import run_pass
+from steerlens.models.probe import abilities
+from steerlens.models.rows import n_hidden, pad
+from steerlens.steering import cached
+from steerlens.steering.generations import Generation, Token
+from steerlens.steering.sampling import generate, stream, stream_tokens
+from tests.conftest import Passes, Subject, hooks_on
+from tests.near_ties import assert_same_text
+from tests.steering.test_sampling import PROMPTS, oracle, save_all
+from tests.steps import OPERATORS, RULES, as_plan, step
+from tests.zoo import save_animal
+
+STOP = [60, 75, 90, 101, 111, 120, 200]
+"""Tokens at which rows end here, so that they end at different times."""
+
+
+def prompts_of(draw: random.Random, n: int) -> list[str]:
+    return [f"{draw.choice(PROMPTS)} {'x' * draw.randrange(20)}"[draw.randrange(3) :] for _ in range(n)]
+
+
+def said_of(subject: Subject, prompts: Sequence[str], **options: Any) -> dict[int, list[Token]]:
+    """The tokens of each row."""
+    said: dict[int, list[Token]] = {}
+    for one in stream_tokens(subject.model, prompts, **options):
+        if isinstance(one, Token):
+            said.setdefault(one.index, []).append(one)
+    return said
+
+
+# --- the same text -------------------------------------------------------------------------------------------------
+
+
+# Seed 5 draws a token between two whose logits part at the sixth digit, and rounding decides.
+@pytest.mark.parametrize("seed", [0, 1, 2, 3, 4, 6])
+def test_refilled_rows_say_what_they_say_without(tiny: Subject, seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    draw = random.Random(seed)
+    n = draw.randrange(8, 20)
+    prompts = prompts_of(draw, n)
+    if seed % 2:  # rows of one prompt, some of one stem
+        prompts = [draw.choice(prompts[:4]) for _ in prompts]
+    plans = [
+        as_plan([step(draw.choice(OPERATORS), draw.choice(RULES), layer=draw.randrange(4), seed=row)])
+        for row in range(n)
+    ]
+    options: dict[str, Any] = {
+        "steering": [draw.choice([plan, as_plan([])]) for plan in plans],
+        "stop_ids": draw.sample(range(3, 260), 20),
+        "stop": ["q"] if seed % 3 else [],
+        "temperature": 1.0,
+        "seed": range(n),
+        "max_new_tokens": draw.randrange(14, 28),
+    }
+    size = draw.randrange(2, 7)
+    found = generate(tiny.model, prompts, batch_size=size, **options)
+    assert len({len(row.tokens) for row in found}) > 2, "rows end together, and show nothing"
+    assert found == generate(tiny.model, prompts, batch_size=1, **options)
+    streamed = stream(tiny.model, prompts, batch_size=size, **options)
+    assert sorted(streamed, key=lambda row: row.index) == found
+    said, alone = (said_of(tiny, prompts, batch_size=some, **options) for some in (size, 1))
+    assert {index: tuple(one.id for one in row) for index, row in said.items()} == {
+        row.index: row.tokens for row in found
+    }
+    # Texts of a model with random weights hide small faults, probabilities do not.
+    for index, row in said.items():
+        assert [one.log_prob for one in row] == pytest.approx([one.log_prob for one in alone[index]], abs=1e-4)
+    monkeypatch.setattr(cached, "REFILL", 0)
+    assert found == generate(tiny.model, prompts, batch_size=size, **options)
+
+
+def test_greedy_rows_that_come_in_later_say_what_the_plain_loop_says(tiny: Subject) -> None:
+    steps = [[step(OPERATORS[row % 3], RULES[row % 5], layer=row % 4, seed=row)] for row in range(len(PROMPTS))]
+    expected = oracle(tiny, PROMPTS, steps, max_new_tokens=20)
+    plans = [as_plan(some) for some in steps]
+    found = generate(tiny.model, PROMPTS, steering=plans, max_new_tokens=20, batch_size=4)
+    assert_same_text(expected, [row.tokens for row in found])
+
+
+@pytest.mark.bridge
+@pytest.mark.parametrize("name", ["gemma2", "mistral", "bloom", "falcon", "gpt-neo", "gptj"])
+def test_windows_and_positions_hold_in_a_row_that_comes_in_later(name: str, tmp_path: Path, passes: Passes) -> None:
+    model = load_model(save_animal(name, tmp_path), progress=False)
+    assert abilities(model, 40).cache
+    options: dict[str, Any] = {"max_new_tokens": 24, "temperature": 1.0, "seed": range(12), "stop_ids": STOP}
+    found = generate(model, PROMPTS[:12], batch_size=3, **options)
+    assert any(rows.tokens.shape[0] < 3 and rows.tokens.shape[1] > 1 for rows, _ in passes[1:]), (
+        "nothing was filled again"
+    )
+    assert found == generate(model, PROMPTS[:12], batch_size=1, **options)
+
+
+# --- what it takes -------------------------------------------------------------------------------------------------
+
+
+def passes_of(prompt_lengths: Sequence[int], n_tokens: Sequence[int], size: int) -> tuple[list[tuple[int, int]], int]:
+    """The shape of every pass over rows that say so many tokens, and how often free places are dropped."""
+    waiting = sorted(zip(prompt_lengths, n_tokens, strict=True), key=lambda row: -row[0])
+    shapes, n_dropped = [], 0
+    while waiting:
+        places, waiting = [list(row) for row in waiting[:size]], waiting[size:]
+        whole, first = max(length for length, _ in places), True
+        while any(left for _, left in places):
+            free = [row for row in places if not row[1]]
+            if waiting and 8 * len(free) >= size and free:
+                new, waiting = waiting[: len(free)], waiting[len(free) :]
+                shapes.append((len(new), max(length for length, _ in new) - 1))
+                for row, one in zip(free, new, strict=False):
+                    row[:] = one
+            elif not waiting and free and 4 * len(free) >= len(places):
+                places, n_dropped = [row for row in places if row[1]], n_dropped + 1
+            shapes.append((len(places), whole if first else 1))
+            first = False
+            for row in places:
+                row[1] = max(0, row[1] - 1)
+    return shapes, n_dropped
+
+
+@pytest.mark.parametrize("size", [2, 5, 12])
+def test_every_pass_and_every_copy_of_the_cache_is_accounted_for(
+    tiny: Subject, size: int, passes: Passes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    copies = 0
+    for kind in (BridgeCache, HookedCache):
+        real = kind.select
+
+        def counting(self: Any, keep: torch.Tensor, real: Any = real) -> Any:
+            nonlocal copies
+            copies += 1
+            return real(self, keep)
+
+        monkeypatch.setattr(kind, "select", counting)
+    prompts = [f"{prompt} {'y' * number}" for number, prompt in enumerate(PROMPTS * 2)]
+    options: dict[str, Any] = {"temperature": 1.0, "seed": range(len(prompts)), "stop_ids": STOP, "max_new_tokens": 24}
+    # What is found out about a model is found out before.
+    generate(tiny.model, prompts, max_new_tokens=24, stop_ids=range(260))
+    passes.clear()
+    copies = 0
+    found = generate(tiny.model, prompts, batch_size=size, **options)
+    lengths = [len(row.prompt_tokens) for row in found]
+    shapes, n_dropped = passes_of(lengths, [len(row.tokens) for row in found], size)
+    assert [tuple(rows.tokens.shape) for rows, _ in passes] == shapes
+    assert copies == n_dropped
+    # Each prompt is run once: padding aside, these are all the tokens that are fed.
+    fed = sum(int((rows.mask[:, -rows.tokens.shape[1] :]).sum()) for rows, _ in passes)
+    assert fed == sum(lengths) + sum(len(row.tokens) - 1 for row in found)
+
+
+def test_a_batch_is_never_wider_than_its_longest_row(tiny: Subject, passes: Passes) -> None:
+    options: dict[str, Any] = {"temperature": 1.0, "seed": range(36), "stop_ids": STOP, "max_new_tokens": 30}
+    found = generate(tiny.model, PROMPTS * 2, batch_size=4, **options)
+    decoded = [rows for rows, _ in passes if rows.tokens.shape[1] == 1]
+    assert len(decoded) > 60
+    for rows in decoded:
+        assert n_hidden(rows.mask * rows.mask[:, -1:]) == 0
+    assert max(rows.mask.shape[1] for rows in decoded) <= max(len(row.prompt_tokens) + len(row.tokens) for row in found)
+
+
+def test_a_stem_is_run_once_however_its_rows_come_in(llama: Subject, passes: Passes) -> None:
+    options: dict[str, Any] = {"temperature": 1.0, "seed": range(30), "stop_ids": STOP, "max_new_tokens": 12}
+    for first, expected in ((20, [1, 1]), (2, [2])):  # of the first prompt; two prompts begin a batch together
+        prompts = ["Tell me about it."] * first + ["Tell me of it."] * (30 - first)
+        passes.clear()
+        found = generate(llama.model, prompts, batch_size=4, **options)
+        prefilled = [rows.tokens.shape[0] for rows, _ in passes if rows.tokens.shape[1] > 1]
+        assert prefilled == expected
+        assert found == generate(llama.model, prompts, batch_size=1, **options)
+
+
+# --- however it ends -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("failure", [RuntimeError, KeyboardInterrupt])
+def test_a_failure_while_places_are_filled_leaves_no_hook(
+    llama: Subject, failure: type[BaseException], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options: dict[str, Any] = {
+        "steering": as_plan([step("add", "all")]),
+        "temperature": 1.0,
+        "seed": range(len(PROMPTS)),
+        "stop_ids": STOP,
+        "max_new_tokens": 20,
+        "batch_size": 4,
+    }
+    whole = list(stream(llama.model, PROMPTS, **options))
+    hooks_at_failure: list[str] = []
+
+    def failing(*_: Any) -> None:
+        hooks_at_failure.extend(hooks_on(llama.model))
+        raise failure
+
+    monkeypatch.setattr(cached, "put", failing)
+    finished: list[Generation] = []
+    with pytest.raises(failure):
+        save_all(stream(llama.model, PROMPTS, **options), finished)
+    assert hooks_at_failure, "the failure must come while hooks are on"
+    assert hooks_on(llama.model) == []
+    assert finished == whole[: len(finished)]
+    assert finished
+
+
+# --- parts ---------------------------------------------------------------------------------------------------------
+
+
+def test_rows_are_written_right_aligned_and_what_is_left_of_them_is_empty() -> None:
+    table = Table(torch.ones(3, 2, 4, 1), 2)
+    table.put(torch.tensor([2, 0]), Table(torch.arange(2.0, 10).reshape(2, 2, 2, 1), 2))
+    assert table.tensor[..., 0].tolist() == [
+        [[0, 0, 6, 7], [0, 0, 8, 9]],
+        [[1, 1, 1, 1], [1, 1, 1, 1]],
+        [[0, 0, 2, 3], [0, 0, 4, 5]],
+    ]
+    table.put(torch.tensor([1]), None)
+    assert not table.tensor[1].any()
+
+
+def test_a_cache_without_its_padding_goes_on_alike(tiny: Subject) -> None:
+    rows = pad([[5, 6, 7, 8, 9, 10, 11, 12], [7, 8, 9]]).to(tiny.model.cfg.device)
+    begun = run_pass(tiny.model, rows, keep_cache=True).cache
+    assert begun is not None
+    short = rows.select(torch.tensor([1]))
+    one = begun.select(torch.tensor([1]))
+    wide = run_pass(tiny.model, short.then(torch.tensor([[4]])), cache=one.fork(), keep_cache=True)
+    narrow = run_pass(tiny.model, pad([[7, 8, 9]]).then(torch.tensor([[4]])), cache=one.without(5), keep_cache=True)
+    torch.testing.assert_close(narrow.logits, wide.logits)
+    other = run_pass(tiny.model, pad([[3, 4]]), keep_cache=True).cache
+    assert narrow.cache is not None
+    put(narrow.cache, torch.tensor([0]), other)
+    again = run_pass(
+        tiny.model, pad([[3, 4]]).then(torch.tensor([[9]])), cache=narrow.cache.without(2), keep_cache=True
+    )
+    torch.testing.assert_close(again.logits, run_pass(tiny.model, pad([[3, 4, 9]])).logits)
