@@ -2,6 +2,9 @@
 # make test: set up, then lint, types and tests
 # make docs: set up, then the documentation site in site/, its notebooks executed; EXECUTE=no leaves out what was not executed before
 # make compat: the tests of what differs with TransformerLens 3.9, on its HookedTransformer and on its bridge
+# make bench: speed and memory beside other toolkits, each in an environment of its own under .bench/ (an hour or two); writes
+#             benchmarks/RESULTS.md. THREADS=1 CLOCK=processor where the machine has other work
+# make bench-quick: its ratios, in three minutes once the environments are there
 
 PYTHON ?= python3
 VENV := .venv
@@ -13,7 +16,7 @@ COMPAT := $(CURDIR)/.compat
 ON_3 = HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 PYTHONPATH=$(COMPAT) $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet
 
-.PHONY: demo test docs compat setup lint types unit clean
+.PHONY: demo test docs compat bench bench-quick setup lint types unit clean
 
 setup: $(READY)
 
@@ -53,5 +56,13 @@ compat: $(COMPAT)/.ready
 	$(ON_3) -m 'not smollm2' tests/compat tests/models/test_load.py tests/models/test_passes.py
 	$(ON_3) -m 'not smollm2 and not bridge' --hooked tests/models/test_passes.py tests/steering tests/vectors/test_activations.py tests/study/test_scores.py
 
+BENCH = $(addprefix --threads ,$(THREADS)) $(addprefix --clock ,$(CLOCK))
+
+bench: $(READY)
+	$(BIN)/python -m benchmarks.peers.bench $(BENCH)
+
+bench-quick: $(READY)
+	$(BIN)/python -m benchmarks.peers.bench --quick $(BENCH)
+
 clean:
-	rm -rf $(VENV) $(COMPAT) runs site .mypy_cache .pytest_cache .ruff_cache
+	rm -rf $(VENV) $(COMPAT) .bench runs site .mypy_cache .pytest_cache .ruff_cache
