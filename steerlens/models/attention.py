@@ -24,7 +24,7 @@ from steerlens.errors import ModelError, SteerlensError
 from steerlens.models.facts import attn_scores, is_hooked_transformer, model_id, tolerance
 from steerlens.models.passes import Read, Runner
 from steerlens.models.probe import without_callers_hooks
-from steerlens.models.rows import Rows, pad, pad_id
+from steerlens.models.rows import Rows, pad, pad_id, random_rows
 
 
 def attn_pattern(layer: int) -> str:
@@ -166,9 +166,8 @@ class _Scaled:
 
 
 def _rows(model: Any) -> tuple[Rows, list[list[int]]]:
-    generator = torch.Generator().manual_seed(1)
+    (one,) = random_rows(model, [LENGTH], seed=1)
     limit = min(int(model.cfg.d_vocab), len(model.tokenizer))
-    one = torch.randint(limit, (LENGTH,), generator=generator).tolist()
     two = [*one[:CUT], (one[CUT] + 1) % limit, *one[CUT + 1 :]]
     return pad([one, two], pad_id=pad_id(model)), [one, two]
 

@@ -17,7 +17,7 @@ from steerlens.errors import ModelError, SteerlensError
 from steerlens.models.backends import Backend, LeanBackend, backend_of, per_head
 from steerlens.models.facts import attn_scores, is_hooked_transformer, model_device, model_id, resid_post, tolerance
 from steerlens.models.lean import NotSharedError, Parts, Tree, plain_tree
-from steerlens.models.rows import Rows, pad, pad_id
+from steerlens.models.rows import Rows, pad, pad_id, random_rows
 
 BackendName = Literal["auto", "hooks", "lean", "graphs"]
 """The lean pass where it may be, the bridge's hook points always, or an error where the lean pass may not be; "graphs" is "lean"
@@ -199,20 +199,14 @@ def _sites(model: Any, scores: bool) -> list[str]:
     return [kind(layer) for kind in kinds for layer in range(int(model.cfg.n_layers))]
 
 
-def _random_rows(model: Any) -> list[list[int]]:
-    generator = torch.Generator().manual_seed(2)
-    limit = min(int(model.cfg.d_vocab), len(model.tokenizer))
-    return [torch.randint(limit, (length,), generator=generator).tolist() for length in LENGTHS]
-
-
 def _whole(model: Any, backend: Backend) -> Tensor:
-    rows = pad(_random_rows(model), side="right", pad_id=pad_id(model)).to(model_device(model))
+    rows = pad(random_rows(model, LENGTHS, seed=2), side="right", pad_id=pad_id(model)).to(model_device(model))
     return backend.forward(rows, None, keep_cache=False, logits="last")[0]
 
 
 def _cached(model: Any, backend: Backend) -> Tensor:
     """Padded on the left; the last two tokens come one by one."""
-    ids = _random_rows(model)
+    ids = random_rows(model, LENGTHS, seed=2)
     rows: Rows = pad([row[:-2] for row in ids], pad_id=pad_id(model)).to(model_device(model))
     _, cache = backend.forward(rows, None, keep_cache=True, logits="last")
     for place in (-2, -1):

@@ -33,7 +33,7 @@ from steerlens.errors import ModelError, SteerlensError
 from steerlens.models.backends import Cache, put
 from steerlens.models.facts import is_hooked_transformer, model_id, resid_post, tolerance
 from steerlens.models.passes import PassResult, Read, Runner
-from steerlens.models.rows import Rows, Side, length_sorted_batches, n_hidden, pad, pad_id
+from steerlens.models.rows import Rows, Side, length_sorted_batches, n_hidden, pad, pad_id, random_rows
 
 SHORTEST = 13
 """Tokens of the longest row of the smallest probe; each next one is twice as long."""
@@ -129,11 +129,8 @@ def _rotary_limit(config: Mapping[str, Any]) -> float:
 
 def _probe(model: Any, longest: int) -> Abilities:
     """Run random rows in every way: two long ones, and a short one that is nearly all padding beside them."""
-    generator = torch.Generator().manual_seed(0)
-    # Ids that both know: a vocabulary may be padded beyond its tokenizer, and a tokenizer be larger than its model.
-    limit = min(int(model.cfg.d_vocab), len(model.tokenizer))
     lengths = (longest, max(3, longest - 7), min(6, longest))
-    rows = [torch.randint(limit, (length,), generator=generator).tolist() for length in lengths]
+    rows = random_rows(model, lengths, seed=0)
     sites = [resid_post(layer) for layer in range(int(model.cfg.n_layers))]
     try:
         with without_callers_hooks(model), Runner(model, sites) as runner:

@@ -181,6 +181,13 @@ def pad_id(model: Any) -> int:
     return int(found) if found is not None and found < int(model.cfg.d_vocab) else 0
 
 
+def random_rows(model: Any, lengths: Iterable[int], *, seed: int) -> list[list[int]]:
+    """Rows of random ids that both the model and its tokenizer know: a vocabulary may be padded, and a tokenizer be larger."""
+    generator = torch.Generator().manual_seed(seed)
+    limit = min(int(model.cfg.d_vocab), len(model.tokenizer))
+    return [torch.randint(limit, (length,), generator=generator).tolist() for length in lengths]
+
+
 def length_sorted_batches(lengths: Sequence[int], batch_size: int) -> list[list[int]]:
     """Indices grouped so that rows of like length share a batch, longest first (an out-of-memory shows at once)."""
     if batch_size < 1:
