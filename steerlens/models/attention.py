@@ -32,22 +32,12 @@ def attn_pattern(layer: int) -> str:
     return f"blocks.{layer}.attn.hook_pattern"
 
 
-def attn_in(model: Any, layer: int) -> str:
-    """The hook name of what goes into a layer's attention, after the norm; see `normed`."""
-    return f"blocks.{layer}.ln1.hook_normalized" if is_hooked_transformer(model) else f"blocks.{layer}.attn.hook_in"
-
-
 def normed(model: Any, layer: int, found: Float[Tensor, "row d_model"]) -> Float[Tensor, "row d_model"]:
     """What was read at `attn_in` with the norm's weight, which a HookedTransformer multiplies by only after its hook point."""
     norm = model.blocks[layer].ln1 if is_hooked_transformer(model) else None
     weight, bias = (getattr(norm, name, None) for name in ("w", "b"))
     found = found if weight is None else found * weight.detach().float().cpu()
     return found if bias is None else found + bias.detach().float().cpu()
-
-
-def attn_out(model: Any, layer: int) -> str:
-    """The hook name of what comes out of a layer's attention, after its output projection."""
-    return f"blocks.{layer}.hook_attn_out" if is_hooked_transformer(model) else f"blocks.{layer}.attn.hook_out"
 
 
 def softcap(model: Any, layer: int) -> float | None:

@@ -12,9 +12,10 @@ tokenizer's files, and `facts.coordinate_frame` tells whether its weights were f
 import copy
 import functools
 import inspect
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
+from itertools import groupby
 from typing import Any, Literal, Protocol, runtime_checkable
 
 import torch
@@ -40,7 +41,7 @@ class Table:
 
     def newest(self, rows: Int[Tensor, " some"]) -> Tensor:
         """A copy of some rows' newest column."""
-        return self.tensor.select(self.axis, -1)[rows.to(self.tensor.device)]
+        return self.tensor.select(self.axis, -1).index_select(0, rows.to(self.tensor.device))
 
     def put_newest(self, rows: Int[Tensor, " some"], column: Tensor) -> None:
         """Write some rows' newest column."""
@@ -57,11 +58,12 @@ class Table:
     def step_back(self, rows: Int[Tensor, " some"], before: "Table | None") -> None:
         """Give some rows what they held before the newest column, with one more column of padding on their left."""
         rows = rows.to(self.tensor.device)
-        width = self.tensor.shape[self.axis]
-        padding = torch.zeros_like(self.tensor[rows].narrow(self.axis, 0, 1))
-        held = padding if before is None else torch.cat([padding, before.tensor[rows]], dim=self.axis)
-        # A window that is full keeps no padding.
-        self.tensor[rows] = held.narrow(self.axis, held.shape[self.axis] - width, width)
+        # A copy: both may be views of the same memory.
+        held = None if before is None else before.tensor.index_select(0, rows)
+        self.tensor.select(self.axis, 0)[rows] = 0
+        if held is not None:
+            width = held.shape[self.axis]  # that of these where a window is full, which then keeps no padding
+            self.tensor.narrow(self.axis, self.tensor.shape[self.axis] - width, width)[rows] = held
 
 
 @runtime_checkable
@@ -70,6 +72,9 @@ class Cache(Protocol):
 
     def select(self, keep: Int[Tensor, " kept"]) -> "Cache":
         """The cache of some rows, in the given order and as often as they come; this one is used up."""
+
+    def extended(self, rows: Sequence[int]) -> "Cache":
+        """The cache with copies of some of its rows after its own; this one is used up."""
 
     def copy(self) -> "Cache":
         """The same again, sharing nothing."""
@@ -171,27 +176,45 @@ SPARE = 32
 
 
 class RoomyLayer(DynamicLayer):
-    """A layer of a cache that has room for columns to come: it copies what it holds once in `SPARE` columns, and not at each."""
+    """A layer of a cache that has room for columns and rows to come: it copies what it holds once in `SPARE` columns, and not at
+    each."""
 
     keys: Any
     values: Any
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        start, n_new = self.keys.shape[-2], key_states.shape[-2]
-        room = self.__dict__.get("room")
-        # Where rows have left, or the tensors were replaced, the room is another's.
-        own = room is not None and room[0].data_ptr() == self.keys.data_ptr() and len(room[0]) == len(self.keys)
-        if room is None or not own or room[0].shape[-2] < start + n_new:
-            width = start + n_new + SPARE
-            room = self.room = tuple(
-                held.new_empty(*held.shape[:-2], width, held.shape[-1]) for held in (self.keys, self.values)
-            )
-            room[0].narrow(-2, 0, start).copy_(self.keys)
-            room[1].narrow(-2, 0, start).copy_(self.values)
-        room[0].narrow(-2, start, n_new).copy_(key_states)
-        room[1].narrow(-2, start, n_new).copy_(value_states)
-        self.keys, self.values = room[0].narrow(-2, 0, start + n_new), room[1].narrow(-2, 0, start + n_new)
+        n_rows, start = len(self.keys), self.keys.shape[-2]
+        tables = self._with_room(n_rows, start + key_states.shape[-2])
+        for table, new in zip(tables, (key_states, value_states), strict=True):
+            table[..., start:, :].copy_(new)
+        self.keys, self.values = tables
         return self.keys, self.values
+
+    def extend(self, rows: Sequence[int]) -> None:
+        """Copies of some rows after these; fastest where those of one row are side by side."""
+        place = len(self.keys)
+        tables = self._with_room(place + len(rows), self.keys.shape[-2])
+        for row, copies in groupby(rows):
+            n = len(list(copies))
+            for table in tables:
+                table.narrow(0, place, n).copy_(table[row])
+            place += n
+        self.keys, self.values = tables
+
+    def _with_room(self, n_rows: int, n_columns: int) -> list[Tensor]:
+        """So many rows and columns of the tables, the first of them those that are held."""
+        held, room = (self.keys, self.values), self.__dict__.get("room")
+        shape = (0, 0)
+        # Else rows have left, or the tensors were replaced, and the room is another's.
+        if room is not None and room[0].data_ptr() == held[0].data_ptr() and room[0].stride() == held[0].stride():
+            shape = (len(room[0]), room[0].shape[-2])
+        if shape[0] < n_rows or shape[1] < n_columns:
+            rows, columns = max(shape[0], n_rows), max(shape[1], n_columns + SPARE)
+            room = self.room = [one.new_empty(rows, *one.shape[1:-2], columns, one.shape[-1]) for one in held]
+            for table, one in zip(room, held, strict=True):
+                table.narrow(0, 0, len(one)).narrow(-2, 0, one.shape[-2]).copy_(one)
+        assert room is not None
+        return [table.narrow(0, 0, n_rows).narrow(-2, 0, n_columns) for table in room]
 
 
 @dataclass(frozen=True, eq=False)
@@ -207,6 +230,15 @@ class BridgeCache:
         for layer in self.cache.layers:
             if layer.get_seq_length() > 0:  # twice as fast as indexing, which batch_select_indices does
                 chosen = keep.to(layer.keys.device)
+                layer.keys, layer.values = layer.keys.index_select(0, chosen), layer.values.index_select(0, chosen)
+        return self
+
+    def extended(self, rows: Sequence[int]) -> "BridgeCache":
+        for layer in self.cache.layers:
+            if type(layer) is RoomyLayer:
+                layer.extend(rows)
+            elif layer.get_seq_length() > 0:
+                chosen = torch.tensor([*range(len(layer.keys)), *rows], device=layer.keys.device)
                 layer.keys, layer.values = layer.keys.index_select(0, chosen), layer.values.index_select(0, chosen)
         return self
 
@@ -229,10 +261,8 @@ class BridgeCache:
         forked = copy.copy(self.cache)
         forked.layers = [copy.copy(layer) for layer in self.cache.layers]
         for layer in forked.layers:
-            if type(layer) is RoomyLayer:
-                # What this one appends next must not be what the other appends.
-                layer.__class__ = DynamicLayer
-                layer.__dict__.pop("room", None)
+            # What this one appends next must not be what the other appends.
+            layer.__dict__.pop("room", None)
         return BridgeCache(forked)
 
     def first(self, n: int) -> "BridgeCache":
@@ -356,6 +386,9 @@ class HookedCache:
         mask = self.cache.previous_attention_mask
         self.cache.previous_attention_mask = mask[keep.to(mask.device)]
         return self
+
+    def extended(self, rows: Sequence[int]) -> "HookedCache":
+        return self.select(torch.tensor([*range(len(self.cache.previous_attention_mask)), *rows]))
 
     def copy(self) -> "HookedCache":
         # Entries are replaced when they grow and never written into, so their tensors may be shared.

@@ -1,11 +1,12 @@
 """Which backend runs a pass: the plain modules below a bridge, or its hook points.
 
-The plain modules are used for passes that edit and read nothing but blocks' outputs and attention scores, where they were seen to
-give what the hook points give: random rows are run both ways, padded on either side, whole and with a cache, while every layer
-is nudged, and residuals, scores and logits must agree. That is tried once for a model, and again when parts of it were replaced.
+The plain modules are used for passes that edit and read nothing but blocks' outputs and attention's scores, input and output,
+where they were seen to give what the hook points give: random rows are run both ways, padded on either side, whole and with a
+cache, while every layer is nudged, and what is at these sites and the logits must agree. That is tried once for a model, and
+again when parts of it were replaced.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 from weakref import WeakKeyDictionary
@@ -15,7 +16,16 @@ from torch import Tensor
 
 from steerlens.errors import ModelError, SteerlensError
 from steerlens.models.backends import Backend, LeanBackend, backend_of, per_head
-from steerlens.models.facts import attn_scores, is_hooked_transformer, model_device, model_id, resid_post, tolerance
+from steerlens.models.facts import (
+    attn_in,
+    attn_out,
+    attn_scores,
+    is_hooked_transformer,
+    model_device,
+    model_id,
+    resid_post,
+    tolerance,
+)
 from steerlens.models.lean import NotSharedError, Parts, Tree, plain_tree
 from steerlens.models.rows import Rows, pad, pad_id, random_rows
 
@@ -32,7 +42,7 @@ class _Known:
     parts: Parts
     """What the model consisted of then."""
     reasons: dict[Any, str]
-    """By dtype, device and whether scores are edited: why the tree is not used, or nothing."""
+    """By dtype, device and kind of sites: why the tree is not used, or nothing."""
 
     def __reduce__(self) -> Any:  # a copy of the model finds out for itself
         return type(None), ()
@@ -97,9 +107,8 @@ def _chosen(model: Any, sites: Iterable[str]) -> tuple[Tree | None, str]:
     if is_hooked_transformer(model):
         return None, "a HookedTransformer has no other modules"
     sites = set(sites)
-    layers = range(int(model.cfg.n_layers))
-    residuals, scores = set(map(resid_post, layers)), set(map(attn_scores, layers))
-    if others := sorted(sites - residuals - scores):
+    named = {kind: _sites(model, kind) for kind in KINDS}
+    if others := sorted(sites.difference(*named.values())):
         return None, f"{others[0]} is seen there alone"
     known = _known(model)
     if known.parts.hooked:
@@ -107,10 +116,12 @@ def _chosen(model: Any, sites: Iterable[str]) -> tuple[Tree | None, str]:
     if known.tree is None:
         return None, known.reasons[None]
     weights = next(model.parameters())
-    for open_ in (False, True)[: 2 if sites & scores else 1]:
-        key = (weights.dtype, weights.device, open_)
+    for kind in KINDS:
+        if kind != "blocks" and sites.isdisjoint(named[kind]):
+            continue
+        key = (weights.dtype, weights.device, kind)
         if key not in known.reasons:
-            known.reasons[key] = _prove(model, known.tree, scores=open_)
+            known.reasons[key] = _prove(model, known.tree, kind)
         if known.reasons[key]:
             return None, known.reasons[key]
     return known.tree, ""
@@ -135,41 +146,54 @@ LENGTHS = (13, 6, 9)
 ATTENTION = ("sdpa", "eager")
 """transformers' attention functions that are tried, the fastest first."""
 
+Kind = Literal["blocks", "scores", "attention"]
+KINDS: tuple[Kind, ...] = get_args(Kind)
+"""Sites that a tree is proved at together: blocks' outputs; attention scores; what goes into attention, and comes out."""
 
-def _prove(model: Any, tree: Tree, *, scores: bool) -> str:
+
+def _prove(model: Any, tree: Tree, kind: Kind) -> str:
     """Why a tree does not give what the hook points give, or nothing; it is left with the attention that does."""
-    wanted = [_attempt(model, backend_of(model), way, scores) for way in (_whole, _cached)]
+    sites = list(dict.fromkeys([*_sites(model, "blocks"), *_sites(model, kind)]))
+    wanted = [_attempt(model, backend_of(model), way, sites) for way in (_whole, _cached)]
     if all(isinstance(found, str) for found in wanted):
         return str(wanted[0])
-    if scores:  # of layers in the open; which attention the others have was found out before
-        return _difference(model, LeanBackend(model, tree), wanted, scores)
+    if kind != "blocks":  # which attention the layers have was found out before
+        return _difference(model, LeanBackend(model, tree), wanted, sites)
     reasons = []
     for attention in ATTENTION:
         tree.choose(attention)
-        reason = _difference(model, LeanBackend(model, tree), wanted, scores)
+        lean = LeanBackend(model, tree)
+        reason = _difference(model, lean, wanted, sites)
         if not reason:
+            gapped = _attempt(model, lean, _gapped, sites)
+            tree.gaps = tree.causal_alone and not isinstance(wanted[1], str) and not _contrast(model, gapped, wanted[1])
             return ""
         reasons.append(reason)
     return reasons[-1]
 
 
-def _difference(model: Any, lean: Backend, wanted: list[Any], scores: bool) -> str:
+def _difference(model: Any, lean: Backend, wanted: Sequence[Any], sites: Sequence[str]) -> str:
     for way, its in zip((_whole, _cached), wanted, strict=True):
-        if isinstance(its, str):
-            continue  # a way that the hook points cannot go is not gone
-        found = _attempt(model, lean, way, scores)
-        if isinstance(found, str):
-            return found
-        for name in ("logits", *_sites(model, scores)):
-            one, other = found.get(name), its.get(name)
-            if one is None or other is None:
-                return f"{name} is not computed there"
-            if one.shape != other.shape or float((one - other).norm()) > tolerance(model) * float(other.norm()):
-                return f"its plain modules compute another {name}"
+        # A way that the hook points cannot go is not gone.
+        if not isinstance(its, str) and (reason := _contrast(model, _attempt(model, lean, way, sites), its)):
+            return reason
     return ""
 
 
-def _attempt(model: Any, backend: Backend, way: Callable[..., Any], scores: bool) -> dict[str, Tensor] | str:
+def _contrast(model: Any, found: dict[str, Tensor] | str, wanted: dict[str, Tensor]) -> str:
+    """What one way of running gives otherwise than another, if anything."""
+    if isinstance(found, str):
+        return found
+    for name, its in wanted.items():
+        one = found.get(name)
+        if one is None:
+            return f"{name} is not computed there"
+        if one.shape != its.shape or float((one - its).norm()) > tolerance(model) * float(its.norm()):
+            return f"its plain modules compute another {name}"
+    return ""
+
+
+def _attempt(model: Any, backend: Backend, way: Callable[..., Any], sites: Sequence[str]) -> dict[str, Tensor] | str:
     """What a way of running gives: its logits, and each site's last column; or in words, why it does not run."""
     found: dict[str, Tensor] = {}
 
@@ -183,7 +207,6 @@ def _attempt(model: Any, backend: Backend, way: Callable[..., Any], scores: bool
 
         return hook
 
-    sites = _sites(model, scores)
     try:
         with torch.inference_mode(), backend.hooked({site: nudge(site) for site in sites}):
             logits = way(model, backend)
@@ -194,9 +217,11 @@ def _attempt(model: Any, backend: Backend, way: Callable[..., Any], scores: bool
     return {"logits": logits.float(), **found}
 
 
-def _sites(model: Any, scores: bool) -> list[str]:
-    kinds = (resid_post, attn_scores) if scores else (resid_post,)
-    return [kind(layer) for kind in kinds for layer in range(int(model.cfg.n_layers))]
+def _sites(model: Any, kind: Kind) -> list[str]:
+    layers = range(int(model.cfg.n_layers))
+    if kind == "attention":
+        return [name(model, layer) for name in (attn_in, attn_out) for layer in layers]
+    return [resid_post(layer) if kind == "blocks" else attn_scores(layer) for layer in layers]
 
 
 def _whole(model: Any, backend: Backend) -> Tensor:
@@ -204,12 +229,17 @@ def _whole(model: Any, backend: Backend) -> Tensor:
     return backend.forward(rows, None, keep_cache=False, logits="last")[0]
 
 
-def _cached(model: Any, backend: Backend) -> Tensor:
-    """Padded on the left; the last two tokens come one by one."""
+def _cached(model: Any, backend: Backend, *, gap: bool = False) -> Tensor:
+    """Padded on the left; the last two tokens come one by one, with a hidden column between them or without."""
     ids = random_rows(model, LENGTHS, seed=2)
     rows: Rows = pad([row[:-2] for row in ids], pad_id=pad_id(model)).to(model_device(model))
     _, cache = backend.forward(rows, None, keep_cache=True, logits="last")
-    for place in (-2, -1):
-        rows = rows.then(torch.tensor([[row[place]] for row in ids], device=rows.tokens.device))
+    for place, shown in ((-2, True), (-2, False), (-1, True))[:: 1 if gap else 2]:
+        new = torch.tensor([[row[place]] for row in ids], device=rows.tokens.device)
+        rows = rows.then(new, None if shown else torch.zeros_like(new))
         logits, cache = backend.forward(rows, cache, keep_cache=True, logits="last")
     return logits
+
+
+def _gapped(model: Any, backend: Backend) -> Tensor:
+    return _cached(model, backend, gap=True)

@@ -30,6 +30,16 @@ def attn_scores(layer: int) -> str:
     return f"blocks.{layer}.attn.hook_attn_scores"
 
 
+def attn_in(model: Any, layer: int) -> str:
+    """The hook name of what goes into a layer's attention, after the norm; see `attention.normed`."""
+    return f"blocks.{layer}.ln1.hook_normalized" if is_hooked_transformer(model) else f"blocks.{layer}.attn.hook_in"
+
+
+def attn_out(model: Any, layer: int) -> str:
+    """The hook name of what comes out of a layer's attention, after its output projection."""
+    return f"blocks.{layer}.hook_attn_out" if is_hooked_transformer(model) else f"blocks.{layer}.attn.hook_out"
+
+
 def layer_of(site: str) -> int:
     """The layer of a hook name: `blocks.{layer}.…`.
 

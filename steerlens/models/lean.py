@@ -1,17 +1,17 @@
 """The lean pass: the Hugging Face modules below a bridge, run as they are, without the bridge's hook points.
 
 A bridge's hook points cost a fifth of a decoding step at 135 million parameters and half of it at 3 million, and its attention
-shows every score. A pass that edits and reads nothing but blocks' outputs and attention scores needs none of it. So beside the
-bridge stands a tree of plain modules:
+shows every score. A pass that edits and reads nothing but blocks' outputs and attention's scores, input and output needs none of
+it. So beside the bridge stands a tree of plain modules:
 
     one shallow copy of each module below the bridge's wrappers
     the very same tables of parameters and buffers: no second copy in memory, and an edit of weights is seen at once; where a
     wrapper has copied weights, to split them, the sums of both are compared before each use
     configurations of its own, that choose fused attention; where scores are edited, a layer computes them in the open
 
-with a torch hook at each block that is edited or read. The tree is used where it was seen, on the model itself, to give what the
-hook points give (see `choice`), and refused with a reason otherwise: hooks of the caller's (they must fire), a module with a
-forward of its own, an attention that computes something else.
+with a torch hook at each block or attention that is edited or read. The tree is used where it was seen, on the model itself, to
+give what the hook points give (see `choice`), and refused with a reason otherwise: hooks of the caller's (they must fire), a
+module with a forward of its own, an attention that computes something else.
 """
 
 import copy
@@ -26,6 +26,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 from transformers import AttentionInterface
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from steerlens.errors import ModelError
 from steerlens.models.facts import bit_sums, layer_of, resid_post
@@ -48,10 +49,12 @@ class Tree:
     root: nn.Module
     blocks: list[nn.Module]
     attention: list[nn.Module | None]
-    """Of each layer the module that asks transformers for an attention function, where it is known."""
+    """Of each layer its attention, where it is a module of its own."""
     configs: list[Any]
     causal_alone: bool
     """Whether every layer's mask is the causal one: no windows, no chunks."""
+    gaps: bool = False
+    """Whether a hidden column may stand within a row, and what comes after it is as without it."""
 
     def choose(self, attention: str) -> None:
         """Compute attention with another of transformers' functions."""
@@ -60,23 +63,32 @@ class Tree:
 
     @contextmanager
     def hooked(self, functions: Mapping[str, Hook]) -> Iterator[None]:
-        """Hooks at blocks' outputs and scores inside the block, and none of them after it."""
+        """Hooks at blocks' outputs, and at attention's scores, input and output, inside the block, and none of them after it."""
         handles = []
         opened: list[tuple[nn.Module, Any]] = []
         try:
             for site, function in functions.items():
-                layer = layer_of(site)
-                if site.endswith("attn.hook_attn_scores"):
-                    module = self.attention[layer]
-                    if module is None:
+                layer, (*_, part, point) = layer_of(site), site.split(".")
+                if part != "attn":
+                    handles.append(self.blocks[layer].register_forward_hook(_at_output(function)))
+                    continue
+                module = self.attention[layer]
+                if module is None:
+                    raise NotSharedError("its attention is no module of its own")
+                if point == "hook_in":
+                    handles.append(module.register_forward_pre_hook(_at_input(function), with_kwargs=True))
+                elif point == "hook_out":
+                    handles.append(module.register_forward_hook(_at_output(function)))
+                else:
+                    config: Any = getattr(module, "config", None)
+                    if not hasattr(config, "_attn_implementation_internal"):
                         raise NotSharedError("its attention asks transformers for no function")
-                    config: Any = module.config
                     opened.append((module, config))
+                    if (closed := config._attn_implementation_internal) != OPEN:
+                        module.__dict__["steerlens_closed"] = ALL_ATTENTION_FUNCTIONS.get(closed)
                     module.__dict__["config"] = copy.copy(config)
                     module.__dict__["config"]._attn_implementation_internal = OPEN
                     module.__dict__.setdefault("steerlens_hooks", []).append(function)
-                else:
-                    handles.append(self.blocks[layer].register_forward_hook(_at_output(function)))
             yield
         finally:
             for handle in handles:
@@ -84,6 +96,16 @@ class Tree:
             for module, config in reversed(opened):
                 module.__dict__["config"] = config
                 module.__dict__["steerlens_hooks"].pop()
+
+
+def _at_input(function: Hook) -> Callable[..., Any]:
+    def hook(module: nn.Module, args: Any, kwargs: Any) -> Any:
+        after = function(args[0] if args else kwargs["hidden_states"], hook=None)
+        if after is None:
+            return None
+        return ((after, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": after})
+
+    return hook
 
 
 def _at_output(function: Hook) -> Callable[..., Any]:
@@ -123,8 +145,7 @@ def plain_tree(model: Any) -> Tree:
             raise NotSharedError(f"the residual after layer {layer} is no block's output")
         blocks.append(twins[id(_below(block))])
         wrapper = getattr(block, "attn", None)
-        found = twins.get(id(_below(wrapper))) if isinstance(wrapper, nn.Module) else None
-        attention.append(found if hasattr(getattr(found, "config", None), "_attn_implementation_internal") else None)
+        attention.append(twins.get(id(_below(wrapper))) if isinstance(wrapper, nn.Module) else None)
     return Tree(root, blocks, attention, configs, _causal_alone(root.config))
 
 
@@ -285,16 +306,26 @@ def open_attention(
     softcap: float | None = None,
     **more: Any,
 ) -> tuple[Float[Tensor, "row query head d_head"], None]:
-    """Attention as transformers' eager functions compute it, with the module's hooks between mask and softmax."""
+    """Attention as transformers' eager functions compute it, with the module's hooks between mask and softmax.
+
+    Where none of them does anything, the scores stay closed, and the tree's own function is as good.
+    """
+    hooks = [hook for hook in module.__dict__["steerlens_hooks"] if not getattr(hook, "idle", False)]
+    closed = module.__dict__["steerlens_closed"]
+    if closed is not None and not hooks:
+        found: tuple[Tensor, None] = closed(
+            module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, softcap=softcap, **more
+        )
+        return found
     if known := sorted(name for name in ("s_aux", "position_bias") if more.get(name) is not None):
         raise NotSharedError(f"its attention has {known[0]}")
-    groups = query.shape[1] // key.shape[1]
-    if groups > 1:
-        key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
-    scores = query @ key.transpose(2, 3) * (query.shape[-1] ** -0.5 if scaling is None else scaling)
+    n_rows, n_heads, n_queries, d_head = query.shape
+    n_keys = key.shape[2]
+    # The queries of heads that share keys stand one after another, so that no key is copied.
+    scores = query.reshape(n_rows, key.shape[1], -1, d_head) @ key.transpose(2, 3)
+    scores = scores.view(n_rows, n_heads, n_queries, n_keys) * (d_head**-0.5 if scaling is None else scaling)
     if softcap is not None:
         scores = softcap * torch.tanh(scores / softcap)
-    n_queries, n_keys = scores.shape[-2:]
     if attention_mask is None and n_queries > 1:
         causal = torch.ones(n_queries, n_keys, dtype=torch.bool, device=scores.device)
         attention_mask = causal.tril(n_keys - n_queries)[None, None]
@@ -304,11 +335,12 @@ def open_attention(
             scores = scores.masked_fill(~attention_mask, torch.finfo(scores.dtype).min)
         else:
             scores = scores + attention_mask
-    for hook in module.__dict__["steerlens_hooks"]:
+    for hook in hooks:
         after = hook(scores, hook=None)
         scores = scores if after is None else after
     pattern = scores.softmax(-1, dtype=torch.float32).to(query.dtype)
-    return (pattern @ value).transpose(1, 2).contiguous(), None
+    mixed = pattern.reshape(n_rows, key.shape[1], -1, n_keys) @ value
+    return mixed.view(n_rows, n_heads, n_queries, -1).transpose(1, 2).contiguous(), None
 
 
 AttentionInterface.register(OPEN, open_attention)

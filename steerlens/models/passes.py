@@ -166,7 +166,7 @@ class Runner:
             )
         self.backend, self.used = choose_backend(self.model, self.sites)
         with ExitStack() as stack:
-            stack.enter_context(self.backend.hooked({site: self._at(site) for site in self.sites}))
+            stack.enter_context(self.backend.hooked({site: _SiteHook(self, site) for site in self.sites}))
             self._stack = stack.pop_all()
         return self
 
@@ -231,30 +231,49 @@ class Runner:
     def _enter(self, rows: Rows) -> None:
         self._rows = rows
 
-    def _at(self, site: str) -> Callable[..., Tensor | None]:
-        def hook(activation: Tensor, hook: Any) -> Tensor | None:
-            rows = self._rows
-            if rows is None:  # a pass of another runner's, inside this one's block
-                return None
-            if not _fits(activation.shape, rows):
-                raise ModelError(
-                    f"activations at {site} must be [row, pos, ...] for {list(rows.tokens.shape)} tokens, got "
-                    f"{list(activation.shape)}; this hook point cannot be edited or read here"
-                )
-            self._fired.add(site)
-            edits = self._edits[site]
-            for edit in edits:
-                activation = edit(activation, rows)
-                if not isinstance(activation, Tensor):
-                    raise SteerlensError(
-                        f"an edit must return the activation after it, and that at {site} returned {activation!r:.40}; "
-                        "does it lack a return?"
-                    )
-            if site in self._reads:
-                self._found[site] = self._reads[site](activation, rows)
-            return activation if edits else None  # None leaves a hook point's output alone
+    def idle(self, site: str) -> bool:
+        """Whether the pass does nothing at a site."""
+        # A pass of another runner's, inside this one's block, has no rows here.
+        return self._rows is None or not (self._edits[site] or site in self._reads)
 
-        return hook
+    def act(self, site: str, activation: Tensor) -> Tensor | None:
+        """Edit and read at a site; None leaves a hook point's output alone."""
+        rows = self._rows
+        if rows is None:
+            return None
+        if not _fits(activation.shape, rows):
+            raise ModelError(
+                f"activations at {site} must be [row, pos, ...] for {list(rows.tokens.shape)} tokens, got "
+                f"{list(activation.shape)}; this hook point cannot be edited or read here"
+            )
+        self._fired.add(site)
+        edits = self._edits[site]
+        for edit in edits:
+            activation = edit(activation, rows)
+            if not isinstance(activation, Tensor):
+                raise SteerlensError(
+                    f"an edit must return the activation after it, and that at {site} returned {activation!r:.40}; "
+                    "does it lack a return?"
+                )
+        if site in self._reads:
+            self._found[site] = self._reads[site](activation, rows)
+        return activation if edits else None
+
+
+@dataclass(frozen=True, eq=False)
+class _SiteHook:
+    """A runner's hook at one site."""
+
+    runner: Runner
+    site: str
+
+    def __call__(self, activation: Tensor, hook: Any) -> Tensor | None:
+        return self.runner.act(self.site, activation)
+
+    @property
+    def idle(self) -> bool:
+        """Whether it does nothing in the pass that is running: attention need not show its scores then."""
+        return self.runner.idle(self.site)
 
 
 def _fits(shape: torch.Size, rows: Rows) -> bool:

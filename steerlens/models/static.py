@@ -162,6 +162,9 @@ class StaticCache:
     def select(self, keep: Int[Tensor, " kept"]) -> BridgeCache:
         return self.plain().select(keep)
 
+    def extended(self, rows: Sequence[int]) -> BridgeCache:
+        return self.plain().extended(rows)
+
     def copy(self) -> BridgeCache:
         return self.plain().copy()
 

@@ -87,12 +87,13 @@ class Batch:
         """How many rows have not stopped."""
         return len(self.rows)
 
+    @torch.inference_mode()
     def step(self) -> tuple[list[Generation], int]:
         """One token more for every row, or under a gate for some; rows that stop leave the batch. Also the number of tokens."""
         places, logits = self.next_logits()
         rows = [self.rows[place] for place in places]
         stopped: dict[int, Generation] = {}
-        for place, row, token in zip(places, rows, self.choose(logits, rows).tolist(), strict=True):
+        for place, row, token in zip(places, rows, self.choose(self.allowed(logits), rows).tolist(), strict=True):
             row.tokens.append(token)
             finished = row.finished(self.model.tokenizer, self.job.sampling, self.job.stops)
             if finished is not None:
@@ -104,10 +105,12 @@ class Batch:
         return list(stopped.values()), len(places)
 
     def choose(self, logits: Float[Tensor, "row d_vocab"], rows: Sequence[Row]) -> Int[Tensor, " row"]:
-        """The next token of some of the rows."""
-        if len(self.job.forbidden):
-            logits = logits.index_fill(-1, self.job.forbidden, float("-inf"))
+        """The next token of some of the rows, from logits of what may be said."""
         return choose(logits, self.job.sampling, _draws(rows, logits.device))
+
+    def allowed(self, logits: Float[Tensor, "row d_vocab"]) -> Float[Tensor, "row d_vocab"]:
+        """The logits, of which those of what is no text are minus infinity."""
+        return logits.index_fill(-1, self.job.forbidden, float("-inf")) if len(self.job.forbidden) else logits
 
     def next_logits(self) -> tuple[Sequence[int], Float[Tensor, "some d_vocab"]]:
         """The places of the rows that get a token now, in order, and the logits that it is chosen from."""

@@ -3,29 +3,29 @@
 A row is in one of two phases. Where its newest token has not been run, it needs the unsteered logits; where these say that
 steering is worth trying, it needs those of its trials, from the strongest to the weakest. One pass serves all rows at once, each
 in its phase, with a row of the pass for every trial. So a row that is sure of itself takes one pass a token, any other two, and
-none waits for another. Where a pass has room, rows that lag behind run both at once:
+none waits for another:
 
-    row a    | unsteered | unsteered   | trials 1..5 | unsteered                |
-    row b    | unsteered | trials 1..5 | unsteered   | unsteered and trials 1..5 |
+    row a    | unsteered | unsteered   | trials 1..5 | unsteered |
+    row b    | unsteered | trials 1..5 | unsteered   | unsteered |
 
-What is kept is unsteered. While a row's trials run, the newest column of its cache is set aside and it steps back by one column,
-with padding on its left; then the column takes the place of what a trial appended. So steering acts on the newest token, through
-its own queries and its own residual, and on nothing that is kept.
+What is kept is unsteered: while a row's trials run, the newest column of its cache is hidden, and what they append is hidden from
+all that follows. So steering acts on the newest token, through its own queries and its own residual, and on nothing that is kept.
+Where a hidden column within a row would count, as in a window, the newest column is set aside instead, the row steps back by one
+column, with padding on its left, and then the column takes the place of what a trial appended.
 
 The layers of a row are ranked before its first trials, at its last token of prompt (see `directer`). Models that may not keep a
 cache run whole rows; there, too, only the last token is steered.
 """
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from steerlens.models.attention import attn_in, attn_out, normed
-from steerlens.models.backends import Cache
-from steerlens.models.facts import layer_of
+from steerlens.models.attention import normed
+from steerlens.models.backends import Cache, LeanBackend, Table
+from steerlens.models.facts import attn_in, attn_out, layer_of
 from steerlens.models.passes import Edit, PassResult, Read, Runner
 from steerlens.models.rows import Rows, pad, pad_id
 from steerlens.steering.batches import Batch, Job, Row
@@ -35,8 +35,8 @@ from steerlens.steering.gates import Gate, GatedToken, plausible_tokens, worth_t
 from steerlens.steering.plan import Plan
 from steerlens.steering.prefill import begin, pools
 
-PASS_ROWS = 64
-"""Rows of one pass that ranks layers, at most."""
+PASS_TOKENS = 8192
+"""Tokens, cached ones included, of one pass that ranks layers, at most."""
 
 
 class GatedBatch(Batch):
@@ -49,7 +49,7 @@ class GatedBatch(Batch):
             together: Whether rows may share a pass where they are run whole.
         """
         super().__init__(job, rows)
-        self.together, self.n_layers, self.size = together, int(self.model.cfg.n_layers), len(rows)
+        self.together, self.n_layers = together, int(self.model.cfg.n_layers)
         self.gates = [_gate(row) for row in rows]
         self.layers = [_layers(gate, self.n_layers) for gate in self.gates]
         self.tried = plan_edits(
@@ -65,7 +65,9 @@ class GatedBatch(Batch):
         if cached and not pools(rows):
             begun = begin(job, rows)
             if begun.cache is None or begun.cache.forks:
-                self.columns = _Columns(begun.cache, begun.mask)
+                backend = self.runner.backend
+                gaps = isinstance(backend, LeanBackend) and backend.tree.gaps
+                self.columns = _Columns(begun.cache, begun.mask, gaps=gaps)
         self.start = _Start(rows, self.edits, self.tried, self.columns)
 
     # --- a step ------------------------------------------------------------------------------------------------------
@@ -76,57 +78,41 @@ class GatedBatch(Batch):
         while not found:
             trying = [place for place in range(n) if self.raw[place] is not None]
             fresh = [place for place in range(n) if self.raw[place] is None]
-            self._rank([place for place in trying if self.gates[place].gives_way == "layers"])
+            self._rank(trying)
             # The first n items are the rows, in order: the unsteered pass of a fresh one, the first trial of another.
             owners, strengths = list(range(n)), torch.zeros(n, self.n_layers)
             items: dict[int, list[int]] = {}
             """Of each row whose trials are run, their places among the items."""
             more = []
-            for place in [*trying, *self._ahead(fresh, trying)]:
-                table, items[place] = self._strengths(place), []
-                if place in trying:
-                    strengths[place], table, items[place] = table[0], table[1:], [place]
-                items[place] += range(len(owners), len(owners) + len(table))
-                owners += [place] * len(table)
-                more.append(table)
-            logits = self._run(owners, torch.cat([strengths, *more]))
+            for place in trying:
+                strengths[place], *others = self._strengths(place)
+                items[place] = [place, *range(len(owners), len(owners) + len(others))]
+                owners += [place] * len(others)
+                more += others
+            logits = self._run(owners, torch.stack([*strengths, *more]))
             found = self._sure(fresh, logits[fresh])
             if self.columns is not None:
-                late = [place for place in fresh if self.raw[place] is not None and place not in items]
+                late = [place for place in fresh if self.raw[place] is not None]
                 self.columns.settle(late=late, done=trying)
-            found |= self._tried({place: some for place, some in items.items() if self.raw[place] is not None}, logits)
+            found |= self._tried(items, logits)
         places = sorted(found)
         return places, torch.stack([found[place] for place in places])
-
-    def _ahead(self, fresh: Sequence[int], trying: Sequence[int]) -> list[int]:
-        """The fresh rows whose trials are run before it is known whether they are needed: those that lag behind, while a pass
-        has room, for the last rows of a batch would keep it waiting."""
-        room = 2 * self.size - len(self.rows) - sum(len(self._strengths(place)) - 1 for place in trying)
-        chosen = []
-        for place in sorted(fresh, key=lambda place: len(self.rows[place].tokens)):
-            table = self.strengths.get(self.rows[place].index)
-            room -= 0 if table is None else len(table)
-            if table is not None and room >= 0:
-                chosen.append(place)
-        return chosen
 
     def _sure(self, places: Sequence[int], logits: Float[Tensor, "row d_vocab"]) -> dict[int, Tensor]:
         """Of these rows, those for which steering need not be tried, with their logits; of the others, these are kept."""
         if not places:
             return {}
         gates = [self.gates[place] for place in places]
-        by_min_p = torch.tensor([gate.criterion == "min_p" for gate in gates], device=logits.device)
-        beta = torch.tensor([gate.beta for gate in gates], device=logits.device)
-        worth = (worth_trying(logits, beta) | ~by_min_p) & torch.tensor(
-            [self._reaches(place) for place in places], device=logits.device
-        )
+        # No other test than min_p rules anything out beforehand, nor does a beta of 0.
+        beta = [gate.beta if gate.criterion == "min_p" else 0.0 for gate in gates]
+        worth = worth_trying(logits, torch.tensor(beta, device=logits.device)).tolist()
         tokens = self.choose(logits, [self.rows[place] for place in places])
         found = {}
         for number, (tried, token, chance) in enumerate(
-            zip(worth.tolist(), tokens.tolist(), _chances(logits, tokens).tolist(), strict=True)
+            zip(worth, tokens.tolist(), _chances(logits, tokens[:, None])[:, 0].tolist(), strict=True)
         ):
             place = places[number]
-            if tried:
+            if tried and self._reaches(place):
                 self.raw[place] = logits[number]
             else:
                 self.rows[place].gated.append(GatedToken("skipped", 0, 0, 0.0, None, token, float("nan"), chance))
@@ -148,15 +134,16 @@ class GatedBatch(Batch):
         """
         if not items:
             return {}
-        owners = [place for place, some in items.items() for _ in some]
-        raw = torch.stack([_held(self.raw[place]) for place in owners])
+        places, owners = list(items), [place for place, some in items.items() for _ in some]
+        raw = torch.stack([_held(self.raw[place]) for place in places])
         steered = logits[[item for some in items.values() for item in some]]
-        rows = [self.rows[place] for place in owners]
-        wanted, plain = self.choose(steered, rows), self.choose(raw, rows)
-        chances = torch.stack([_chances(raw, wanted), _chances(raw, plain)], dim=1).tolist()
-        passed = self._passes(raw, steered, wanted, owners).tolist()
+        plain = self.choose(raw, [self.rows[place] for place in places])
+        wanted = self.choose(steered, [self.rows[place] for place in owners])
+        passed = self._passes(raw[[places.index(place) for place in owners]], steered, wanted, owners).tolist()
+        in_full = wanted[[owners.index(place) for place in places]]
+        chances = _chances(raw, torch.stack([in_full, plain], dim=1)).tolist()
         found, start = {}, 0
-        for place, some in items.items():
+        for number, (place, some) in enumerate(items.items()):
             trial = next((trial for trial in range(len(some)) if passed[start + trial]), None)
             active = [] if trial is None else self._strengths(place)[trial][self.layers[place]].tolist()
             self.rows[place].gated.append(
@@ -165,13 +152,13 @@ class GatedBatch(Batch):
                     n_trials=len(some) if trial is None else trial + 1,
                     n_layers=sum(share > 0 for share in active),
                     strength=sum(active) / len(self.layers[place]),
-                    proposed=int(wanted[start]),
-                    raw=int(plain[start]),
-                    p_proposed=chances[start][0],
-                    p_raw=chances[start][1],
+                    proposed=int(in_full[number]),
+                    raw=int(plain[number]),
+                    p_proposed=chances[number][0],
+                    p_raw=chances[number][1],
                 )
             )
-            found[place] = raw[start] if trial is None else steered[start + trial]
+            found[place] = raw[number] if trial is None else steered[start + trial]
             self.raw[place] = None
             start += len(some)
         return found
@@ -213,9 +200,8 @@ class GatedBatch(Batch):
 
     def _run(self, owners: Sequence[int], strengths: Float[Tensor, "item layer"]) -> Float[Tensor, "item d_vocab"]:
         """The logits after the newest token of some rows, each as often as it comes, with every layer steered at its strength."""
-        logits = self._logits(owners, strengths)
         # What is never said counts neither for nor against a token.
-        return logits.index_fill(-1, self.job.forbidden, float("-inf")) if len(self.job.forbidden) else logits
+        return self.allowed(self._logits(owners, strengths))
 
     def _logits(self, owners: Sequence[int], strengths: Float[Tensor, "item layer"]) -> Float[Tensor, "item d_vocab"]:
         edits = _edits(self.edits, self.tried, owners, strengths)
@@ -224,7 +210,7 @@ class GatedBatch(Batch):
         if self.columns is None:
             ids = [[*row.prompt, *row.tokens] for row in rows]
             return torch.cat([result.logits for result in self._whole(self.runner, ids, lengths, edits)])
-        newest = torch.tensor([[[*row.prompt, *row.tokens][-1]] for row in rows])
+        newest = torch.tensor([[(row.tokens or row.prompt)[-1]] for row in rows])
         return self.columns.run(self.runner, owners, newest, lengths, edits)
 
     def _whole(
@@ -253,9 +239,12 @@ class GatedBatch(Batch):
 
     # --- ranking -----------------------------------------------------------------------------------------------------
 
-    def _rank(self, places: Sequence[int]) -> None:
-        """Rank the layers of those rows for which that was not done."""
-        places = [place for place in places if self.rows[place].index not in self.ranked]
+    def _rank(self, trying: Sequence[int]) -> None:
+        """Rank the layers of all rows that give way by layers, once one of them needs it: one pass costs less than several."""
+        yielding = [place for place, gate in enumerate(self.gates) if gate.gives_way == "layers"]
+        if all(self.rows[place].index in self.ranked for place in trying if place in yielding):
+            return
+        places = [place for place in yielding if self.rows[place].index not in self.ranked]
         several = [place for place in places if len(self.layers[place]) > 1]
         self.ranked |= {self.rows[place].index: self.layers[place] for place in places}
         if not several:
@@ -286,17 +275,17 @@ class GatedBatch(Batch):
         edited = {edit.site for some in (self.start.always, self.start.tried) for edit in some}
         parts: list[dict[str, Tensor]] = []
         with Runner(self.model, {*(read.site for read in reads), *edited}) as runner:
-            for first in range(0, len(rows), PASS_ROWS):
-                some = rows[first : first + PASS_ROWS]
+            n = max(PASS_TOKENS // max(len(row.prompt) for row in rows), 1)
+            for first in range(0, len(rows), n):
+                some = rows[first : first + n]
                 owners = [self.start.place[row.index] for row in some]
-                edits = _edits(self.start.always, self.start.tried, owners, strengths[first : first + PASS_ROWS])
+                edits = _edits(self.start.always, self.start.tried, owners, strengths[first : first + n])
                 ids, lengths = [row.prompt for row in some], [len(row.prompt) for row in some]
                 if self.start.columns is None:
                     parts += [result.reads for result in self._whole(runner, ids, lengths, edits, reads)]
                 else:
                     newest = torch.tensor([[row.prompt[-1]] for row in some])
-                    columns = self.start.columns
-                    parts.append(columns.pass_(runner, owners, newest, tuple(lengths), edits, reads).reads)
+                    parts.append(self.start.columns.probe(runner, owners, newest, tuple(lengths), edits, reads))
         inputs, outputs = ([torch.cat([part[site] for part in parts]) for site in some] for some in sites)
         inputs = [normed(self.model, layer, found) for layer, found in enumerate(inputs)]
         return torch.stack(inputs, dim=1), torch.stack(outputs, dim=1)
@@ -305,69 +294,89 @@ class GatedBatch(Batch):
 class _Columns:
     """The cache of a batch, and which of its columns hold tokens; one row for each of the batch's."""
 
-    def __init__(self, cache: Cache | None, mask: Int[Tensor, "row past"]) -> None:
-        self.cache, self.mask = cache, mask
-        self.result: Cache | None = None
-        self.aside: list[Tensor] | None = None
-        """Of every table of the cache, each row's column that is set aside."""
+    def __init__(self, cache: Cache | None, mask: Int[Tensor, "row past"], *, gaps: bool) -> None:
+        """
+        Args:
+            gaps: Whether hidden columns may stand within rows.
+        """
+        self.cache, self.mask, self.gaps = cache, mask, gaps
+        self.before: list[Table] = []
+        """The tables of the cache before the last pass."""
+        self.aside: list[Tensor] = []
+        """Of every table of the cache, the newest columns of the rows that were late at the last pass."""
 
-    def fork(self) -> "_Columns":
-        """The columns as they are now, to go on from in another way."""
-        return _Columns(None if self.cache is None else self.cache.fork(), self.mask)
+    def copy(self) -> "_Columns":
+        """The columns as they are now; these are written into."""
+        return _Columns(None if self.cache is None else self.cache.copy(), self.mask, gaps=self.gaps)
 
-    def pass_(
+    def probe(
         self,
         runner: Runner,
         owners: Sequence[int],
         newest: Int[Tensor, "item 1"],
         prompt_lengths: tuple[int, ...],
         edits: tuple[Sequence[Edit], Sequence[PlanEdit]],
-        reads: Sequence[Read] = (),
-    ) -> PassResult:
-        """A pass over the newest tokens of some rows, each as often as it comes; what is kept here stays as it is."""
-        items = torch.tensor(owners)
-        mask = torch.cat([self.mask[items], torch.ones_like(newest)], dim=1)
-        cache = None if self.cache is None else self.cache.fork()
-        if cache is not None and owners != list(range(len(self.mask))):
-            cache = cache.select(items)
-        rows = Rows(newest, mask, prompt_lengths)
-        return runner.run(rows, edits=[*edits[0], *edits[1]], reads=reads, cache=cache, keep_cache=True)
+        reads: Sequence[Read],
+    ) -> dict[str, Tensor]:
+        """What a pass over the newest tokens of some rows reads, each as often as it comes; the columns stay as they are."""
+        cache = None if self.cache is None else self.cache.fork().select(torch.tensor(owners))
+        rows = self._rows(owners, newest, prompt_lengths)
+        return runner.run(rows, edits=[*edits[0], *edits[1]], reads=reads, cache=cache).reads
 
-    def run(self, *arguments: Any) -> Float[Tensor, "item d_vocab"]:
-        """The logits of such a pass, whose columns `settle` puts in their places."""
-        result = self.pass_(*arguments)
-        self.result = result.cache
+    def run(
+        self,
+        runner: Runner,
+        owners: Sequence[int],
+        newest: Int[Tensor, "item 1"],
+        prompt_lengths: tuple[int, ...],
+        edits: tuple[Sequence[Edit], Sequence[PlanEdit]],
+    ) -> Float[Tensor, "item d_vocab"]:
+        """The logits of a pass over the newest tokens of all rows, and after them of some again; `settle` has to follow."""
+        cache, more = self.cache, owners[len(self.mask) :]
+        self.before = [] if cache is None else cache.tables
+        if cache is not None and more:
+            cache = cache.extended(more)
+        rows = self._rows(owners, newest, prompt_lengths)
+        result = runner.run(rows, edits=[*edits[0], *edits[1]], cache=cache, keep_cache=True)
+        self.cache = result.cache
         return result.logits
 
+    def _rows(self, owners: Sequence[int], newest: Int[Tensor, "item 1"], prompt_lengths: tuple[int, ...]) -> Rows:
+        mask = torch.cat([self.mask[torch.tensor(owners)], torch.ones_like(newest)], dim=1)
+        return Rows(newest, mask, prompt_lengths)
+
     def settle(self, *, late: Sequence[int], done: Sequence[int]) -> None:
-        """Keep what the last pass gave of each row, its first items: of late rows aside, until they are done."""
-        assert self.result is not None
+        """Keep what the last pass gave of each row, its first items; of late rows as their trials need it, which come next."""
+        assert self.cache is not None
         n = len(self.mask)
-        cache = self.result.first(n)
-        before = [None] * len(cache.tables) if self.cache is None else self.cache.tables
-        with torch.inference_mode():
-            back, front = torch.tensor(late, dtype=torch.long), torch.tensor(done, dtype=torch.long)
-            if late and self.aside is None:
-                self.aside = [torch.zeros_like(table.newest(torch.arange(n))) for table in cache.tables]
-            for number, table in enumerate(cache.tables):
-                if late and self.aside is not None:
-                    self.aside[number][back.to(table.tensor.device)] = table.newest(back)
-                    table.step_back(back, before[number])
-                if done and self.aside is not None:
-                    table.put_newest(front, self.aside[number][front.to(table.tensor.device)])
-        self.cache, self.result = cache, None
-        one = torch.ones(n, 1, dtype=torch.long)
-        mask = torch.cat([self.mask, one], dim=1)
-        mask[back] = torch.cat([0 * one, self.mask], dim=1)[back]
-        self.mask = mask
+        self.cache = self.cache.first(n)
+        self.mask = torch.cat([self.mask, torch.ones(n, 1, dtype=torch.long)], dim=1)
+        if self.gaps:
+            if done:
+                self.mask[done, -2], self.mask[done, -1] = 1, 0
+            self.mask[late, -1] = 0
+        else:
+            self._set_aside(self.cache, late=late, done=done)
+
+    def _set_aside(self, cache: Cache, *, late: Sequence[int], done: Sequence[int]) -> None:
+        """Where no gap may be: late rows' newest columns leave the cache, and those of done rows come back."""
+        before: Sequence[Table | None] = self.before or [None] * len(cache.tables)
+        back, front = torch.tensor(late, dtype=torch.long), torch.tensor(done, dtype=torch.long)
+        aside, self.aside = self.aside, []
+        for number, table in enumerate(cache.tables if late or done else []):
+            if late:
+                self.aside.append(table.newest(back))
+                table.step_back(back, before[number])
+            if done:
+                table.put_newest(front, aside[number])
+        self.mask[back] = self.mask[back].roll(1, 1)
+        self.mask[back, 0] = 0
 
     def select(self, keep: Int[Tensor, " kept"]) -> None:
-        """Keep some rows."""
+        """Keep some rows; late ones, whose trials are to come, stay all, and so in their order."""
         self.mask = self.mask[keep]
         if self.cache is not None:
             self.cache = self.cache.select(keep)
-        if self.aside is not None:
-            self.aside = [table[keep.to(table.device)] for table in self.aside]
 
 
 class _Start:
@@ -378,7 +387,7 @@ class _Start:
     ) -> None:
         self.place = {row.index: place for place, row in enumerate(rows)}
         self.always, self.tried = always, tried
-        self.columns = None if columns is None else columns.fork()
+        self.columns = None if columns is None else columns.copy()
 
 
 def _edits(
@@ -386,8 +395,9 @@ def _edits(
 ) -> tuple[list[Edit], list[PlanEdit]]:
     """The edits of some rows: what always acts, and the gate's at each layer's strength, where any item has some there."""
     items = torch.tensor(owners)
+    acting = strengths.any(0).tolist()
     return [edit.select(items) for edit in always], [
-        edit.select(items).weakened(share) for edit in tried if bool((share := strengths[:, layer_of(edit.site)]).any())
+        edit.select(items).weakened(strengths[:, layer]) for edit in tried if acting[layer := layer_of(edit.site)]
     ]
 
 
@@ -403,10 +413,10 @@ def _layers(gate: Gate, n_layers: int) -> list[int]:
     return list(range(n_layers)) if everywhere else list(plan.layers)
 
 
-def _chances(logits: Float[Tensor, "row d_vocab"], tokens: Int[Tensor, " row"]) -> Float[Tensor, " row"]:
-    """The probability of one token of each row."""
+def _chances(logits: Float[Tensor, "row d_vocab"], tokens: Int[Tensor, "row n"]) -> Float[Tensor, "row n"]:
+    """The probabilities of some tokens of each row."""
     logits = logits.float()
-    return (logits.gather(1, tokens[:, None])[:, 0] - logits.logsumexp(-1)).exp()
+    return (logits.gather(1, tokens) - logits.logsumexp(-1, keepdim=True)).exp()
 
 
 def _held(logits: Tensor | None) -> Tensor:

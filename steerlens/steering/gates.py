@@ -202,8 +202,8 @@ class GatedToken:
 
     @property
     def extra_passes(self) -> int:
-        """Forward passes of one token, besides the unsteered one, that trying one trial after another takes; all are run at once,
-        some before it is known that they are needed. Ranking layers takes more, once."""
+        """Forward passes of one token, besides the unsteered one, that trying one trial after another takes; all are run at once.
+        Ranking layers takes more, once."""
         return self.n_trials
 
 

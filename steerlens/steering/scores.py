@@ -195,17 +195,23 @@ class KeysOfPass:
     target: Float[Tensor, "row 1 query 1"] | None
     chosen: Bool[Tensor, "row 1 1 key"]
     in_prompt: Bool[Tensor, "row query"]
+    memo: dict[tuple[int, torch.device], "KeysOfPass"] = field(default_factory=dict, init=False)
+    """What layers of the same width and place share."""
 
     def at(self, scores: Float[Tensor, "row head query key"]) -> "KeysOfPass":
         """The last keys, as many as a layer with a window keeps, where its scores are."""
         width, device = scores.shape[-1], scores.device
+        if (width, device) in self.memo:
+            return self.memo[width, device]
 
         def part(table: Tensor | None) -> Tensor | None:
             return None if table is None else table[..., -width:].to(device)
 
         chosen = self.chosen[..., -width:].to(device)
         target = None if self.target is None else self.target.to(device)
-        return KeysOfPass(part(self.added), part(self.log_factor), target, chosen, self.in_prompt.to(device))
+        found = KeysOfPass(part(self.added), part(self.log_factor), target, chosen, self.in_prompt.to(device))
+        self.memo[width, device] = found
+        return found
 
 
 @dataclass(frozen=True, eq=False)
@@ -215,8 +221,8 @@ class ScoreEdit:
     site: str
     keys: tuple[KeyTables, ...]
     """One per step."""
-    heads: tuple[Float[Tensor, "row head"], ...]
-    """Per step, 1 for the heads that it steers."""
+    heads: tuple[Float[Tensor, "row #head"], ...]
+    """Per step, 1 for the heads that it steers; a single column where each row steers all of them or none."""
     strength: Float[Tensor, " row"]
     """The share at which every step acts; see `weakened`."""
     softcap: float | None = None
@@ -349,7 +355,7 @@ def score_edits(
     named = {layer for steps in rows for step in steps for layer in step.layers or ()}
     edits = []
     for layer in range(n_layers) if everywhere else sorted(named):
-        heads = tuple(_head_table(slot, layer, n_heads).to(device) for slot in slots)
+        heads = tuple(narrowed(_head_table(slot, layer, n_heads)).to(device) for slot in slots)
         if any(bool(table.any()) for table in heads):
             cap = softcap(model, layer)
             edits.append(ScoreEdit(attn_scores(layer), keys, heads, torch.ones(len(rows), device=device), cap))
@@ -385,6 +391,11 @@ def _key_tables(
     lengths = torch.tensor(list(prompt_lengths))
     tables = (bias, log_scale, target, weights, low, high, queries, heads, lengths)
     return KeyTables(*(table.to(device) for table in tables))
+
+
+def narrowed(heads: Float[Tensor, "row head"]) -> Float[Tensor, "row #head"]:
+    """The first column alone where the others are the same."""
+    return heads[:, :1] if bool((heads == heads[:, :1]).all()) else heads
 
 
 def _head_table(slot: Sequence[AttentionIntervention | None], layer: int, n_heads: int) -> Float[Tensor, "row head"]:

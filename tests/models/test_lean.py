@@ -15,11 +15,11 @@ from transformers.cache_utils import DynamicCache
 import steerlens as sl
 from steerlens.errors import ModelError, SteerlensError
 from steerlens.models import choice, lean, static
-from steerlens.models.backends import SPARE, BridgeCache, RoomyLayer
+from steerlens.models.backends import SPARE, BridgeCache
 from steerlens.models.choice import BackendName, backend_used, use_backend
 from steerlens.models.facts import attn_scores, resid_post
 from steerlens.models.load import load_model
-from steerlens.models.passes import Read, run_pass
+from steerlens.models.passes import Read, Runner, run_pass
 from steerlens.models.rows import pad
 from steerlens.steering.sampling import stream_tokens
 from tests.conftest import Subject, hooks_on
@@ -219,6 +219,26 @@ def test_attention_that_computes_something_else_is_found_out(fresh: Any, monkeyp
         AttentionInterface.register(lean.OPEN, lean.open_attention)
 
 
+def test_attention_is_closed_in_passes_that_do_not_edit_it(tiny: Subject, monkeypatch: pytest.MonkeyPatch) -> None:
+    closed = []
+    function = lean.ALL_ATTENTION_FUNCTIONS["sdpa"]
+
+    def counted(*args: Any, **kwargs: Any) -> Any:
+        closed.append(args[0].layer_idx)
+        return function(*args, **kwargs)
+
+    monkeypatch.setitem(lean.ALL_ATTENTION_FUNCTIONS, "sdpa", counted)
+    rows, sites = pad(IDS, pad_id=2), [attn_scores(1), attn_scores(3)]
+    with Runner(tiny.model, sites) as runner:
+        closed.clear()  # the model may have been tried
+        alone = runner.run(rows)
+        assert closed == [0, 1, 2, 3]
+        closed.clear()
+        read = runner.run(rows, reads=[Read(attn_scores(3), "all")])
+        assert closed == [0, 1, 2]
+    torch.testing.assert_close(alone.logits, read.logits)
+
+
 def test_what_may_be_asked_for(fresh: Any) -> None:
     use_backend(fresh, "hooks")
     assert backend_used(fresh) == "hooks (as asked)"
@@ -292,12 +312,29 @@ def test_room_is_made_once_in_so_many_columns() -> None:
     assert len(held) == 2  # with 5 + 1 + SPARE columns, and with twice as many to spare
 
 
+def test_rows_are_taken_in_beside_those_that_are_held_and_leave_again() -> None:
+    cache, plain = caches()
+    append(cache.cache, 1, 0)
+    append(plain, 1, 0)
+    for turn, more in enumerate(([2, 2, 0], [1], [0, 1, 1, 1, 2])):  # fewer than before, and more
+        cache = cache.extended(more)
+        held = copy.deepcopy(plain)
+        held.batch_select_indices(torch.tensor([0, 1, 2, *more]))
+        assert_same(cache, held)
+        append(cache.cache, 1, turn)
+        append(held, 1, turn)
+        assert_same(cache, held)
+        cache, plain = cache.first(3), held
+        plain.batch_select_indices(torch.tensor([0, 1, 2]))
+        assert_same(cache, plain)
+
+
 def test_what_goes_on_in_two_ways_shares_no_column() -> None:
     cache, plain = caches()
     append(cache.cache, 1, 0)
     append(plain, 1, 0)
     other = cache.fork()
-    assert not any(isinstance(layer, RoomyLayer) for layer in other.cache.layers)
+    assert not any("room" in layer.__dict__ for layer in other.cache.layers)
     append(other.cache, 2, 1)
     append(cache.cache, 2, 2)
     append(plain, 2, 2)

@@ -4,6 +4,7 @@ import math
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,10 +12,12 @@ import torch
 
 import steerlens as sl
 from steerlens.errors import SteerlensError
+from steerlens.models.choice import use_backend
 from steerlens.models.facts import stop_ids
 from steerlens.models.probe import Abilities
 from steerlens.models.prompts import encode
 from steerlens.steering.directer import sensitivities
+from steerlens.steering.gated import _Columns
 from steerlens.steering.gates import Gate, GatedToken, gate_stats, plausible_tokens, worth_trying
 from steerlens.steering.generations import Generation
 from steerlens.steering.interventions import AttentionIntervention
@@ -28,6 +31,7 @@ from tests.reference.plain_loop import Step, plain_logits
 from tests.steering.test_attention import PROMPTS, SPAN, Case, Spans, case, cases, llama
 from tests.steps import unit
 from tests.unchecked import unchecked
+from tests.zoo import save_animal
 
 __all__ = ["case", "cases", "llama"]
 
@@ -249,6 +253,31 @@ def test_a_model_that_may_keep_no_cache_gives_the_same(
     cached = generate(case.model, PROMPTS, steering=plans, max_new_tokens=N_NEW)
     monkeypatch.setattr("steerlens.steering.sampling.abilities", lambda *_: Abilities(cache=False, batch=batch))
     assert generate(case.model, PROMPTS, steering=plans, max_new_tokens=N_NEW) == cached
+
+
+@pytest.mark.parametrize("name", ["llama", "mistral", "gemma3"])
+def test_trials_leave_nothing_behind_whether_columns_are_hidden_or_set_aside(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = sl.load_model(save_animal(name, tmp_path / name), progress=False)
+    asides: list[int] = []
+    set_aside = _Columns._set_aside
+
+    def counted(self: _Columns, cache: Any, *, late: Sequence[int], done: Sequence[int]) -> None:
+        asides.extend(late)
+        set_aside(self, cache, late=late, done=done)
+
+    monkeypatch.setattr(_Columns, "_set_aside", counted)
+    plans = [sl.directer(3.0, beta=0.3, on=SPAN), sl.plausible(sl.spotlight(0.6, on=SPAN), beta=0.1), Plan()] * 2
+    found = generate(model, PROMPTS * 2, steering=plans, max_new_tokens=2 * N_NEW)
+    assert sum(token.outcome != "skipped" for one in found for token in one.gated) > 10
+    assert bool(asides) == (name != "llama")  # a window would count a hidden column
+    use_backend(model, "hooks")
+    asides.clear()
+    through_hooks = generate(model, PROMPTS * 2, steering=plans, max_new_tokens=2 * N_NEW)
+    assert asides
+    monkeypatch.setattr("steerlens.steering.sampling.abilities", lambda *_: Abilities(cache=False, batch=False))
+    assert found == through_hooks == generate(model, PROMPTS * 2, steering=plans, max_new_tokens=2 * N_NEW)
 
 
 def test_tokens_that_no_step_is_meant_for_are_not_steered(llama: Case) -> None:
