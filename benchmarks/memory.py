@@ -5,7 +5,8 @@
 
 Each figure is of a process of its own, so that no peak hides in that of another:
 
-    peak    the most memory that was resident at any time of the process (`ru_maxrss`)
+    peak    the most memory that was resident at any time of the process (`VmHWM` of Linux: `ru_maxrss` of a child starts with its
+            parent's)
     above   the peak over what was resident once the model was loaded, had run a row, and everything needed was imported
 
     load     the model alone; `above` is over the imports: the bytes of the weights, where none is held twice
@@ -19,7 +20,6 @@ benchmark that was cut short goes on.
 """
 
 import json
-import resource
 import subprocess
 import sys
 import tempfile
@@ -131,7 +131,8 @@ JOBS: dict[Case, Callable[[Any, int], dict[str, Any]]] = {"run": run, "sweep": s
 
 def peak() -> float:
     """MiB."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    (line,) = (line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM:"))
+    return int(line.split()[1]) / 1024
 
 
 def measured(case: Case, name: str, n: int) -> dict[str, Any]:
