@@ -8,6 +8,7 @@ gives:
     cache   the rows padded on the left, their last tokens fed one by one with a cache, rows turned round, dropped, and put in
             the place of others
     batch   the rows whole, side by side, padded on the right: no real token sees padding
+    prefix  what two rows begin with run once, and the rest of both after it
 
 A model that fails `cache` is run whole for every token, and one that fails `batch`, a row at a time: slow, and right. The rows
 are as long as those that are to be run, or longer: a model is probed when it is first used, and again where rows outgrow that.
@@ -33,6 +34,7 @@ from steerlens.errors import ModelError, SteerlensError
 from steerlens.models.backends import Cache, put
 from steerlens.models.facts import is_hooked_transformer, model_id, resid_post, tolerance
 from steerlens.models.passes import PassResult, Read, Runner
+from steerlens.models.prefixes import after_prefix, common_prefix, holds_all
 from steerlens.models.rows import Rows, Side, length_sorted_batches, n_hidden, pad, pad_id, random_rows
 
 SHORTEST = 13
@@ -49,6 +51,8 @@ class Abilities:
     """Rows padded on the left may be decoded with a key-value cache."""
     batch: bool
     """Whole rows may share a pass, padded on the right."""
+    prefix: bool = False
+    """What rows begin with may be run once, where a cache may be kept."""
 
     @property
     def side(self) -> Side:
@@ -75,7 +79,7 @@ def abilities(model: Any, width: int) -> Abilities:
 
     Example:
         >>> abilities(model, 100)
-        Abilities(cache=True, batch=True)
+        Abilities(cache=True, batch=True, prefix=True)
     """
     limit = _rotary_limit(_config(model))
     if width > limit:
@@ -137,7 +141,11 @@ def _probe(model: Any, longest: int) -> Abilities:
             alone = [_whole(runner, [row])[0] for row in rows]
             cache = _holds(lambda: _cached(runner, rows), alone, tolerance(model))
             # Where a cache may be kept, rows are padded on the left, and the right does not matter.
-            return Abilities(cache, cache or _holds(lambda: _whole(runner, rows), alone, tolerance(model)))
+            batch = cache or _holds(lambda: _whole(runner, rows), alone, tolerance(model))
+            twin = [*rows[0][:-3], rows[2][-1]]
+            begun = [alone[0], *_whole(runner, [twin])]
+            prefix = cache and _holds(lambda: _after_prefix(runner, [rows[0], twin]), begun, tolerance(model))
+            return Abilities(cache, batch, prefix)
     except (SteerlensError, torch.OutOfMemoryError, MemoryError):
         raise
     except Exception as error:  # whatever an architecture raises
@@ -183,6 +191,17 @@ def _in_its_place(
     fed = Rows(last, torch.cat([mask[:, n:], torch.ones_like(mask[:, :1])], dim=1), tuple(map(len, rows)))
     found = _fingerprints(runner.run(fed, reads=reads, cache=cache.without(n), keep_cache=True))
     return [found[place], found[0]]
+
+
+def _after_prefix(runner: Runner, rows: Sequence[list[int]]) -> list[Fingerprint]:
+    """What rows begin with alone, then the rest of both."""
+    width = common_prefix(rows)
+    cache = _kept(runner.run(pad([rows[0][:width]]), keep_cache=True))
+    if not holds_all(cache, width):
+        raise ModelError("a cache must hold all tokens of a prefix, and a window leaves some out")
+    cache, rest = after_prefix(cache, [0] * len(rows), rows, width=width, prompt_lengths=[len(row) for row in rows])
+    reads = [Read(site) for site in runner.sites]
+    return _fingerprints(runner.run(rest, reads=reads, cache=cache, keep_cache=True))
 
 
 def _kept(result: PassResult) -> Cache:

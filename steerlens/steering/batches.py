@@ -15,6 +15,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from steerlens.models.passes import Edit, Runner
+from steerlens.models.probe import Abilities
 from steerlens.models.rows import pad, pad_id
 from steerlens.models.stops import before_stop, decode
 from steerlens.steering.edits import plan_edits
@@ -35,6 +36,7 @@ class Job(Protocol):
     forbidden: Int[Tensor, " token"]
     more_edits: tuple[Edit, ...]
     hear: Callable[[Sequence["Row"], Tensor], None] | None
+    able: Abilities | None
 
 
 class Row:

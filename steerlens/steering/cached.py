@@ -19,9 +19,9 @@ from torch import Tensor
 
 from steerlens.models.backends import Cache, put
 from steerlens.models.facts import model_device
-from steerlens.models.rows import Rows, n_hidden, pad, pad_id
+from steerlens.models.rows import Rows, n_hidden
 from steerlens.steering.batches import Batch, Job, Row, edits_of
-from steerlens.steering.prefill import Beginner, begin, splits, stems
+from steerlens.steering.prefill import Beginner, begin, feed, splits, stems
 
 REFILL = 8
 """Places are filled again once one in so many is free: a pass over prompts costs about as much as a step of all rows."""
@@ -44,8 +44,8 @@ class CachedBatch(Batch):
         self.live = torch.ones(len(rows), 1, dtype=torch.long, device=model_device(self.model))
         """0 for a free place, 1 for any other."""
         self.cache: Cache | None = None
-        self.whole: Rows | None = None
-        """The prompts, until they were run."""
+        self.rest: Rows | None = None
+        """The prompts, or what comes after the prefix that all begin with, until that was run."""
         self.fed: Rows | None = None
         """What was run last, while its columns are the cache's."""
         self.beginner = Beginner(job, self.waiting)
@@ -56,7 +56,8 @@ class CachedBatch(Batch):
             if self.cache is not None and self.cache.forks:
                 self.beginner.keep(keys[-1], begun)
         else:
-            self.whole = pad([row.prompt for row in rows], pad_id=pad_id(self.model)).to(self.live.device)
+            self.cache, rest = feed(job, rows, [row.prompt for row in rows])
+            self.rest = rest.to(self.live.device)
 
     @property
     def n_left(self) -> int:
@@ -65,10 +66,10 @@ class CachedBatch(Batch):
     def next_logits(self) -> tuple[Sequence[int], Float[Tensor, "some d_vocab"]]:
         if self.free:
             self._settle()
-        rows = self.whole or self._newest()
+        rows = self.rest or self._newest()
         steady = self.job.hear is None
         result = self.runner.run(rows, edits=self.edits, cache=self.cache, keep_cache=True, steady=steady)
-        self.cache, self.mask, self.whole, self.fed = result.cache, rows.mask, None, rows
+        self.cache, self.mask, self.rest, self.fed = result.cache, rows.mask, None, rows
         if not self.free:
             return range(len(self.rows)), result.logits
         places = [place for place in range(len(self.rows)) if place not in self.free]

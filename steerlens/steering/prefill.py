@@ -1,8 +1,11 @@
-"""Prompts up to their last tokens, run once for all rows that have them in common, to go on with beside other rows.
+"""What prompts have in common is run once.
 
-    stem    a prompt before its last token, and what steers it there
+    stem      a prompt before its last token, and what steers it there
+    prefix    the tokens that all rows of a batch begin with, such as a template and its system prompt, and what steers them
 
 Rows of one stem have the same keys and values there: trials, or strengths that steer only the last token or the generated ones.
+They are run up to it, to go on with beside other rows. Rows of several stems may still begin alike: all that are not steered
+there, and all that one vector steers.
 """
 
 from collections.abc import Sequence
@@ -14,9 +17,15 @@ from jaxtyping import Int
 from torch import Tensor
 
 from steerlens.models.backends import Cache
-from steerlens.models.rows import n_hidden, pad, pad_id
+from steerlens.models.facts import model_device
+from steerlens.models.prefixes import after_prefix, common_prefix, held_prefixes, holds_all
+from steerlens.models.rows import Rows, n_hidden, pad, pad_id
 from steerlens.steering.batches import Job, Row, edits_of
 from steerlens.steering.plan import Plan
+
+PAYS = {"cpu": 128}
+"""Tokens that must be spared for a prefix to be run by itself: as many as a processor runs while it begins one more pass, about.
+On a GPU these are thousands."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -43,17 +52,52 @@ def begin(job: Job, rows: Sequence[Row]) -> Begun:
     first = {key: place for place, key in reversed(list(enumerate(keys)))}
     once = sorted(first.values())
     chosen = [rows[place] for place in once]
-    # Windows count from the whole prompt's end, though its last token comes later.
-    lengths = [len(row.prompt) for row in chosen]
-    fed = pad([row.prompt[:-1] for row in chosen], pad_id=pad_id(job.model), prompt_lengths=lengths)
+    cache, fed = feed(job, chosen, [row.prompt[:-1] for row in chosen])
     begun = Begun(None, fed.mask)
     if fed.tokens.shape[1]:
-        begun = Begun(job.runner.run(fed, edits=edits_of(job, chosen), keep_cache=True).cache, fed.mask)
+        result = job.runner.run(fed, edits=edits_of(job, chosen), cache=cache, keep_cache=True)
+        begun = Begun(result.cache, fed.mask)
     if len(once) == len(rows):
         return begun
     share = torch.tensor([once.index(first[key]) for key in keys])
     # Not every cache can be forked, and this one is wanted no more.
     return Begun(None if begun.cache is None else begun.cache.select(share), begun.mask[share])
+
+
+def feed(job: Job, rows: Sequence[Row], ids: Sequence[list[int]]) -> tuple[Cache | None, Rows]:
+    """The first tokens of some rows, to be run; what all begin with is run here, if that pays, once for each way in which it is
+    steered, and comes as a cache.
+
+    Args:
+        ids: Of each row its prompt, or that without its last token.
+    """
+    # Windows count from the whole prompt's end, though its last token may come later.
+    prompt_lengths = [len(row.prompt) for row in rows]
+    whole = pad(ids, pad_id=pad_id(job.model), prompt_lengths=prompt_lengths)
+    width = common_prefix(ids) if len(ids) > 1 and splits(job, rows) else 0
+    if width < 1 or job.able is None or not job.able.prefix:
+        return None, whole
+    held, keys = held_prefixes(ids, width), [_prefix(row, width) for row in rows]
+    first = [keys.index(key) for key in dict.fromkeys(keys)]
+    if min(held) < 1 or sum(held) - len(first) * width < PAYS.get(model_device(job.model).type, 8192):
+        return None, whole
+    chosen = [rows[place] for place in first]
+    prefixes = pad([ids[place][:width] for place in first], prompt_lengths=[prompt_lengths[place] for place in first])
+    cache = job.runner.run(prefixes, edits=edits_of(job, chosen), keep_cache=True).cache
+    if cache is None or not holds_all(cache, width):
+        return None, whole
+    share = [first.index(keys.index(key)) for key in keys]
+    return after_prefix(cache, share, ids, width=width, prompt_lengths=prompt_lengths)
+
+
+def _prefix(row: Row, width: int) -> Any:
+    """What tells how the first tokens of a row are steered."""
+    steps = []
+    for step in row.plan.active.interventions:
+        low, high = step.bounds(len(row.prompt))
+        if low < width and high > low:
+            steps.append((Plan((step,)).digest, max(low, 0), min(high, width)))
+    return tuple(steps)
 
 
 class Beginner:

@@ -23,7 +23,7 @@ from steerlens.models.prompts import PromptFormat, encode, pinned
 from steerlens.models.rows import length_sorted_batches
 from steerlens.steering.generations import Generation
 from steerlens.steering.plan import Plan, as_plan
-from steerlens.steering.sampling import stream
+from steerlens.steering.sampling import generate
 from steerlens.steering.settings import SamplingConfig, SamplingSettings, sampling_with
 
 
@@ -374,18 +374,15 @@ def answer(
     model: Any, batch: Batch, sampling: SamplingConfig, prompt_format: PromptFormat = PromptFormat()
 ) -> list[Record]:
     """The records of one batch of requests, in their order: text, tokens, and what they came from."""
-    rows: list[Generation] = list(
-        stream(
-            model,
-            [request.prompt for request in batch],
-            steering=[request.plan for request in batch],
-            sampling=sampling,
-            seed=[request.seed for request in batch],
-            batch_size=len(batch),
-            prompt_format=prompt_format,
-        )
+    rows = generate(
+        model,
+        [request.prompt for request in batch],
+        steering=[request.plan for request in batch],
+        sampling=sampling,
+        seed=[request.seed for request in batch],
+        batch_size=len(batch),
+        prompt_format=prompt_format,
     )
-    rows.sort(key=lambda row: row.index)
     plans = {id(request.plan): request.plan for request in batch}
     steps = {place: [step.record() for step in plan.active.interventions] for place, plan in plans.items()}
     return [

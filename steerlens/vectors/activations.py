@@ -26,6 +26,7 @@ from steerlens.errors import DataError, SteerlensError
 from steerlens.models.choice import backend_used
 from steerlens.models.facts import check_layer, coordinate_frame, model_id, resid_post, tolerance, versions_json
 from steerlens.models.passes import Read, Runner, run_pass
+from steerlens.models.prefixes import common_prefix
 from steerlens.models.probe import Abilities, abilities
 from steerlens.models.prompts import PromptFormat, encode_all, frame, pinned, template_digest
 from steerlens.models.rows import pad, pad_id
@@ -407,13 +408,6 @@ class _Trunk:
                 new, cache = rows.select(twice).then(new.tokens, new.mask), cache.select(twice)
             reads = runner.run(new, cache=cache, reads=[Read(site) for site in self.sites]).reads
         return torch.stack([reads[site] for site in self.sites], dim=1)
-
-
-def common_prefix(rows: Sequence[list[int]]) -> int:
-    """How many first tokens all rows share, leaving each at least one of its own."""
-    first, last = min(rows), max(rows)  # what the first and the last in order share, all between them share
-    shared = next((i for i, (a, b) in enumerate(zip(first, last, strict=False)) if a != b), min(len(first), len(last)))
-    return min(shared, min(map(len, rows)) - 1)
 
 
 def _check_layers(model: Any, layers: Iterable[WholeNumber] | None) -> tuple[int, ...]:

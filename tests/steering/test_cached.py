@@ -8,13 +8,17 @@ from typing import Any
 import pytest
 import torch
 
+import steerlens as sl
 from steerlens.models.backends import BridgeCache, HookedCache, Table, put
 from steerlens.models.load import load_model
 from steerlens.models.passes import run_pass
+from steerlens.models.prefixes import common_prefix, held_prefixes
 from steerlens.models.probe import abilities
+from steerlens.models.prompts import encode
 from steerlens.models.rows import n_hidden, pad
-from steerlens.steering import cached
+from steerlens.steering import cached, prefill
 from steerlens.steering.generations import Generation, Token
+from steerlens.steering.plan import Plan
 from steerlens.steering.sampling import generate, stream, stream_tokens
 from tests.conftest import Passes, Subject, hooks_on
 from tests.near_ties import assert_same_text
@@ -98,6 +102,74 @@ def test_windows_and_positions_hold_in_a_row_that_comes_in_later(name: str, tmp_
         "nothing was filled again"
     )
     assert found == generate(model, PROMPTS[:12], batch_size=1, **options)
+
+
+HEAD = "You are a careful assistant, and brief. "
+
+
+def prefixed(head: str = HEAD) -> tuple[list[str], list[Plan]]:
+    """Prompts that begin alike, and plans that steer the beginning in three ways, or only what comes after it."""
+    plans = [as_plan([]), as_plan([step("add", "all", seed=1)]), as_plan([step("add", "all", layer=2, seed=2)])]
+    later = [as_plan([step("add", rule, seed=3)]) for rule in ("generated", "last")]
+    return [head + prompt for prompt in PROMPTS[:10]], [*plans, *plans, *later, *plans[:2]]
+
+
+@pytest.mark.parametrize("gated", [False, True])
+def test_what_rows_begin_with_is_run_once_for_each_way_of_steering_it(
+    tiny: Subject, gated: bool, passes: Passes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prompts, plans = prefixed()
+    if gated:
+        vector = sl.SteeringVector({1: torch.ones(32)})
+        plans = [plan + sl.plausible(vector.at(1, operator="add", coeff=5.0), beta=0.1) for plan in plans]
+    options: dict[str, Any] = {"steering": plans, "max_new_tokens": 12, "stop_ids": STOP, "batch_size": 10}
+    whole = generate(tiny.model, prompts, **options)  # too little is spared
+    monkeypatch.setattr(prefill, "PAYS", {"cpu": 1})
+    passes.clear()
+    found = generate(tiny.model, prompts, **options)
+    assert found == whole == generate(tiny.model, prompts, **options | {"batch_size": 1})
+    ids = [list(row.prompt_tokens[: -1 if gated else None]) for row in found]
+    width = common_prefix(ids)
+    assert width >= len(HEAD)
+    (first, _), (rest, _) = passes[:2]
+    assert first.tokens.shape == (3, width)  # unsteered, and along each vector
+    longest = max(map(len, ids))
+    assert rest.tokens.shape == (10, longest - width)
+    fed = [int(rows.mask[:, -rows.tokens.shape[1] :].sum()) for rows in (first, rest)]
+    assert fed == [3 * width, 10 * (longest - width)]
+    assert rest.mask.sum(1).tolist() == sorted(map(len, ids), reverse=True)
+    assert not (rest.mask.diff(dim=1) < 0).any()  # padding is on the left alone
+
+
+def test_a_prefix_is_run_by_itself_only_where_that_pays(
+    llama: Subject, passes: Passes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prompts, plans = prefixed()
+    ids = [encode(llama.model, prompt) for prompt in prompts]
+    width = common_prefix(ids)
+    spared = sum(held_prefixes(ids, width)) - 3 * width
+    for least, n in ((spared, 2), (spared + 1, 1)):
+        monkeypatch.setattr(prefill, "PAYS", {"cpu": least})
+        passes.clear()
+        generate(llama.model, prompts, steering=plans, max_new_tokens=3, batch_size=10)
+        assert sum(rows.tokens.shape[1] > 1 for rows, _ in passes) == n
+    # A row that is shorter than others by more than the prefix would begin with padding alone.
+    monkeypatch.setattr(prefill, "PAYS", {"cpu": 1})
+    passes.clear()
+    generate(llama.model, ["Tell me.", f"Tell {'x' * 40}", f"Tell {'y' * 40}"], max_new_tokens=3)
+    assert sum(rows.tokens.shape[1] > 1 for rows, _ in passes) == 1
+
+
+@pytest.mark.bridge
+@pytest.mark.parametrize("name", ["gemma2", "mistral", "bloom", "falcon", "gpt-neo", "gptj", "mamba", "phi3-longrope"])
+def test_rows_that_begin_alike_say_the_same_in_any_architecture(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = load_model(save_animal(name, tmp_path), progress=False)
+    monkeypatch.setattr(prefill, "PAYS", {"cpu": 1})
+    prompts = [HEAD[-20:] + prompt for prompt in PROMPTS[:6]]
+    options: dict[str, Any] = {"max_new_tokens": 8, "temperature": 1.0, "seed": range(6)}
+    assert generate(model, prompts, batch_size=6, **options) == generate(model, prompts, batch_size=1, **options)
 
 
 # --- what it takes -------------------------------------------------------------------------------------------------

@@ -174,7 +174,7 @@ def test_a_gate_is_around_vectors_in_the_search_and_in_the_evaluation(config, tm
 def test_a_second_run_generates_nothing_and_changes_nothing(config, tmp_path, monkeypatch):
     first = run(config, tmp_path, progress=False)
     before = results(tmp_path), (tmp_path / "generations.jsonl").read_bytes()
-    monkeypatch.setattr("steerlens.study.responses.stream", None)
+    monkeypatch.setattr("steerlens.study.responses.generate", None)
     monkeypatch.setattr("steerlens.vectors.estimators.record_activations", None)
     second = run(config, tmp_path, progress=False)
     assert (results(tmp_path), (tmp_path / "generations.jsonl").read_bytes()) == before

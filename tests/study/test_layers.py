@@ -314,7 +314,7 @@ def test_modes_and_windows_name_their_layers():
 def test_bad_studies_are_refused_before_anything_is_generated(
     llama, vector, pairs, monkeypatch, study, options, message
 ):
-    monkeypatch.setattr("steerlens.study.responses.stream", None)
+    monkeypatch.setattr("steerlens.study.responses.generate", None)
     with pytest.raises(SteerlensError, match=message) as caught:
         unchecked(study)(llama.model, vector, pairs, **options)
     assert "\n" not in str(caught.value)

@@ -214,7 +214,7 @@ def test_only_missing_rows_are_generated_and_more_trials_only_add_rows(llama, pa
         assert len(journal.records) == 3 * size
         kept = more[more["trial"] == 0].reset_index(drop=True)
         pd.testing.assert_frame_equal(kept, first, rtol=1e-5)
-        monkeypatch.setattr("steerlens.study.responses.stream", None)
+        monkeypatch.setattr("steerlens.study.responses.generate", None)
         score(sampler, requests_for(pairs, plan, trials=3))  # all there: nothing is generated
 
 
@@ -283,7 +283,7 @@ def test_an_evaluation_in_a_folder_goes_on_and_generates_nothing_twice(llama, pa
     evaluate(llama.model, plan, pairs[:3], out=tmp_path, **options)
     found = evaluate(llama.model, plan, pairs, out=tmp_path, **options)
     pd.testing.assert_frame_equal(found.scores, whole.scores, rtol=1e-5)
-    monkeypatch.setattr("steerlens.study.responses.stream", None)
+    monkeypatch.setattr("steerlens.study.responses.generate", None)
     again = evaluate(llama.model, plan, pairs, out=tmp_path, **options)
     pd.testing.assert_frame_equal(again.scores, found.scores)
     assert {"scores.jsonl", "table.csv", "comparisons.csv", "config.json"} < {path.name for path in tmp_path.iterdir()}

@@ -170,7 +170,7 @@ def test_a_vector_of_another_model_is_refused(llama, vector, pairs):
 
 
 def test_bad_searches_are_refused_before_anything_is_generated(llama, vector, pairs, monkeypatch):
-    monkeypatch.setattr("steerlens.study.responses.stream", None)
+    monkeypatch.setattr("steerlens.study.responses.generate", None)
     with pytest.raises(DataError, match="a search needs at least one validation prompt"):
         sweep(llama.model, vector, PairSet([]))
     with pytest.raises(SteerlensError, match=r"layer must be in \[0, 4\), got 9"):
@@ -275,7 +275,7 @@ def test_the_papers_gate_refuses_low_perplexity_and_needs_it_measured(llama, vec
 def test_a_search_that_cannot_be_chosen_from_is_refused_before_anything_is_generated(
     llama, vector, pairs, bad, message, monkeypatch
 ):
-    monkeypatch.setattr("steerlens.study.responses.stream", None)
+    monkeypatch.setattr("steerlens.study.responses.generate", None)
     sampler = responses.Sampler(llama.model)
     with pytest.raises(SteerlensError, match=message):
         sweep(sampler, vector, pairs, candidates=[Candidate(1)], **bad)
@@ -323,7 +323,7 @@ def test_a_folder_says_what_was_searched_and_keeps_no_results_of_another_search(
 
 
 def test_what_nothing_can_check_is_refused_before_anything_is_generated(llama, vector, monkeypatch):
-    monkeypatch.setattr("steerlens.study.responses.stream", None)
+    monkeypatch.setattr("steerlens.study.responses.generate", None)
     unknown = PairSet([InstructionPair("Describe rain.", "Rhyme.", "poetry:rhyme")])
     with pytest.raises(SteerlensError, match="unknown instruction"):
         sweep(llama.model, vector, unknown, layers=[1], max_new_tokens=4)

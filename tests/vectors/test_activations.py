@@ -18,6 +18,7 @@ from steerlens.models.backends import BridgeBackend
 from steerlens.models.facts import stop_ids
 from steerlens.models.load import load_model
 from steerlens.models.passes import Read, run_pass
+from steerlens.models.prefixes import common_prefix
 from steerlens.models.prompts import PromptFormat, encode
 from steerlens.models.rows import pad
 from steerlens.steering.sampling import generate
@@ -26,7 +27,6 @@ from steerlens.vectors.activations import (
     SIDES,
     Activations,
     capture_metadata,
-    common_prefix,
     record_activations,
     record_means,
 )
