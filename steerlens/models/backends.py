@@ -261,8 +261,10 @@ class BridgeCache:
         forked = copy.copy(self.cache)
         forked.layers = [copy.copy(layer) for layer in self.cache.layers]
         for layer in forked.layers:
-            # What this one appends next must not be what the other appends.
-            layer.__dict__.pop("room", None)
+            if type(layer) is RoomyLayer:
+                # What this one appends next must not be what the other appends.
+                layer.__class__ = DynamicLayer
+                layer.__dict__.pop("room", None)
         return BridgeCache(forked)
 
     def first(self, n: int) -> "BridgeCache":
