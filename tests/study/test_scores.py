@@ -12,7 +12,9 @@ from steerlens.data.conditions import CONDITIONS
 from steerlens.data.pairs import InstructionPair, PairSet, pair_set
 from steerlens.errors import DataError, SteerlensError
 from steerlens.files import Journal
+from steerlens.models.lean import Tree
 from steerlens.models.prompts import encode
+from steerlens.models.rows import length_sorted_batches
 from steerlens.steering.attention import pasta
 from steerlens.steering.interventions import Intervention
 from steerlens.steering.plan import Plan
@@ -96,6 +98,35 @@ def test_what_two_instructions_share_is_generated_once_and_scored_twice(llama, p
     scores = score(sampler, requests_for(pairs, plan, conditions=["none"]))
     assert len(scores) == 6
     assert len(sampler.records) == 3  # one per query
+
+
+@pytest.mark.parametrize("positions", ["all", "generated"])
+def test_a_batch_of_an_evaluation_is_hooked_once_and_runs_each_prompt_once(
+    llama, pairs, plan, positions, passes, monkeypatch
+):
+    plan = Plan(tuple(replace(step, positions=positions) for step in plan.interventions))
+    requests = requests_for(pairs, plan, conditions=["none", "vector", "text", "text+vector"])
+    Sampler(llama.model, max_new_tokens=6).generate(requests)  # what is found out about a model is found out before
+    hooked = []
+    real = Tree.hooked
+    monkeypatch.setattr(Tree, "hooked", lambda tree, sites: hooked.append(sorted(sites)) or real(tree, sites))
+    passes.clear()
+    sampler = Sampler(llama.model, max_new_tokens=6, batch_size=8)
+    sampler.generate(requests)
+    rows = list(dict(zip(sampler.keys(requests), requests, strict=True)).values())
+    assert len(rows) == 18  # of three queries and two instructions; bare queries are shared
+    ids = [tuple(sampler.encode(row.prompt)) for row in rows]
+    batches = length_sorted_batches(list(map(len, ids)), 8)
+    assert hooked == [["blocks.1.hook_resid_post"]] * len(batches)
+    fed = 0
+    for batch in batches:
+        prompts = [ids[row] for row in batch]
+        # What is steered after its prompt alone has the same prompt as what is not; its last token is run beside the others'.
+        once = positions == "generated" and len(set(prompts)) < len(prompts)
+        fed += sum(len(prompt) - 1 for prompt in set(prompts)) if once else sum(map(len, prompts))
+    prefills = [rows for rows, _ in passes if rows.tokens.shape[1] > 1]
+    assert sum(int(rows.mask.sum()) for rows in prefills) == fed
+    assert len(prefills) == len(batches)
 
 
 def test_a_key_changes_with_all_that_decides_the_text_and_with_nothing_else(llama, pairs, plan):
