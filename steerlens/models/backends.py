@@ -347,6 +347,11 @@ class LeanBackend:
         return out, BridgeCache(kept).with_room() if keep_cache and kept is not None else None
 
 
+def hides_gaps(backend: Backend) -> bool:
+    """Whether a hidden column within a row is known to be nothing to what comes after it."""
+    return isinstance(backend, LeanBackend) and backend.tree.gaps
+
+
 def _wanted_columns(module: Any, rows: Rows, logits: Columns, options: dict[str, Any]) -> Int[Tensor, " column"] | None:
     """Ask a Hugging Face model for no more columns' logits than are wanted; those, or None where it gives all."""
     if logits == "all" or not _keeps_logits(type(module).forward):

@@ -8,11 +8,23 @@ it: where a model counts columns, a gap would count.
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 
 from steerlens.models.backends import Cache, Table
+from steerlens.models.facts import model_device
 from steerlens.models.rows import Rows
+
+SPARED = {"cpu": 128}
+"""Tokens that one more pass has to spare, by device: as many as a processor runs while it begins a pass, about."""
+SPARED_ELSEWHERE = 8192
+"""A GPU runs thousands in that time."""
+
+
+def pays(model: Any, n_tokens: int, n_passes: int = 1) -> bool:
+    """Whether it is worth so many passes more to run so many tokens less."""
+    return n_tokens >= n_passes * SPARED.get(model_device(model).type, SPARED_ELSEWHERE)
 
 
 def common_prefix(rows: Sequence[list[int]]) -> int:

@@ -24,7 +24,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from steerlens.models.attention import normed
-from steerlens.models.backends import Cache, LeanBackend, Table
+from steerlens.models.backends import Cache, Table, hides_gaps
 from steerlens.models.facts import attn_in, attn_out, layer_of
 from steerlens.models.passes import Edit, PassResult, Read, Runner
 from steerlens.models.rows import Rows, pad, pad_id
@@ -65,9 +65,7 @@ class GatedBatch(Batch):
         if cached and not pools(rows):
             begun = begin(job, rows)
             if begun.cache is None or begun.cache.forks:
-                backend = self.runner.backend
-                gaps = isinstance(backend, LeanBackend) and backend.tree.gaps
-                self.columns = _Columns(begun.cache, begun.mask, gaps=gaps)
+                self.columns = _Columns(begun.cache, begun.mask, gaps=hides_gaps(self.runner.backend))
         self.start = _Start(rows, self.edits, self.tried, self.columns)
 
     # --- a step ------------------------------------------------------------------------------------------------------

@@ -17,15 +17,10 @@ from jaxtyping import Int
 from torch import Tensor
 
 from steerlens.models.backends import Cache
-from steerlens.models.facts import model_device
-from steerlens.models.prefixes import after_prefix, common_prefix, held_prefixes, holds_all
+from steerlens.models.prefixes import after_prefix, common_prefix, held_prefixes, holds_all, pays
 from steerlens.models.rows import Rows, n_hidden, pad, pad_id
 from steerlens.steering.batches import Job, Row, edits_of
 from steerlens.steering.plan import Plan
-
-PAYS = {"cpu": 128}
-"""Tokens that must be spared for a prefix to be run by itself: as many as a processor runs while it begins one more pass, about.
-On a GPU these are thousands."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -79,7 +74,7 @@ def feed(job: Job, rows: Sequence[Row], ids: Sequence[list[int]]) -> tuple[Cache
         return None, whole
     held, keys = held_prefixes(ids, width), [_prefix(row, width) for row in rows]
     first = [keys.index(key) for key in dict.fromkeys(keys)]
-    if min(held) < 1 or sum(held) - len(first) * width < PAYS.get(model_device(job.model).type, 8192):
+    if min(held) < 1 or not pays(job.model, sum(held) - len(first) * width):
         return None, whole
     chosen = [rows[place] for place in first]
     prefixes = pad([ids[place][:width] for place in first], prompt_lengths=[prompt_lengths[place] for place in first])

@@ -10,6 +10,7 @@ each shared prefix is run once and its keys and values are handed on. What a hoo
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, overload
 
 import pandas as pd
@@ -23,10 +24,11 @@ from steerlens._typing import WholeNumber, several
 from steerlens.data.pairs import InstructionPair, PairSet
 from steerlens.data.splits import query_ids
 from steerlens.errors import DataError, SteerlensError
-from steerlens.models.choice import backend_used
+from steerlens.models.backends import Cache, hides_gaps
+from steerlens.models.choice import backend_used, choose_backend
 from steerlens.models.facts import check_layer, coordinate_frame, model_id, resid_post, tolerance, versions_json
 from steerlens.models.passes import Read, Runner, run_pass
-from steerlens.models.prefixes import common_prefix
+from steerlens.models.prefixes import common_prefix, pays
 from steerlens.models.probe import Abilities, abilities
 from steerlens.models.prompts import PromptFormat, encode_all, frame, pinned, template_digest
 from steerlens.models.rows import pad, pad_id
@@ -141,7 +143,7 @@ def record_activations(
     layers: Iterable[WholeNumber] | None = None,
     batch_size: int = 32,
     prompt_format: PromptFormat = PromptFormat(),
-    share_prefixes: bool = True,
+    share_prefixes: bool | None = None,
     progress: bool = False,
 ) -> Activations:
     """The residual of the last prompt token of both prompts of every pair, in the pairs' order.
@@ -149,7 +151,7 @@ def record_activations(
     Args:
         layers: Layers to keep, in this order; default all.
         batch_size: Pairs per batch; each pair is two rows.
-        share_prefixes: Run what prompts have in common once. False runs every prompt whole.
+        share_prefixes: Run what prompts have in common once. Default: where that pays; False runs every prompt whole.
         progress: Show a progress bar with pairs per second and time left.
 
     Returns:
@@ -287,7 +289,7 @@ def iter_activations(
     layers: Sequence[int],
     batch_size: int = 32,
     prompt_format: PromptFormat = PromptFormat(),
-    share_prefixes: bool = True,
+    share_prefixes: bool | None = None,
     progress: bool = False,
 ) -> Iterator[ActivationBatch]:
     """Batches of activations as they are computed; of each `TOKENIZED_AT_ONCE` pairs the longest prompts first."""
@@ -311,7 +313,7 @@ def _iter_part(
     sites: Sequence[str],
     batch_size: int,
     prompt_format: PromptFormat,
-    share_prefixes: bool,
+    share_prefixes: bool | None,
 ) -> Iterator[ActivationBatch]:
     """Batches of some pairs, by their place among these."""
     without = encode_all(model, [pair.text("none") for pair in pairs], prompt_format)
@@ -319,12 +321,13 @@ def _iter_part(
     able = abilities(model, max(map(len, without + with_), default=0))
     # A pair is two rows, so where rows must be alone, so must pairs, and their sides are run one after the other.
     batches = able.batches([len(row) for row in with_], batch_size)
-    trunk = _Trunk(model, sites, without + with_, able) if share_prefixes and able.cache else None
+    trunk = _Trunk(model, sites, without + with_, able) if share_prefixes is not False and able.cache else None
     for indices in batches:
         batch = [(without[index], with_[index]) for index in indices]
-        if trunk is not None and not trunk.agrees(batch):
-            trunk = None
-        found = whole_last_resid(model, sites, batch, able) if trunk is None else trunk.last_resid(batch)
+        if trunk is not None and (share_prefixes or trunk.pays(batch)) and trunk.agrees(batch):
+            found = trunk.last_resid(batch)
+        else:
+            found = whole_last_resid(model, sites, batch, able)
         yield ActivationBatch(indices, rearrange(found, "(pair side) layer d_model -> pair side layer d_model", side=2))
 
 
@@ -348,16 +351,27 @@ class _Trunk:
     """What all prompts share is run once, then what each pair shares, then the two endings of each pair.
 
     Each step is padded on the left, which leaves a hidden gap within a row. Where a model counts columns (ALiBi, a local window,
-    an attention chunk), a gap is not nothing: `agrees` finds that out on the pairs with the widest gaps.
+    an attention chunk), a gap is not nothing: where that is not known, `agrees` finds it out on the pairs with the widest gaps.
     """
 
     def __init__(self, model: Any, sites: Sequence[str], prompts: Sequence[list[int]], able: Abilities) -> None:
         self.model, self.sites, self.able, self.pad_id = model, sites, able, pad_id(model)
         self.checked = 0
         """Columns of the widest batch that came out right."""
+        self.wrong = False
+        """Whether one came out wrong."""
+        self.harmless = hides_gaps(choose_backend(model, sites)[0])
         prefix = prompts[0][: common_prefix(prompts)]
         self.rows = pad([prefix]) if prefix else None
-        self.cache = None if self.rows is None else run_pass(model, self.rows, keep_cache=True).cache
+
+    @cached_property
+    def cache(self) -> Cache | None:
+        return None if self.rows is None else run_pass(self.model, self.rows, keep_cache=True).cache
+
+    def pays(self, pairs: Sequence[Sides]) -> bool:
+        """Whether the tokens of these pairs that need not be run, once the trunk was, are worth the passes more."""
+        trunk = 0 if self.rows is None else int(self.rows.tokens.shape[1])
+        return pays(self.model, sum(common_prefix(pair) + trunk for pair in pairs), 2)
 
     def agrees(self, pairs: Sequence[Sides]) -> bool:
         """Whether these pairs come out as they do whole, tried on those with the most padding.
@@ -372,10 +386,11 @@ class _Trunk:
         width = max(stems) + max(tails)
         if self.checked and (width <= self.checked or min(shortest) == width):
             return True
-        if width > int(
-            self.model.cfg.n_ctx
-        ):  # gaps count as columns, and a model may have no more columns than its context
+        # Gaps count as columns, and a model may have no more columns than its context.
+        if self.wrong or width > int(self.model.cfg.n_ctx):
             return False
+        if self.harmless:
+            return True
         widest = {stems.index(max(stems)), tails.index(max(tails)), shortest.index(min(shortest))}
         chosen = [pairs[index] for index in sorted(widest | {stems.index(min(stems)), tails.index(min(tails))})]
         whole = whole_last_resid(self.model, self.sites, chosen, self.able)
@@ -384,9 +399,11 @@ class _Trunk:
         except (torch.OutOfMemoryError, MemoryError):
             raise
         except Exception:  # an architecture may take single tokens after its cache, and no more
+            self.wrong = True
             return False
         self.checked = width
-        return bool(((shared - whole).norm(dim=-1) <= tolerance(self.model) * whole.norm(dim=-1)).all())
+        self.wrong = not ((shared - whole).norm(dim=-1) <= tolerance(self.model) * whole.norm(dim=-1)).all()
+        return not self.wrong
 
     def last_resid(self, pairs: Sequence[Sides]) -> Float[Tensor, "row layer d_model"]:
         """Residuals of the last token of both prompts of each pair, in rows of two."""

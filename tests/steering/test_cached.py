@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import steerlens as sl
+from steerlens.models import prefixes
 from steerlens.models.backends import BridgeCache, HookedCache, Table, put
 from steerlens.models.load import load_model
 from steerlens.models.passes import run_pass
@@ -16,7 +17,7 @@ from steerlens.models.prefixes import common_prefix, held_prefixes
 from steerlens.models.probe import abilities
 from steerlens.models.prompts import encode
 from steerlens.models.rows import n_hidden, pad
-from steerlens.steering import cached, prefill
+from steerlens.steering import cached
 from steerlens.steering.generations import Generation, Token
 from steerlens.steering.plan import Plan
 from steerlens.steering.sampling import generate, stream, stream_tokens
@@ -124,7 +125,7 @@ def test_what_rows_begin_with_is_run_once_for_each_way_of_steering_it(
         plans = [plan + sl.plausible(vector.at(1, operator="add", coeff=5.0), beta=0.1) for plan in plans]
     options: dict[str, Any] = {"steering": plans, "max_new_tokens": 12, "stop_ids": STOP, "batch_size": 10}
     whole = generate(tiny.model, prompts, **options)  # too little is spared
-    monkeypatch.setattr(prefill, "PAYS", {"cpu": 1})
+    monkeypatch.setattr(prefixes, "SPARED", {"cpu": 1})
     passes.clear()
     found = generate(tiny.model, prompts, **options)
     assert found == whole == generate(tiny.model, prompts, **options | {"batch_size": 1})
@@ -149,12 +150,12 @@ def test_a_prefix_is_run_by_itself_only_where_that_pays(
     width = common_prefix(ids)
     spared = sum(held_prefixes(ids, width)) - 3 * width
     for least, n in ((spared, 2), (spared + 1, 1)):
-        monkeypatch.setattr(prefill, "PAYS", {"cpu": least})
+        monkeypatch.setattr(prefixes, "SPARED", {"cpu": least})
         passes.clear()
         generate(llama.model, prompts, steering=plans, max_new_tokens=3, batch_size=10)
         assert sum(rows.tokens.shape[1] > 1 for rows, _ in passes) == n
     # A row that is shorter than others by more than the prefix would begin with padding alone.
-    monkeypatch.setattr(prefill, "PAYS", {"cpu": 1})
+    monkeypatch.setattr(prefixes, "SPARED", {"cpu": 1})
     passes.clear()
     generate(llama.model, ["Tell me.", f"Tell {'x' * 40}", f"Tell {'y' * 40}"], max_new_tokens=3)
     assert sum(rows.tokens.shape[1] > 1 for rows, _ in passes) == 1
@@ -166,7 +167,7 @@ def test_rows_that_begin_alike_say_the_same_in_any_architecture(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = load_model(save_animal(name, tmp_path), progress=False)
-    monkeypatch.setattr(prefill, "PAYS", {"cpu": 1})
+    monkeypatch.setattr(prefixes, "SPARED", {"cpu": 1})
     prompts = [HEAD[-20:] + prompt for prompt in PROMPTS[:6]]
     options: dict[str, Any] = {"max_new_tokens": 8, "temperature": 1.0, "seed": range(6)}
     assert generate(model, prompts, batch_size=6, **options) == generate(model, prompts, batch_size=1, **options)

@@ -14,7 +14,9 @@ from steerlens.data.load import load_pairs
 from steerlens.data.pairs import InstructionPair, PairSet
 from steerlens.data.splits import query_ids
 from steerlens.errors import DataError, SteerlensError
+from steerlens.models import prefixes
 from steerlens.models.backends import BridgeBackend
+from steerlens.models.choice import BackendName, use_backend
 from steerlens.models.facts import stop_ids
 from steerlens.models.load import load_model
 from steerlens.models.passes import Read, run_pass
@@ -209,8 +211,11 @@ def test_running_sums_keep_one_batch_at_a_time(tiny: Subject, monkeypatch: pytes
     assert most <= 2
 
 
-def test_shared_beginnings_are_run_once(llama: Subject, passes: Passes) -> None:
-    record_activations(llama.model, PAIRS, batch_size=1)
+@pytest.mark.parametrize("backend", ["auto", "hooks"])
+def test_shared_beginnings_are_run_once(backend: BackendName, llama: Subject, passes: Passes) -> None:
+    use_backend(llama.model, backend)
+    record_activations(llama.model, PAIRS, batch_size=1, share_prefixes=True)
+    use_backend(llama.model, "auto")
     fed = sum(rows.tokens.numel() for rows, _ in passes)
     pairs = [[encode(llama.model, pair.text(condition)) for condition in ("none", "text")] for pair in PAIRS]
     trunk = shared_length([row for pair in pairs for row in pair])
@@ -220,12 +225,24 @@ def test_shared_beginnings_are_run_once(llama: Subject, passes: Passes) -> None:
         return (split - trunk) + 2 * (max(map(len, pair)) - split)  # the shorter ending is padded
 
     longest = max(pairs, key=lambda pair: len(pair[1]))
-    checked = cost(longest) + 2 * len(
-        longest[1]
-    )  # once shared and once whole, to see that a gap is nothing to the model
+    # Once shared and once whole, to see that a gap is nothing to the model; of plain modules that is known.
+    checked = cost(longest) + 2 * len(longest[1]) if backend == "hooks" else 0
     shared = trunk + sum(map(cost, pairs))
     assert shared < sum(len(row) for pair in pairs for row in pair)
     assert fed == shared + checked
+
+
+def test_prompts_are_run_whole_where_too_little_is_shared(
+    llama: Subject, passes: Passes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pairs = [[encode(llama.model, pair.text(condition)) for condition in ("none", "text")] for pair in PAIRS]
+    trunk = shared_length([row for pair in pairs for row in pair])
+    spared = sum(shared_length(pair) + trunk for pair in pairs)
+    for least, n_passes in ((spared // 2, 3), (spared, 1)):  # two passes more have to spare twice as many
+        monkeypatch.setattr(prefixes, "SPARED", {"cpu": least})
+        passes.clear()
+        record_activations(llama.model, PAIRS, batch_size=len(PAIRS))
+        assert len(passes) == n_passes
 
 
 def shared_length(rows: list[list[int]]) -> int:
@@ -403,7 +420,7 @@ def test_a_sliding_window_model_is_recorded_right_with_prefixes_of_any_length(tm
     model = load_model(tmp_path, progress=False)
     lengths = [(3, 30), (28, 4), (12, 18)]
     pairs = PairSet(InstructionPair("q" * a + str(a), "i" * b, "punctuation:no_comma") for a, b in lengths)
-    shared = record_activations(model, pairs)
+    shared = record_activations(model, pairs, share_prefixes=True)
     whole = record_activations(model, pairs, batch_size=1, share_prefixes=False)
     torch.testing.assert_close(shared.resid, whole.resid, rtol=1e-4, atol=1e-5)
 
@@ -442,15 +459,20 @@ def test_gaps_that_would_outgrow_the_context_are_not_made(tmp_path: Path) -> Non
 
 def test_a_cache_that_takes_no_more_than_single_tokens_is_not_shared(tiny: Subject, monkeypatch: Any) -> None:
     expected = record_activations(tiny.model, PAIRS, share_prefixes=False).resid
-    real = BridgeBackend.forward
+    real, refused = BridgeBackend.forward, []
 
     def single(self: BridgeBackend, rows: Any, cache: Any, **options: Any) -> Any:
         if cache is not None and rows.tokens.shape[1] > 1:
+            refused.append(rows)
             raise NotImplementedError
         return real(self, rows, cache, **options)
 
     monkeypatch.setattr(BridgeBackend, "forward", single)
-    torch.testing.assert_close(record_activations(tiny.model, PAIRS).resid, expected, rtol=1e-4, atol=1e-4)
+    use_backend(tiny.model, "hooks")
+    found = record_activations(tiny.model, PAIRS, batch_size=2, share_prefixes=True).resid
+    use_backend(tiny.model, "auto")
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+    assert len(refused) == 1  # it is tried once
 
 
 def test_no_layers_are_refused(llama: Subject) -> None:
