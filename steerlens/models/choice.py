@@ -7,7 +7,7 @@ again when parts of it were replaced.
 """
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 from weakref import WeakKeyDictionary
 
@@ -43,6 +43,8 @@ class _Known:
     """What the model consisted of then."""
     reasons: dict[Any, str]
     """By dtype, device and kind of sites: why the tree is not used, or nothing."""
+    gaps: dict[Any, bool] = field(default_factory=dict)
+    """By dtype and device: what the tree is told of gaps."""
 
     def __reduce__(self) -> Any:  # a copy of the model finds out for itself
         return type(None), ()
@@ -122,8 +124,11 @@ def _chosen(model: Any, sites: Iterable[str]) -> tuple[Tree | None, str]:
         key = (weights.dtype, weights.device, kind)
         if key not in known.reasons:
             known.reasons[key] = _prove(model, known.tree, kind)
+            if kind == "blocks":
+                known.gaps[key] = known.tree.gaps
         if known.reasons[key]:
             return None, known.reasons[key]
+    known.tree.gaps = known.gaps[weights.dtype, weights.device, "blocks"]
     return known.tree, ""
 
 
@@ -165,8 +170,12 @@ def _prove(model: Any, tree: Tree, kind: Kind) -> str:
         lean = LeanBackend(model, tree)
         reason = _difference(model, lean, wanted, sites)
         if not reason:
-            gapped = _attempt(model, lean, _gapped, sites)
-            tree.gaps = tree.causal_alone and not isinstance(wanted[1], str) and not _contrast(model, gapped, wanted[1])
+            its = wanted[1]
+            tree.gaps = (
+                tree.causal_alone
+                and not isinstance(its, str)
+                and not any(_contrast(model, _attempt(model, lean, way, sites), its) for way in (_gapped, _at_once))
+            )
             return ""
         reasons.append(reason)
     return reasons[-1]
@@ -188,7 +197,8 @@ def _contrast(model: Any, found: dict[str, Tensor] | str, wanted: dict[str, Tens
         one = found.get(name)
         if one is None:
             return f"{name} is not computed there"
-        if one.shape != its.shape or float((one - its).norm()) > tolerance(model) * float(its.norm()):
+        # Written so that nan is no agreement.
+        if one.shape != its.shape or not float((one - its).norm()) <= tolerance(model) * float(its.norm()):
             return f"its plain modules compute another {name}"
     return ""
 
@@ -229,17 +239,29 @@ def _whole(model: Any, backend: Backend) -> Tensor:
     return backend.forward(rows, None, keep_cache=False, logits="last")[0]
 
 
-def _cached(model: Any, backend: Backend, *, gap: bool = False) -> Tensor:
-    """Padded on the left; the last two tokens come one by one, with a hidden column between them or without."""
+GAP = 8
+"""Hidden columns in a row that show whether they count."""
+
+
+def _cached(model: Any, backend: Backend, *, gap: bool = False, at_once: bool = False) -> Tensor:
+    """Padded on the left; the last two tokens come one by one, or at once; hidden columns may stand before them."""
     ids = random_rows(model, LENGTHS, seed=2)
     rows: Rows = pad([row[:-2] for row in ids], pad_id=pad_id(model)).to(model_device(model))
     _, cache = backend.forward(rows, None, keep_cache=True, logits="last")
-    for place, shown in ((-2, True), (-2, False), (-1, True))[:: 1 if gap else 2]:
-        new = torch.tensor([[row[place]] for row in ids], device=rows.tokens.device)
-        rows = rows.then(new, None if shown else torch.zeros_like(new))
+    for place in (slice(-2, None),) if at_once else (slice(-2, -1), slice(-1, None)):
+        new = torch.tensor([row[place] for row in ids], device=rows.tokens.device)
+        if gap and place.stop is None:
+            hidden = new[:, :1].repeat(1, GAP)
+            rows = rows.then(hidden, torch.zeros_like(hidden))
+            _, cache = backend.forward(rows, cache, keep_cache=True, logits="last")
+        rows = rows.then(new)
         logits, cache = backend.forward(rows, cache, keep_cache=True, logits="last")
     return logits
 
 
 def _gapped(model: Any, backend: Backend) -> Tensor:
     return _cached(model, backend, gap=True)
+
+
+def _at_once(model: Any, backend: Backend) -> Tensor:
+    return _cached(model, backend, gap=True, at_once=True)

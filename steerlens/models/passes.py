@@ -8,8 +8,8 @@ row, and a digest of both. Recording is a pass with reads, steering one with edi
 `run_pass` is one pass; a `Runner` keeps its hooks on the model for many, as sampling does. Hooks of the caller's stay and fire
 before ours. A model in training mode is in evaluation mode for the pass: with dropout no result could be had twice.
 
-What differs between kinds of models is behind `backends`. A runner whose sites are blocks' outputs and attention scores runs the
-plain modules below the bridge, without its hook points, where these were seen to give the same (see `choice`).
+What differs between kinds of models is behind `backends`. A runner whose sites are blocks' outputs and attention's scores, input
+and output runs the plain modules below the bridge, without its hook points, where these were seen to give the same; see `choice`.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence

@@ -100,7 +100,10 @@ class StaticSteps:
         _, _, mask, key_positions = self._moving
         mask.index_fill_(1, self.column, 1)
         key_positions.index_copy_(1, self.column, self.positions)
-        self.enter(self.rows)
+        # Others than at the step before, for who remembers what was found for some rows: positions have moved on.
+        rows = Rows(self.rows.tokens, mask, self.rows.prompt_lengths, self.rows.spans)
+        rows.__dict__.update(key_positions=key_positions, positions=self.positions)
+        self.enter(rows)
         logits: Tensor = self.backend.tree.root(
             self.rows.tokens,
             attention_mask=mask[:, None, None, :].bool(),

@@ -13,8 +13,8 @@ all that follows. So steering acts on the newest token, through its own queries 
 Where a hidden column within a row would count, as in a window, the newest column is set aside instead, the row steps back by one
 column, with padding on its left, and then the column takes the place of what a trial appended.
 
-The layers of a row are ranked before its first trials, at its last token of prompt (see `directer`). Models that may not keep a
-cache run whole rows; there, too, only the last token is steered.
+The layers of all rows are ranked before the first trials of one, at their last tokens of prompt (see `directer`). Models that may
+not keep a cache run whole rows; there, too, only the last token is steered.
 """
 
 from collections.abc import Sequence
@@ -27,7 +27,7 @@ from steerlens.models.attention import normed
 from steerlens.models.backends import Cache, Table, hides_gaps
 from steerlens.models.facts import attn_in, attn_out, layer_of
 from steerlens.models.passes import Edit, PassResult, Read, Runner
-from steerlens.models.rows import Rows, pad, pad_id
+from steerlens.models.rows import Rows, n_hidden, pad, pad_id
 from steerlens.steering.batches import Batch, Job, Row
 from steerlens.steering.directer import sensitivities
 from steerlens.steering.edits import PlanEdit, plan_edits
@@ -35,8 +35,10 @@ from steerlens.steering.gates import Gate, GatedToken, plausible_tokens, worth_t
 from steerlens.steering.plan import Plan
 from steerlens.steering.prefill import begin, pools
 
+PASS_BYTES = 2**30
+"""Of the cache of one pass that ranks layers, at most, or without one:"""
 PASS_TOKENS = 8192
-"""Tokens, cached ones included, of one pass that ranks layers, at most."""
+"""its tokens, at most."""
 
 
 class GatedBatch(Batch):
@@ -66,7 +68,8 @@ class GatedBatch(Batch):
             begun = begin(job, rows)
             if begun.cache is None or begun.cache.forks:
                 self.columns = _Columns(begun.cache, begun.mask, gaps=hides_gaps(self.runner.backend))
-        self.start = _Start(rows, self.edits, self.tried, self.columns)
+        ranks = any(gate.gives_way == "layers" for gate in self.gates)
+        self.start = _Start(rows, self.edits, self.tried, self.columns if ranks else None)
 
     # --- a step ------------------------------------------------------------------------------------------------------
 
@@ -273,7 +276,8 @@ class GatedBatch(Batch):
         edited = {edit.site for some in (self.start.always, self.start.tried) for edit in some}
         parts: list[dict[str, Tensor]] = []
         with Runner(self.model, {*(read.site for read in reads), *edited}) as runner:
-            n = max(PASS_TOKENS // max(len(row.prompt) for row in rows), 1)
+            most = PASS_TOKENS // max(len(row.prompt) for row in rows)
+            n = max(1, most if self.start.columns is None else PASS_BYTES // self.start.columns.row_bytes)
             for first in range(0, len(rows), n):
                 some = rows[first : first + n]
                 owners = [self.start.place[row.index] for row in some]
@@ -307,6 +311,12 @@ class _Columns:
         """The columns as they are now; these are written into."""
         return _Columns(None if self.cache is None else self.cache.copy(), self.mask, gaps=self.gaps)
 
+    @property
+    def row_bytes(self) -> int:
+        """What a row takes, at least 1."""
+        held = 0 if self.cache is None else sum(table.tensor.nbytes for table in self.cache.tables)
+        return max(held // len(self.mask), 1)
+
     def probe(
         self,
         runner: Runner,
@@ -331,7 +341,7 @@ class _Columns:
     ) -> Float[Tensor, "item d_vocab"]:
         """The logits of a pass over the newest tokens of all rows, and after them of some again; `settle` has to follow."""
         cache, more = self.cache, owners[len(self.mask) :]
-        self.before = [] if cache is None else cache.tables
+        self.before = [] if cache is None or self.gaps else cache.tables
         if cache is not None and more:
             cache = cache.extended(more)
         rows = self._rows(owners, newest, prompt_lengths)
@@ -357,7 +367,10 @@ class _Columns:
             self._set_aside(self.cache, late=late, done=done)
 
     def _set_aside(self, cache: Cache, *, late: Sequence[int], done: Sequence[int]) -> None:
-        """Where no gap may be: late rows' newest columns leave the cache, and those of done rows come back."""
+        """Where no gap may be: late rows' newest columns leave the cache, and those of done rows come back.
+
+        So a batch stays as wide as its longest row.
+        """
         before: Sequence[Table | None] = self.before or [None] * len(cache.tables)
         back, front = torch.tensor(late, dtype=torch.long), torch.tensor(done, dtype=torch.long)
         aside, self.aside = self.aside, []
@@ -369,6 +382,8 @@ class _Columns:
                 table.put_newest(front, aside[number])
         self.mask[back] = self.mask[back].roll(1, 1)
         self.mask[back, 0] = 0
+        if n := n_hidden(self.mask):
+            self.cache, self.mask = cache.without(n), self.mask[:, n:]
 
     def select(self, keep: Int[Tensor, " kept"]) -> None:
         """Keep some rows; late ones, whose trials are to come, stay all, and so in their order."""

@@ -151,6 +151,15 @@ class KeyTables:
     def tables(self) -> list[Tensor]:
         return [getattr(self, one.name) for one in fields(self) if one.init]
 
+    @property
+    def kinds(self) -> tuple[bool, bool, bool, bool]:
+        """Whether any row has a bias, a scale, a target, and pools; found out once, since that waits for a GPU."""
+        if "kinds" not in self.memo:
+            tables = (self.bias, self.log_scale, self.target, self.pooled_queries | self.pooled_heads)
+            self.memo["kinds"] = tuple(bool(table.any()) for table in tables)
+        found: tuple[bool, bool, bool, bool] = self.memo["kinds"]
+        return found
+
     def of_pass(self, rows: Rows) -> "KeysOfPass":
         """What the tables come to for the keys and the queries of a pass."""
         if self.memo.get("rows") is not rows:
@@ -162,8 +171,8 @@ class KeyTables:
             in_prompt = (queries >= 0) & (queries < self.prompt_lengths[:, None])
             chosen = weights != 0
             # A kind of step that no row has costs nothing at any layer.
-            tables = (self.bias, self.log_scale, self.target)
-            bias, log_scale, target = (table[:, None, None, None] if bool(table.any()) else None for table in tables)
+            tables = zip((self.bias, self.log_scale, self.target), self.kinds, strict=False)
+            bias, log_scale, target = (table[:, None, None, None] if some else None for table, some in tables)
             self.memo.update(
                 rows=rows,
                 found=KeysOfPass(
@@ -242,7 +251,7 @@ class ScoreEdit:
             scores = scaled(scores, (share * found.log_factor).exp(), self.softcap)
         if found.target is not None:
             mass = log_mass(scores, found.chosen)
-            if bool((tables.pooled_queries | tables.pooled_heads).any()):
+            if tables.kinds[3]:
                 which = (tables.pooled_queries.to(scores.device), tables.pooled_heads.to(scores.device))
                 mass = pooled(mass, found.in_prompt, *which)
             push = ((share * found.target).log() - mass).clamp(min=0.0).masked_fill(mass == float("-inf"), 0.0)

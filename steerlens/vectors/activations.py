@@ -360,7 +360,7 @@ class _Trunk:
         """Columns of the widest batch that came out right."""
         self.wrong = False
         """Whether one came out wrong."""
-        self.harmless = hides_gaps(choose_backend(model, sites)[0])
+        self.harmless = able.prefix and hides_gaps(choose_backend(model, sites)[0])
         prefix = prompts[0][: common_prefix(prompts)]
         self.rows = pad([prefix]) if prefix else None
 
@@ -384,12 +384,10 @@ class _Trunk:
         shortest = [min(map(len, pair)) for pair in pairs]
         # All pairs share the trunk, so the longest stem and the longest tail make the width.
         width = max(stems) + max(tails)
-        if self.checked and (width <= self.checked or min(shortest) == width):
-            return True
         # Gaps count as columns, and a model may have no more columns than its context.
         if self.wrong or width > int(self.model.cfg.n_ctx):
             return False
-        if self.harmless:
+        if self.harmless or (self.checked and (width <= self.checked or min(shortest) == width)):
             return True
         widest = {stems.index(max(stems)), tails.index(max(tails)), shortest.index(min(shortest))}
         chosen = [pairs[index] for index in sorted(widest | {stems.index(min(stems)), tails.index(min(tails))})]
@@ -401,8 +399,9 @@ class _Trunk:
         except Exception:  # an architecture may take single tokens after its cache, and no more
             self.wrong = True
             return False
-        self.checked = width
         self.wrong = not ((shared - whole).norm(dim=-1) <= tolerance(self.model) * whole.norm(dim=-1)).all()
+        if not self.wrong:
+            self.checked = width
         return not self.wrong
 
     def last_resid(self, pairs: Sequence[Sides]) -> Float[Tensor, "row layer d_model"]:

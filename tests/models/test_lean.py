@@ -15,7 +15,7 @@ from transformers.cache_utils import DynamicCache
 import steerlens as sl
 from steerlens.errors import ModelError, SteerlensError
 from steerlens.models import choice, lean, static
-from steerlens.models.backends import SPARE, BridgeCache
+from steerlens.models.backends import SPARE, BridgeCache, hides_gaps
 from steerlens.models.choice import BackendName, backend_used, use_backend
 from steerlens.models.facts import attn_scores, resid_post
 from steerlens.models.load import load_model
@@ -62,6 +62,8 @@ PLANS = {
     "pasta": sl.pasta(0.05, on="a"),
     "spotlight": sl.spotlight(0.6, on="a"),
     "both": as_plan([step("add", "all", layer=1)]) + sl.instaboost(2.0, on="a"),
+    "first three": sl.spotlight(0.9, on="a", positions=sl.Window(0, 3, "generation")),
+    "from the third": sl.instaboost(5.0, on="a", positions=sl.Window(2, None, "generation")),
     "gate": sl.plausible(as_plan([step("add", "all", layer=1)]), beta=0.3),
 }
 
@@ -264,6 +266,13 @@ def test_windows_are_kept_beyond_their_width(tmp_path: Path, name: str) -> None:
     found = sl.generate(model, prompts, max_new_tokens=16)
     use_backend(model, "hooks")
     assert [row.tokens for row in found] == [row.tokens for row in sl.generate(model, prompts, max_new_tokens=16)]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", ["gpt2", "mistral", "gemma3", "mpt", "bloom"])
+def test_a_hidden_column_is_nothing_only_where_none_are_counted(tmp_path: Path, name: str, dtype: torch.dtype) -> None:
+    model = load_model(save_animal(name, tmp_path / name), dtype=dtype, progress=False)
+    assert hides_gaps(choice.choose_backend(model, [])[0]) == (name == "gpt2")
 
 
 # --- the cache ------------------------------------------------------------------------------------------------------------

@@ -89,7 +89,7 @@ def up_to(stop_id: int, plain: PlainText) -> PlainText:
 
 def activations(subject: Subject) -> None:
     """Recorded residuals are those of Hugging Face's decoder layers for each prompt alone."""
-    acts = record_activations(subject.model, PAIRS)
+    acts = record_activations(subject.model, PAIRS, batch_size=1, share_prefixes=True)
     for pair, sides in zip(PAIRS, acts.resid, strict=True):
         for condition, got in zip(("none", "text"), sides, strict=True):
             expected = last_residuals(subject.hf, encode(subject.model, pair.text(condition)))

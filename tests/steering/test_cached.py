@@ -162,15 +162,23 @@ def test_a_prefix_is_run_by_itself_only_where_that_pays(
 
 
 @pytest.mark.bridge
-@pytest.mark.parametrize("name", ["gemma2", "mistral", "bloom", "falcon", "gpt-neo", "gptj", "mamba", "phi3-longrope"])
+@pytest.mark.parametrize(
+    "name", ["gemma2", "mistral", "bloom", "falcon", "gpt-neo", "gptj", "llama", "mamba", "phi3-longrope"]
+)
 def test_rows_that_begin_alike_say_the_same_in_any_architecture(
-    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    name: str, tmp_path: Path, passes: Passes, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = load_model(save_animal(name, tmp_path), progress=False)
     monkeypatch.setattr(prefixes, "SPARED", {"cpu": 1})
-    prompts = [HEAD[-20:] + prompt for prompt in PROMPTS[:6]]
+    prompts = [f"{HEAD[-20:]}Describe {what}." for what in ("tea", "iron", "snow", "the sea", "wool", "a cat")]
     options: dict[str, Any] = {"max_new_tokens": 8, "temperature": 1.0, "seed": range(6)}
-    assert generate(model, prompts, batch_size=6, **options) == generate(model, prompts, batch_size=1, **options)
+    alone = generate(model, prompts, batch_size=1, **options)
+    passes.clear()
+    assert generate(model, prompts, batch_size=6, **options) == alone
+    able = abilities(model, max(map(len, (row.prompt_tokens for row in alone))) + 8)
+    assert able.prefix == (name in ("bloom", "falcon", "gpt-neo", "gptj", "llama"))
+    if able.cache:
+        assert sum(rows.tokens.shape[1] > 1 for rows, _ in passes) == 1 + able.prefix
 
 
 # --- what it takes -------------------------------------------------------------------------------------------------

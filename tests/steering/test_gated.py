@@ -257,7 +257,7 @@ def test_a_model_that_may_keep_no_cache_gives_the_same(
 
 @pytest.mark.parametrize("name", ["llama", "mistral", "gemma3"])
 def test_trials_leave_nothing_behind_whether_columns_are_hidden_or_set_aside(
-    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    name: str, tmp_path: Path, passes: Passes, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = sl.load_model(save_animal(name, tmp_path / name), progress=False)
     asides: list[int] = []
@@ -274,8 +274,11 @@ def test_trials_leave_nothing_behind_whether_columns_are_hidden_or_set_aside(
     assert bool(asides) == (name != "llama")  # a window would count a hidden column
     use_backend(model, "hooks")
     asides.clear()
+    passes.clear()
     through_hooks = generate(model, PROMPTS * 2, steering=plans, max_new_tokens=2 * N_NEW)
     assert asides
+    longest = max(len(row.prompt_tokens) + len(row.tokens) for row in through_hooks)
+    assert max(rows.mask.shape[1] for rows, _ in passes) <= longest
     monkeypatch.setattr("steerlens.steering.sampling.abilities", lambda *_: Abilities(cache=False, batch=False))
     assert found == through_hooks == generate(model, PROMPTS * 2, steering=plans, max_new_tokens=2 * N_NEW)
 

@@ -457,6 +457,22 @@ def test_gaps_that_would_outgrow_the_context_are_not_made(tmp_path: Path) -> Non
     torch.testing.assert_close(*found, rtol=1e-4, atol=1e-4)
 
 
+def test_what_came_out_wrong_once_is_not_shared_again(llama: Subject, monkeypatch: pytest.MonkeyPatch) -> None:
+    expected = record_activations(llama.model, PAIRS, share_prefixes=False).resid
+    tried = []
+
+    def wrong(self: Any, pairs: Any) -> torch.Tensor:
+        tried.append(pairs)
+        return torch.zeros(2 * len(pairs), len(self.sites), expected.shape[-1])
+
+    monkeypatch.setattr(activations._Trunk, "last_resid", wrong)
+    use_backend(llama.model, "hooks")
+    found = record_activations(llama.model, PAIRS, batch_size=1, share_prefixes=True).resid  # the longest first
+    use_backend(llama.model, "auto")
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+    assert len(tried) == 1
+
+
 def test_a_cache_that_takes_no_more_than_single_tokens_is_not_shared(tiny: Subject, monkeypatch: Any) -> None:
     expected = record_activations(tiny.model, PAIRS, share_prefixes=False).resid
     real, refused = BridgeBackend.forward, []
