@@ -252,7 +252,7 @@ def test_a_model_without_a_tokenizer_is_one_clear_sentence(tiny_folders: dict[st
 
 
 def test_a_model_is_padded_and_cached_where_that_gives_what_a_row_alone_gives(hooked: Any) -> None:
-    assert abilities(hooked, 40) == Abilities(cache=True, batch=True)
+    assert abilities(hooked, 40) == Abilities(cache=True, batch=True, prefix=True)
 
 
 def test_rotary_scaling_that_depends_on_the_width_runs_rows_alone_past_its_length(

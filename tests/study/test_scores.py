@@ -100,6 +100,7 @@ def test_what_two_instructions_share_is_generated_once_and_scored_twice(llama, p
     assert len(sampler.records) == 3  # one per query
 
 
+@pytest.mark.bridge
 @pytest.mark.parametrize("positions", ["all", "generated"])
 def test_a_batch_of_an_evaluation_is_hooked_once_and_runs_each_prompt_once(
     llama, pairs, plan, positions, passes, monkeypatch

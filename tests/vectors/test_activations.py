@@ -211,7 +211,7 @@ def test_running_sums_keep_one_batch_at_a_time(tiny: Subject, monkeypatch: pytes
     assert most <= 2
 
 
-@pytest.mark.parametrize("backend", ["auto", "hooks"])
+@pytest.mark.parametrize("backend", [pytest.param("auto", marks=pytest.mark.bridge), "hooks"])
 def test_shared_beginnings_are_run_once(backend: BackendName, llama: Subject, passes: Passes) -> None:
     use_backend(llama.model, backend)
     record_activations(llama.model, PAIRS, batch_size=1, share_prefixes=True)
@@ -232,6 +232,7 @@ def test_shared_beginnings_are_run_once(backend: BackendName, llama: Subject, pa
     assert fed == shared + checked
 
 
+@pytest.mark.bridge
 def test_prompts_are_run_whole_where_too_little_is_shared(
     llama: Subject, passes: Passes, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -473,6 +474,7 @@ def test_what_came_out_wrong_once_is_not_shared_again(llama: Subject, monkeypatc
     assert len(tried) == 1
 
 
+@pytest.mark.bridge
 def test_a_cache_that_takes_no_more_than_single_tokens_is_not_shared(tiny: Subject, monkeypatch: Any) -> None:
     expected = record_activations(tiny.model, PAIRS, share_prefixes=False).resid
     real, refused = BridgeBackend.forward, []
