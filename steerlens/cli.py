@@ -137,7 +137,7 @@ def fit(
     name, seed = pairs_for(pairs.pairs, model.model), pairs.seed
     train, valid, _ = three_parts(load_pairs(name, instructions=[instruction], seed=seed), seed=seed)
     vectors = fit_vectors(
-        _load(model),
+        model.load(),
         {instruction: train if n_train is None else at_most(train, n_train, seed)},
         metadata={"pairs": name, "seed": str(seed), "queries": " ".join(sorted(query_ids(train + valid)))},
         batch_size=batch_size,
@@ -184,7 +184,7 @@ def generate(
     around = around_of(attention.plausible, towards)
     if attention.plausible is not None and vector is None and attention.attention is None:
         raise SteerlensError("--plausible needs something to be steered behind it; give --vector or --attention")
-    loaded = _load(model)
+    loaded = model.load()
     plan = around((Plan() if vector is None else _plan(loaded, vector, layer, step)) + towards)
     for row in sample(
         loaded,
@@ -251,7 +251,7 @@ def evaluate(
     if len(pairs) < len(loaded_pairs):
         print(f"{len(loaded_pairs) - len(pairs)} of {len(loaded_pairs)} prompts left out: fitted on", file=sys.stderr)
     pairs = pairs if n_test is None else at_most(pairs, n_test, seed)
-    loaded = _load(model)
+    loaded = model.load()
     found = run_evaluation(
         loaded,
         around(_plan(loaded, vector, layer, step) + towards),
@@ -483,15 +483,6 @@ def main() -> None:
 
 def _show(table: "pd.DataFrame") -> None:
     print(table.to_string(index=False, float_format="{:.3f}".format))
-
-
-def _load(config: ModelConfig) -> Any:
-    from steerlens.models.choice import use_backend
-    from steerlens.models.load import load_model
-
-    model = load_model(config.model, dtype=config.dtype, device=config.device)
-    use_backend(model, config.backend)
-    return model
 
 
 def _attention(config: AttentionConfig, instruction: tuple[str, ...] | None = None) -> "Plan":

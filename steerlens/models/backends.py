@@ -279,10 +279,8 @@ class BridgeCache:
         return self
 
     def without(self, n: int) -> "BridgeCache":
-        for layer in self.cache.layers:
+        for layer in self._filled:
             width = layer.get_seq_length() - n
-            if width <= 0:  # a layer that keeps nothing
-                continue
             if hasattr(layer, "cumulative_length"):  # a window's: it holds the last columns alone
                 layer.cumulative_length = width
             layer.keys, layer.values = (table[..., -width:, :] for table in (layer.keys, layer.values))

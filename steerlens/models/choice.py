@@ -8,6 +8,7 @@ again when parts of it were replaced.
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Literal, get_args
 from weakref import WeakKeyDictionary
 
@@ -44,7 +45,7 @@ class _Known:
     reasons: dict[Any, str]
     """By dtype, device and kind of sites: why the tree is not used, or nothing."""
     gaps: dict[Any, bool] = field(default_factory=dict)
-    """By dtype and device: what the tree is told of gaps."""
+    """By dtype and device: whether gaps are nothing to the tree."""
 
     def __reduce__(self) -> Any:  # a copy of the model finds out for itself
         return type(None), ()
@@ -124,11 +125,12 @@ def _chosen(model: Any, sites: Iterable[str]) -> tuple[Tree | None, str]:
         key = (weights.dtype, weights.device, kind)
         if key not in known.reasons:
             known.reasons[key] = _prove(model, known.tree, kind)
-            if kind == "blocks":
-                known.gaps[key] = known.tree.gaps
         if known.reasons[key]:
             return None, known.reasons[key]
-    known.tree.gaps = known.gaps[weights.dtype, weights.device, "blocks"]
+    where = (weights.dtype, weights.device)
+    if where not in known.gaps:
+        known.gaps[where] = _gaps_are_nothing(model, known.tree)
+    known.tree.gaps = known.gaps[where]
     return known.tree, ""
 
 
@@ -167,18 +169,23 @@ def _prove(model: Any, tree: Tree, kind: Kind) -> str:
     reasons = []
     for attention in ATTENTION:
         tree.choose(attention)
-        lean = LeanBackend(model, tree)
-        reason = _difference(model, lean, wanted, sites)
+        reason = _difference(model, LeanBackend(model, tree), wanted, sites)
         if not reason:
-            its = wanted[1]
-            tree.gaps = (
-                tree.causal_alone
-                and not isinstance(its, str)
-                and not any(_contrast(model, _attempt(model, lean, way, sites), its) for way in (_gapped, _at_once))
-            )
             return ""
         reasons.append(reason)
     return reasons[-1]
+
+
+def _gaps_are_nothing(model: Any, tree: Tree) -> bool:
+    """Whether a tree gives with hidden columns within rows what the hook points give without: tokens one by one, and at once."""
+    if not tree.causal_alone:
+        return False
+    sites, lean = _sites(model, "blocks"), LeanBackend(model, tree)
+    its = _attempt(model, backend_of(model), _cached, sites)
+    ways = [partial(_cached, gap=True, at_once=at_once) for at_once in (False, True)]
+    return not isinstance(its, str) and not any(
+        _contrast(model, _attempt(model, lean, way, sites), its) for way in ways
+    )
 
 
 def _difference(model: Any, lean: Backend, wanted: Sequence[Any], sites: Sequence[str]) -> str:
@@ -257,11 +264,3 @@ def _cached(model: Any, backend: Backend, *, gap: bool = False, at_once: bool = 
         rows = rows.then(new)
         logits, cache = backend.forward(rows, cache, keep_cache=True, logits="last")
     return logits
-
-
-def _gapped(model: Any, backend: Backend) -> Tensor:
-    return _cached(model, backend, gap=True)
-
-
-def _at_once(model: Any, backend: Backend) -> Tensor:
-    return _cached(model, backend, gap=True, at_once=True)

@@ -211,8 +211,8 @@ class GatedBatch(Batch):
         if self.columns is None:
             ids = [[*row.prompt, *row.tokens] for row in rows]
             return torch.cat([result.logits for result in self._whole(self.runner, ids, lengths, edits)])
-        newest = torch.tensor([[(row.tokens or row.prompt)[-1]] for row in rows])
-        return self.columns.run(self.runner, owners, newest, lengths, edits)
+        newest = self.columns.rows(owners, [(row.tokens or row.prompt)[-1] for row in rows], lengths)
+        return self.columns.run(self.runner, newest, owners, [*edits[0], *edits[1]])
 
     def _whole(
         self,
@@ -286,8 +286,8 @@ class GatedBatch(Batch):
                 if self.start.columns is None:
                     parts += [result.reads for result in self._whole(runner, ids, lengths, edits, reads)]
                 else:
-                    newest = torch.tensor([[row.prompt[-1]] for row in some])
-                    parts.append(self.start.columns.probe(runner, owners, newest, tuple(lengths), edits, reads))
+                    newest = self.start.columns.rows(owners, [row.prompt[-1] for row in some], lengths)
+                    parts.append(self.start.columns.probe(runner, newest, owners, [*edits[0], *edits[1]], reads))
         inputs, outputs = ([torch.cat([part[site] for part in parts]) for site in some] for some in sites)
         inputs = [normed(self.model, layer, found) for layer, found in enumerate(inputs)]
         return torch.stack(inputs, dim=1), torch.stack(outputs, dim=1)
@@ -317,41 +317,30 @@ class _Columns:
         held = 0 if self.cache is None else sum(table.tensor.nbytes for table in self.cache.tables)
         return max(held // len(self.mask), 1)
 
+    def rows(self, owners: Sequence[int], newest: Sequence[int], prompt_lengths: Sequence[int]) -> Rows:
+        """A newest token of some rows, each as often as it comes, to be run after the columns."""
+        tokens = torch.tensor(newest)[:, None]
+        mask = torch.cat([self.mask[torch.tensor(owners)], torch.ones_like(tokens)], dim=1)
+        return Rows(tokens, mask, tuple(prompt_lengths))
+
     def probe(
-        self,
-        runner: Runner,
-        owners: Sequence[int],
-        newest: Int[Tensor, "item 1"],
-        prompt_lengths: tuple[int, ...],
-        edits: tuple[Sequence[Edit], Sequence[PlanEdit]],
-        reads: Sequence[Read],
+        self, runner: Runner, rows: Rows, owners: Sequence[int], edits: Sequence[Edit], reads: Sequence[Read]
     ) -> dict[str, Tensor]:
-        """What a pass over the newest tokens of some rows reads, each as often as it comes; the columns stay as they are."""
+        """What a pass over such rows reads; the columns stay as they are."""
         cache = None if self.cache is None else self.cache.fork().select(torch.tensor(owners))
-        rows = self._rows(owners, newest, prompt_lengths)
-        return runner.run(rows, edits=[*edits[0], *edits[1]], reads=reads, cache=cache).reads
+        return runner.run(rows, edits=edits, reads=reads, cache=cache).reads
 
     def run(
-        self,
-        runner: Runner,
-        owners: Sequence[int],
-        newest: Int[Tensor, "item 1"],
-        prompt_lengths: tuple[int, ...],
-        edits: tuple[Sequence[Edit], Sequence[PlanEdit]],
+        self, runner: Runner, rows: Rows, owners: Sequence[int], edits: Sequence[Edit]
     ) -> Float[Tensor, "item d_vocab"]:
-        """The logits of a pass over the newest tokens of all rows, and after them of some again; `settle` has to follow."""
+        """The logits of a pass over such rows: all of the batch's, and after them some again; `settle` has to follow."""
         cache, more = self.cache, owners[len(self.mask) :]
         self.before = [] if cache is None or self.gaps else cache.tables
         if cache is not None and more:
             cache = cache.extended(more)
-        rows = self._rows(owners, newest, prompt_lengths)
-        result = runner.run(rows, edits=[*edits[0], *edits[1]], cache=cache, keep_cache=True)
+        result = runner.run(rows, edits=edits, cache=cache, keep_cache=True)
         self.cache = result.cache
         return result.logits
-
-    def _rows(self, owners: Sequence[int], newest: Int[Tensor, "item 1"], prompt_lengths: tuple[int, ...]) -> Rows:
-        mask = torch.cat([self.mask[torch.tensor(owners)], torch.ones_like(newest)], dim=1)
-        return Rows(newest, mask, prompt_lengths)
 
     def settle(self, *, late: Sequence[int], done: Sequence[int]) -> None:
         """Keep what the last pass gave of each row, its first items; of late rows as their trials need it, which come next."""

@@ -10,7 +10,7 @@ Imports nothing heavy.
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from steerlens._typing import Gate, Operator, RuleName, Unit, real_numbers, whole, whole_numbers
 from steerlens.models.prompts import PromptFormat
@@ -35,6 +35,19 @@ class ModelConfig:
     backend: Literal["auto", "hooks", "lean", "graphs"] = "auto"
     """How it is run: without TransformerLens' hook points where they are not needed, always with them, or never; graphs is never,
     with decoding steps that a GPU records and replays."""
+
+    def load(self, *, progress: bool = True) -> Any:
+        """The model, to be run so.
+
+        >>> ModelConfig("tiny").load(progress=False).cfg.n_layers
+        8
+        """
+        from steerlens.models.choice import use_backend
+        from steerlens.models.load import load_model
+
+        model = load_model(self.model, dtype=self.dtype, device=self.device, progress=progress)
+        use_backend(model, self.backend)
+        return model
 
 
 @dataclass(frozen=True)

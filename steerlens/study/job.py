@@ -28,9 +28,8 @@ from steerlens.data.pairs import PairSet
 from steerlens.data.splits import at_most, query_ids, three_parts
 from steerlens.errors import DataError, SteerlensError
 from steerlens.files import Journal, content_key, json_lines, start_folder, writable_folder, write_atomically
-from steerlens.models.choice import backend_used, use_backend
+from steerlens.models.choice import backend_used
 from steerlens.models.facts import check_layer, library_versions, model_digest, model_facts, model_id, resid_post
-from steerlens.models.load import load_model
 from steerlens.models.prompts import encode_all, frame, pinned, template_digest
 from steerlens.models.stops import check_stop_ids
 from steerlens.steering.candidates import Candidate, draws, grid
@@ -38,7 +37,7 @@ from steerlens.steering.edits import check_plan
 from steerlens.steering.plan import Plan
 from steerlens.steering.scores import bind
 from steerlens.steering.settings import SamplingConfig
-from steerlens.study.config import PLACE, ModelConfig, RunConfig, SearchConfig, SweepConfig, pairs_for
+from steerlens.study.config import PLACE, RunConfig, SearchConfig, SweepConfig, pairs_for
 from steerlens.study.pages import RESULTS, write_facts, write_run_report
 from steerlens.study.quality import Quality
 from steerlens.study.responses import Engine, Sampler, cells_of, requests_for
@@ -116,7 +115,7 @@ def run(
         config = replace(config, model=model_id(model), dtype=str(model.cfg.dtype).removeprefix("torch."))
     config = replace(config, pairs=pairs_for(config.pairs, config.model))
     train, valid, test, notes = select_pairs(config, n_test=config.n_test)
-    model = model if model is not None else _loaded(config, progress=progress)
+    model = model if model is not None else config.load(progress=progress)
     config = replace(config, prompt_format=pinned(model, config.prompt_format, folder))
     _say(progress, f"{model_facts(model)['model']}: {train!r} to fit, {valid!r} to search, {test!r} to test")
     check_settings(config, model, valid, test, attention)
@@ -197,7 +196,7 @@ def run_sweep(config: SweepConfig, out: str | Path, *, progress: bool = True) ->
     quality = Quality.for_gate(config.gate, config.quality_model)
     quality.load()
     train, valid, _, _ = select_pairs(config)
-    model = _loaded(config, progress=progress)
+    model = config.load(progress=progress)
     config = replace(config, prompt_format=pinned(model, config.prompt_format, folder))
     searched: Any
     if by_coeff is None:
@@ -464,12 +463,6 @@ def vectors_in(
         prompt_format=config.prompt_format,
         progress=progress,
     )
-
-
-def _loaded(config: ModelConfig, *, progress: bool) -> Any:
-    model = load_model(config.model, dtype=config.dtype, device=config.device, progress=progress)
-    use_backend(model, config.backend)
-    return model
 
 
 def _facts(
