@@ -39,14 +39,6 @@ class Table:
     tensor: Tensor
     axis: int
 
-    def newest(self, rows: Int[Tensor, " some"]) -> Tensor:
-        """A copy of some rows' newest column."""
-        return self.tensor.select(self.axis, -1).index_select(0, rows.to(self.tensor.device))
-
-    def put_newest(self, rows: Int[Tensor, " some"], column: Tensor) -> None:
-        """Write some rows' newest column."""
-        self.tensor.select(self.axis, -1)[rows.to(self.tensor.device)] = column
-
     def put(self, rows: Int[Tensor, " some"], other: "Table | None") -> None:
         """Write some rows: those of another table, which is not wider, or nothing, with padding on their left."""
         rows = rows.to(self.tensor.device)
@@ -55,15 +47,22 @@ class Table:
             width, new = self.tensor.shape[self.axis], other.tensor.shape[self.axis]
             self.tensor.narrow(self.axis, width - new, new)[rows] = other.tensor.to(self.tensor.device)
 
-    def step_back(self, rows: Int[Tensor, " some"], before: "Table | None") -> None:
-        """Give some rows what they held before the newest column, with one more column of padding on their left."""
+    def fallen(self, before: "Table") -> Tensor | None:
+        """The column, a row's each, that left a full window when the newest came; None where none did.
+
+        Args:
+            before: The same table before that.
+        """
+        full = self.tensor.shape[self.axis] == before.tensor.shape[self.axis]
+        return before.tensor.select(self.axis, 0).clone() if full else None
+
+    def step_back(self, rows: Int[Tensor, " some"], fallen: Tensor | None) -> None:
+        """Give some rows what they held before the newest column: on their left what had fallen from a window, or padding."""
         rows = rows.to(self.tensor.device)
-        # A copy: both may be views of the same memory.
-        held = None if before is None else before.tensor.index_select(0, rows)
-        self.tensor.select(self.axis, 0)[rows] = 0
-        if held is not None:
-            width = held.shape[self.axis]  # that of these where a window is full, which then keeps no padding
-            self.tensor.narrow(self.axis, self.tensor.shape[self.axis] - width, width)[rows] = held
+        held = self.tensor.index_select(0, rows)
+        held = held.narrow(self.axis, 0, held.shape[self.axis] - 1)
+        self.tensor.narrow(self.axis, 1, held.shape[self.axis])[rows] = held
+        self.tensor.select(self.axis, 0)[rows] = 0 if fallen is None else fallen
 
 
 @runtime_checkable

@@ -1,30 +1,31 @@
 """Decoding under a gate: every token is computed unsteered and, where that can matter, steered (see `gates`).
 
-A row is in one of two phases. Where its newest token has not been run, it needs the unsteered logits; where these say that
-steering is worth trying, it needs those of its trials, from the strongest to the weakest. One pass serves all rows at once, each
-in its phase, with a row of the pass for every trial. So a row that is sure of itself takes one pass a token, any other two, and
-none waits for another:
+Where a row's newest token has not been run, it needs the unsteered logits; where these say that steering is worth trying, those
+of its trials, from the strongest to the weakest. One pass serves all rows at once, with a row of the pass for every trial. Most
+trials end with the unsteered token, so that one is run beside them, unsteered, before it is known: a row takes one pass a token,
+one more wherever steering has changed it, and none waits for another:
 
-    row a    | unsteered | unsteered   | trials 1..5 | unsteered |
-    row b    | unsteered | trials 1..5 | unsteered   | unsteered |
+    row a    | run token 1 | try 2, run unsteered 2 | run 3                  | try 4, run unsteered 4 |
+    row b    | run token 1 | run 2                  | try 3, run unsteered 3 | run steered 3          |
 
-What is kept is unsteered: while a row's trials run, the newest column of its cache is hidden, and what they append is hidden from
-all that follows. So steering acts on the newest token, through its own queries and its own residual, and on nothing that is kept.
-Where a hidden column within a row would count, as in a window, the newest column is set aside instead, the row steps back by one
-column, with padding on its left, and then the column takes the place of what a trial appended.
+What is kept is unsteered: trials are copies of their rows without the newest column, and go when the pass is over, as does the
+column of a token that was run and not taken. So steering acts on the newest token, through its own queries and its own residual,
+and on nothing that is kept. A column goes by being hidden; where one within a row would count, as in a window, the row steps back
+by a column instead, with padding on its left.
 
 The layers of all rows are ranked before the first trials of one, at their last tokens of prompt (see `directer`). Models that may
 not keep a cache run whole rows; there, too, only the last token is steered.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from steerlens.models.attention import normed
-from steerlens.models.backends import Cache, Table, hides_gaps
+from steerlens.models.backends import Cache, hides_gaps
 from steerlens.models.facts import attn_in, attn_out, layer_of
 from steerlens.models.passes import Edit, PassResult, Read, Runner
 from steerlens.models.rows import Rows, n_hidden, pad, pad_id
@@ -39,6 +40,14 @@ PASS_BYTES = 2**30
 """Of the cache of one pass that ranks layers, at most, or without one:"""
 PASS_TOKENS = 8192
 """its tokens, at most."""
+
+
+@dataclass(frozen=True, eq=False)
+class _Unsteered:
+    """What comes next without steering."""
+
+    logits: Float[Tensor, " d_vocab"]
+    token: int
 
 
 class GatedBatch(Batch):
@@ -57,8 +66,10 @@ class GatedBatch(Batch):
         self.tried = plan_edits(
             self.model, [gate.interventions for gate in self.gates], [len(row.prompt) for row in rows]
         )
-        self.raw: list[Tensor | None] = [None] * len(rows)
-        """Of each row whose trials are to be run, the unsteered logits."""
+        self.raw: list[_Unsteered | None] = [None] * len(rows)
+        """Of each row whose trials are to be run, what it has unsteered."""
+        self.ahead: list[Tensor | None] = [None] * len(rows)
+        """Of each row whose newest token was run beside its trials, the unsteered logits after it."""
         self.ranked: dict[int, list[int]] = {}
         """By a row's index in the request: its layers, the most sensitive first."""
         self.strengths: dict[int, Float[Tensor, "trial layer"]] = {}
@@ -75,34 +86,32 @@ class GatedBatch(Batch):
 
     def next_logits(self) -> tuple[Sequence[int], Float[Tensor, "some d_vocab"]]:
         """The rows that get a token now, and the logits that it is chosen from: steered where that is plausible."""
-        n, found = len(self.rows), dict[int, Tensor]()
+        n, found = len(self.rows), self._sure({place: it for place, it in enumerate(self.ahead) if it is not None})
+        self.ahead = [None] * n
         while not found:
             trying = [place for place in range(n) if self.raw[place] is not None]
-            fresh = [place for place in range(n) if self.raw[place] is None]
             self._rank(trying)
-            # The first n items are the rows, in order: the unsteered pass of a fresh one, the first trial of another.
-            owners, strengths = list(range(n)), torch.zeros(n, self.n_layers)
-            items: dict[int, list[int]] = {}
+            # The first n items are the rows, in order, unsteered: with the newest token, or with the one that may come next.
+            owners, strengths = list(range(n)), [torch.zeros(n, self.n_layers)]
+            items: dict[int, range] = {}
             """Of each row whose trials are run, their places among the items."""
-            more = []
             for place in trying:
-                strengths[place], *others = self._strengths(place)
-                items[place] = [place, *range(len(owners), len(owners) + len(others))]
-                owners += [place] * len(others)
-                more += others
-            logits = self._run(owners, torch.stack([*strengths, *more]))
-            found = self._sure(fresh, logits[fresh])
+                strengths.append(self._strengths(place))
+                items[place] = range(len(owners), len(owners) + len(strengths[-1]))
+                owners += [place] * len(strengths[-1])
+            logits = self._run(owners, torch.cat(strengths))
+            found = self._tried(items, logits)
+            found |= self._sure({place: logits[place] for place in range(n) if place not in items})
             if self.columns is not None:
-                late = [place for place in fresh if self.raw[place] is not None]
-                self.columns.settle(late=late, done=trying)
-            found |= self._tried(items, logits)
+                self.columns.settle(without=[place for place in trying if self.ahead[place] is None])
         places = sorted(found)
         return places, torch.stack([found[place] for place in places])
 
-    def _sure(self, places: Sequence[int], logits: Float[Tensor, "row d_vocab"]) -> dict[int, Tensor]:
-        """Of these rows, those for which steering need not be tried, with their logits; of the others, these are kept."""
-        if not places:
+    def _sure(self, fresh: Mapping[int, Float[Tensor, " d_vocab"]]) -> dict[int, Tensor]:
+        """Of these rows' unsteered logits, those where steering need not be tried; of the other rows, they are kept."""
+        if not fresh:
             return {}
+        places, logits = list(fresh), torch.stack([*fresh.values()])
         gates = [self.gates[place] for place in places]
         # No other test than min_p rules anything out beforehand, nor does a beta of 0.
         beta = [gate.beta if gate.criterion == "min_p" else 0.0 for gate in gates]
@@ -114,7 +123,7 @@ class GatedBatch(Batch):
         ):
             place = places[number]
             if tried and self._reaches(place):
-                self.raw[place] = logits[number]
+                self.raw[place] = _Unsteered(logits[number], token)
             else:
                 self.rows[place].gated.append(GatedToken("skipped", 0, 0, 0.0, None, token, float("nan"), chance))
                 found[place] = logits[number]
@@ -127,8 +136,10 @@ class GatedBatch(Batch):
         bounds = [step.bounds(len(row.prompt)) for step in self.gates[place].interventions]
         return any(low <= newest < high for low, high in bounds)
 
-    def _tried(self, items: dict[int, list[int]], logits: Float[Tensor, "item d_vocab"]) -> dict[int, Tensor]:
+    def _tried(self, items: Mapping[int, range], logits: Float[Tensor, "item d_vocab"]) -> dict[int, Tensor]:
         """The logits that each of these rows' tokens is chosen from: the first trial's that passes, or the unsteered ones.
+
+        Where that gives the unsteered token, the logits after it are kept.
 
         Args:
             items: Of each row, its trials' places among the logits, the strongest first.
@@ -136,13 +147,15 @@ class GatedBatch(Batch):
         if not items:
             return {}
         places, owners = list(items), [place for place, some in items.items() for _ in some]
-        raw = torch.stack([_held(self.raw[place]) for place in places])
+        held = [_held(self.raw[place]) for place in places]
+        raw = torch.stack([one.logits for one in held])
         steered = logits[[item for some in items.values() for item in some]]
-        plain = self.choose(raw, [self.rows[place] for place in places])
+        plain = torch.tensor([one.token for one in held], device=raw.device)
         wanted = self.choose(steered, [self.rows[place] for place in owners])
         passed = self._passes(raw[[places.index(place) for place in owners]], steered, wanted, owners).tolist()
         in_full = wanted[[owners.index(place) for place in places]]
         chances = _chances(raw, torch.stack([in_full, plain], dim=1)).tolist()
+        tokens = wanted.tolist()
         found, start = {}, 0
         for number, (place, some) in enumerate(items.items()):
             trial = next((trial for trial in range(len(some)) if passed[start + trial]), None)
@@ -153,14 +166,16 @@ class GatedBatch(Batch):
                     n_trials=len(some) if trial is None else trial + 1,
                     n_layers=sum(share > 0 for share in active),
                     strength=sum(active) / len(self.layers[place]),
-                    proposed=int(in_full[number]),
-                    raw=int(plain[number]),
+                    proposed=tokens[start],
+                    raw=held[number].token,
                     p_proposed=chances[number][0],
                     p_raw=chances[number][1],
                 )
             )
             found[place] = raw[number] if trial is None else steered[start + trial]
             self.raw[place] = None
+            if trial is None or tokens[start + trial] == held[number].token:
+                self.ahead[place] = logits[place]
             start += len(some)
         return found
 
@@ -193,6 +208,7 @@ class GatedBatch(Batch):
         self.gates = [self.gates[place] for place in chosen]
         self.layers = [self.layers[place] for place in chosen]
         self.raw = [self.raw[place] for place in chosen]
+        self.ahead = [self.ahead[place] for place in chosen]
         self.tried = [edit.select(keep) for edit in self.tried]
         if self.columns is not None:
             self.columns.select(keep)
@@ -200,7 +216,7 @@ class GatedBatch(Batch):
     # --- passes ------------------------------------------------------------------------------------------------------
 
     def _run(self, owners: Sequence[int], strengths: Float[Tensor, "item layer"]) -> Float[Tensor, "item d_vocab"]:
-        """The logits after the newest token of some rows, each as often as it comes, with every layer steered at its strength."""
+        """The logits after a token of each row, its newest or the unsteered one that may come next, and then of its trials."""
         # What is never said counts neither for nor against a token.
         return self.allowed(self._logits(owners, strengths))
 
@@ -208,11 +224,17 @@ class GatedBatch(Batch):
         edits = _edits(self.edits, self.tried, owners, strengths)
         rows = [self.rows[place] for place in owners]
         lengths = tuple(len(row.prompt) for row in rows)
+        guesses = [None if it is None else it.token for it in self.raw] + [None] * (len(owners) - len(self.raw))
         if self.columns is None:
-            ids = [[*row.prompt, *row.tokens] for row in rows]
+            ids = [
+                [*row.prompt, *row.tokens, *([] if guess is None else [guess])]
+                for row, guess in zip(rows, guesses, strict=True)
+            ]
             return torch.cat([result.logits for result in self._whole(self.runner, ids, lengths, edits)])
-        newest = self.columns.rows(owners, [(row.tokens or row.prompt)[-1] for row in rows], lengths)
-        return self.columns.run(self.runner, newest, owners, [*edits[0], *edits[1]])
+        newest = [
+            (row.tokens or row.prompt)[-1] if guess is None else guess for row, guess in zip(rows, guesses, strict=True)
+        ]
+        return self.columns.run(self.runner, newest, owners, lengths, [*edits[0], *edits[1]])
 
     def _whole(
         self,
@@ -286,8 +308,10 @@ class GatedBatch(Batch):
                 if self.start.columns is None:
                     parts += [result.reads for result in self._whole(runner, ids, lengths, edits, reads)]
                 else:
-                    newest = self.start.columns.rows(owners, [row.prompt[-1] for row in some], lengths)
-                    parts.append(self.start.columns.probe(runner, newest, owners, [*edits[0], *edits[1]], reads))
+                    newest = [row.prompt[-1] for row in some]
+                    parts.append(
+                        self.start.columns.probe(runner, newest, owners, lengths, [*edits[0], *edits[1]], reads)
+                    )
         inputs, outputs = ([torch.cat([part[site] for part in parts]) for site in some] for some in sites)
         inputs = [normed(self.model, layer, found) for layer, found in enumerate(inputs)]
         return torch.stack(inputs, dim=1), torch.stack(outputs, dim=1)
@@ -302,10 +326,8 @@ class _Columns:
             gaps: Whether hidden columns may stand within rows.
         """
         self.cache, self.mask, self.gaps = cache, mask, gaps
-        self.before: list[Table] = []
-        """The tables of the cache before the last pass."""
-        self.aside: list[Tensor] = []
-        """Of every table of the cache, the newest columns of the rows that were late at the last pass."""
+        self.fallen: list[Tensor | None] = []
+        """Of every table of the cache the columns, a row's each, that left a full window for the newest; None elsewhere."""
 
     def copy(self) -> "_Columns":
         """The columns as they are now; these are written into."""
@@ -317,66 +339,78 @@ class _Columns:
         held = 0 if self.cache is None else sum(table.tensor.nbytes for table in self.cache.tables)
         return max(held // len(self.mask), 1)
 
-    def rows(self, owners: Sequence[int], newest: Sequence[int], prompt_lengths: Sequence[int]) -> Rows:
-        """A newest token of some rows, each as often as it comes, to be run after the columns."""
-        tokens = torch.tensor(newest)[:, None]
-        mask = torch.cat([self.mask[torch.tensor(owners)], torch.ones_like(tokens)], dim=1)
-        return Rows(tokens, mask, tuple(prompt_lengths))
-
     def probe(
-        self, runner: Runner, rows: Rows, owners: Sequence[int], edits: Sequence[Edit], reads: Sequence[Read]
+        self,
+        runner: Runner,
+        newest: Sequence[int],
+        owners: Sequence[int],
+        prompt_lengths: Sequence[int],
+        edits: Sequence[Edit],
+        reads: Sequence[Read],
     ) -> dict[str, Tensor]:
-        """What a pass over such rows reads; the columns stay as they are."""
-        cache = None if self.cache is None else self.cache.fork().select(torch.tensor(owners))
-        return runner.run(rows, edits=edits, reads=reads, cache=cache).reads
+        """What a pass reads over a token of some rows, each as often as it comes; the columns stay as they are."""
+        chosen = torch.tensor(owners)
+        cache = None if self.cache is None else self.cache.fork().select(chosen)
+        return runner.run(
+            _after(self.mask[chosen], newest, prompt_lengths), edits=edits, reads=reads, cache=cache
+        ).reads
 
     def run(
-        self, runner: Runner, rows: Rows, owners: Sequence[int], edits: Sequence[Edit]
+        self,
+        runner: Runner,
+        newest: Sequence[int],
+        owners: Sequence[int],
+        prompt_lengths: Sequence[int],
+        edits: Sequence[Edit],
     ) -> Float[Tensor, "item d_vocab"]:
-        """The logits of a pass over such rows: all of the batch's, and after them some again; `settle` has to follow."""
-        cache, more = self.cache, owners[len(self.mask) :]
-        self.before = [] if cache is None or self.gaps else cache.tables
-        if cache is not None and more:
-            cache = cache.extended(more)
-        result = runner.run(rows, edits=edits, cache=cache, keep_cache=True)
-        self.cache = result.cache
+        """The logits of a pass over a token more of every row, and of some rows again, without their newest column.
+
+        `settle` has to follow.
+        """
+        n, cache = len(self.mask), self.cache
+        mask, before = self.mask[torch.tensor(owners)], cache.tables if cache is not None else []
+        if cache is not None and len(owners) > n:
+            cache = cache.extended(owners[n:])
+            if self.gaps:
+                mask[n:, -1] = 0
+            else:
+                self._step_back(cache, mask, range(n, len(owners)), owners[n:])
+        result = runner.run(_after(mask, newest, prompt_lengths), edits=edits, cache=cache, keep_cache=True)
+        assert result.cache is not None
+        self.cache = result.cache.first(n)
+        self.mask = torch.cat([self.mask, torch.ones(n, 1, dtype=torch.long)], dim=1)
+        if not self.gaps:
+            pairs = zip(self.cache.tables, before, strict=True) if before else ()
+            self.fallen = [table.fallen(old) for table, old in pairs]
         return result.logits
 
-    def settle(self, *, late: Sequence[int], done: Sequence[int]) -> None:
-        """Keep what the last pass gave of each row, its first items; of late rows as their trials need it, which come next."""
-        assert self.cache is not None
-        n = len(self.mask)
-        self.cache = self.cache.first(n)
-        self.mask = torch.cat([self.mask, torch.ones(n, 1, dtype=torch.long)], dim=1)
+    def settle(self, *, without: Sequence[int]) -> None:
+        """Let go of the newest column of some rows."""
         if self.gaps:
-            if done:
-                self.mask[done, -2], self.mask[done, -1] = 1, 0
-            self.mask[late, -1] = 0
-        else:
-            self._set_aside(self.cache, late=late, done=done)
-
-    def _set_aside(self, cache: Cache, *, late: Sequence[int], done: Sequence[int]) -> None:
-        """Where no gap may be: late rows' newest columns leave the cache, and those of done rows come back.
-
-        So a batch stays as wide as its longest row.
-        """
-        before: Sequence[Table | None] = self.before or [None] * len(cache.tables)
-        back, front = torch.tensor(late, dtype=torch.long), torch.tensor(done, dtype=torch.long)
-        aside, self.aside = self.aside, []
-        for number, table in enumerate(cache.tables if late or done else []):
-            if late:
-                self.aside.append(table.newest(back))
-                table.step_back(back, before[number])
-            if done:
-                table.put_newest(front, aside[number])
-        self.mask[back] = self.mask[back].roll(1, 1)
-        self.mask[back, 0] = 0
+            self.mask[without, -1] = 0
+            return
+        assert self.cache is not None
+        if without:
+            self._step_back(self.cache, self.mask, without, without)
+        # So a batch stays as wide as its longest row.
         if n := n_hidden(self.mask):
-            self.cache, self.mask = cache.without(n), self.mask[:, n:]
+            self.cache, self.mask = self.cache.without(n), self.mask[:, n:]
+
+    def _step_back(
+        self, cache: Cache, mask: Int[Tensor, "item past"], items: Sequence[int], rows: Sequence[int]
+    ) -> None:
+        """Items of a cache and of its mask as they were before the newest column; each is, or is a copy of, one of the rows."""
+        where, owners = torch.tensor(items), torch.tensor(rows)
+        for number, table in enumerate(cache.tables):
+            fallen = self.fallen[number] if self.fallen else None
+            table.step_back(where, None if fallen is None else fallen[owners.to(fallen.device)])
+        mask[where] = mask[where].roll(1, 1)
+        mask[where, 0] = 0
 
     def select(self, keep: Int[Tensor, " kept"]) -> None:
-        """Keep some rows; late ones, whose trials are to come, stay all, and so in their order."""
+        """Keep some rows."""
         self.mask = self.mask[keep]
+        self.fallen = [None if it is None else it[keep.to(it.device)] for it in self.fallen]
         if self.cache is not None:
             self.cache = self.cache.select(keep)
 
@@ -421,6 +455,12 @@ def _chances(logits: Float[Tensor, "row d_vocab"], tokens: Int[Tensor, "row n"])
     return (logits.gather(1, tokens) - logits.logsumexp(-1, keepdim=True)).exp()
 
 
-def _held(logits: Tensor | None) -> Tensor:
-    assert logits is not None
-    return logits
+def _held(unsteered: _Unsteered | None) -> _Unsteered:
+    assert unsteered is not None
+    return unsteered
+
+
+def _after(mask: Int[Tensor, "item past"], newest: Sequence[int], prompt_lengths: Sequence[int]) -> Rows:
+    """A token more of some rows."""
+    tokens = torch.tensor(newest)[:, None]
+    return Rows(tokens, torch.cat([mask, torch.ones_like(tokens)], dim=1), tuple(prompt_lengths))

@@ -256,27 +256,27 @@ def test_a_model_that_may_keep_no_cache_gives_the_same(
 
 
 @pytest.mark.parametrize("name", ["llama", "mistral", "gemma3"])
-def test_trials_leave_nothing_behind_whether_columns_are_hidden_or_set_aside(
+def test_trials_leave_nothing_behind_whether_columns_are_hidden_or_taken_back(
     name: str, tmp_path: Path, passes: Passes, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = sl.load_model(save_animal(name, tmp_path / name), progress=False)
-    asides: list[int] = []
-    set_aside = _Columns._set_aside
+    taken: list[int] = []
+    step_back = _Columns._step_back
 
-    def counted(self: _Columns, cache: Any, *, late: Sequence[int], done: Sequence[int]) -> None:
-        asides.extend(late)
-        set_aside(self, cache, late=late, done=done)
+    def counted(self: _Columns, cache: Any, mask: Any, items: Sequence[int], rows: Sequence[int]) -> None:
+        taken.extend(items)
+        step_back(self, cache, mask, items, rows)
 
-    monkeypatch.setattr(_Columns, "_set_aside", counted)
+    monkeypatch.setattr(_Columns, "_step_back", counted)
     plans = [sl.directer(3.0, beta=0.3, on=SPAN), sl.plausible(sl.spotlight(0.6, on=SPAN), beta=0.1), Plan()] * 2
     found = generate(model, PROMPTS * 2, steering=plans, max_new_tokens=2 * N_NEW)
     assert sum(token.outcome != "skipped" for one in found for token in one.gated) > 10
-    assert bool(asides) == (name != "llama")  # a window would count a hidden column
+    assert bool(taken) == (name != "llama")  # a window would count a hidden column
     use_backend(model, "hooks")
-    asides.clear()
+    taken.clear()
     passes.clear()
     through_hooks = generate(model, PROMPTS * 2, steering=plans, max_new_tokens=2 * N_NEW)
-    assert asides
+    assert taken
     longest = max(len(row.prompt_tokens) + len(row.tokens) for row in through_hooks)
     assert max(rows.mask.shape[1] for rows, _ in passes) <= longest
     monkeypatch.setattr("steerlens.steering.sampling.abilities", lambda *_: Abilities(cache=False, batch=False))
@@ -342,7 +342,14 @@ def test_a_failure_in_a_trial_leaves_no_hook(llama: Case, monkeypatch: pytest.Mo
     assert hooks_on(llama.model) == []
 
 
-def test_a_token_costs_one_pass_where_the_model_is_sure_and_two_elsewhere(llama: Case, passes: Passes) -> None:
+def n_passes(one: Generation) -> int:
+    """How many passes a row takes after its prompt: one a token, one more wherever steering has changed it, or tried the last."""
+    steps = list(zip(one.gated, one.tokens, strict=True))
+    changed = sum(step.outcome != "skipped" and step.raw != token for step, token in steps[:-1])
+    return len(steps) + changed + (one.gated[-1].outcome != "skipped")
+
+
+def test_a_token_costs_one_pass_and_one_more_where_steering_has_changed_it(llama: Case, passes: Passes) -> None:
     plan = sl.directer(2.0, beta=0.3, on=SPAN)
     generate(
         llama.model, PROMPTS[:1], max_new_tokens=1, steering=plan
@@ -351,14 +358,16 @@ def test_a_token_costs_one_pass_where_the_model_is_sure_and_two_elsewhere(llama:
     (one,) = generate(llama.model, PROMPTS[:1], steering=plan, max_new_tokens=N_NEW)
     n_tried = sum(token.outcome != "skipped" for token in one.gated)
     assert 0 < n_tried < len(one.tokens)
+    assert len(one.tokens) < n_passes(one) < len(one.tokens) + n_tried
     widths = [tuple(rows.tokens.shape) for rows, _ in passes]
     n_layers = llama.model.cfg.n_layers
     assert widths[0] == (1, len(one.prompt_tokens) - 1)
-    # The ranking: the row as it is and with each layer steered alone. Trials: all layers, half of them, and so on.
+    # The ranking: the row as it is and with each layer steered alone.
     assert widths.count((1 + n_layers, 1)) == 1
-    assert widths.count((3, 1)) == n_tried
-    assert widths.count((1, 1)) == len(one.tokens)
-    assert len(widths) == 2 + n_tried + len(one.tokens)
+    # Beside the row, its trials: all layers, half of them, and so on.
+    assert widths.count((1 + 3, 1)) == n_tried
+    assert widths.count((1, 1)) == n_passes(one) - n_tried
+    assert len(widths) == 2 + n_passes(one)
 
 
 def test_rows_do_not_wait_for_each_other(llama: Case, passes: Passes) -> None:
@@ -366,10 +375,9 @@ def test_rows_do_not_wait_for_each_other(llama: Case, passes: Passes) -> None:
     generate(llama.model, PROMPTS, max_new_tokens=1, steering=plan)
     passes.clear()
     found = generate(llama.model, PROMPTS * 2, steering=plan, max_new_tokens=N_NEW, batch_size=6)
-    needed = [len(one.tokens) + sum(token.outcome != "skipped" for token in one.gated) for one in found]
     decoded = [rows for rows, _ in passes[1:] if rows.tokens.shape != (1 + llama.model.cfg.n_layers, 1)]
     n_ranking = sum(rows.tokens.shape[0] % (1 + llama.model.cfg.n_layers) == 0 for rows in decoded)
-    assert len(decoded) - n_ranking <= max(needed)
+    assert len(decoded) - n_ranking <= max(n_passes(one) for one in found)
 
 
 # --- parts -------------------------------------------------------------------------------------------------------------
