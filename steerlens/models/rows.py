@@ -86,15 +86,17 @@ class Rows:
 
     def then(self, tokens: Int[Tensor, "row new"], mask: Int[Tensor, "row new"] | None = None) -> "Rows":
         """The rows that go on with these columns, once those here are in the cache; without a mask all are tokens."""
-        new = torch.ones_like(tokens) if mask is None else mask
-        rows = replace(self, tokens=tokens, mask=torch.cat([self.mask, new.to(self.mask.device)], dim=1))
-        if mask is None:  # what is known here goes on, and need not be found anew at every step
-            added = torch.arange(tokens.shape[1], device=self.mask.device)
-            known: dict[str, Any] = {"lengths": self.lengths + tokens.shape[1]}
-            known["key_positions"] = torch.cat([self.key_positions, self.lengths[:, None] + added], dim=1)
-            if self.padding != "right":  # a token after such padding makes a gap
-                known["padding"] = self.padding
-            rows.__dict__.update(known)
+        if mask is not None:
+            return replace(self, tokens=tokens, mask=torch.cat([self.mask, mask.to(self.mask.device)], dim=1))
+        n = tokens.shape[1]
+        rows = replace(self, tokens=tokens, mask=torch.nn.functional.pad(self.mask, (0, n), value=1))
+        # What is known here goes on, and need not be found anew at every step.
+        known: dict[str, Any] = {"lengths": self.lengths + n, "positions": self.lengths[:, None]}
+        if n > 1:
+            known["positions"] = known["positions"] + torch.arange(n, device=self.mask.device)
+        if self.padding != "right":  # a token after such padding makes a gap
+            known["padding"] = self.padding
+        rows.__dict__.update(known)
         return rows
 
     def to(self, device: torch.device | str) -> "Rows":

@@ -9,7 +9,7 @@ same as rows that do not. A row without an intervention at a layer has zeros the
 """
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -19,6 +19,7 @@ from steerlens.models.facts import resid_post
 from steerlens.models.rows import Rows
 from steerlens.steering.interventions import Intervention, tables_digest
 from steerlens.steering.operators import rank_one
+from steerlens.steering.positions import FOREVER
 
 
 @dataclass(frozen=True, eq=False)
@@ -34,17 +35,30 @@ class ResidualEdit:
     """The first position that a step changes."""
     high: Int[Tensor, "step row"]
     """The first position after it that the step leaves alone."""
+    reads: bool = field(kw_only=True)
+    """Whether any slope is not 0, so that what is there already matters."""
+    ends: bool = field(kw_only=True)
+    """Whether any step leaves a position alone that a row may come to."""
+    memo: dict[torch.device, list["_Step"]] = field(default_factory=dict, init=False)
+    """The tables of each step, ready for the pass; layers may live on several devices."""
 
     def __call__(self, activation: Float[Tensor, "row pos d_model"], rows: Rows) -> Float[Tensor, "row pos d_model"]:
         """The residual after every step of this layer; padding, below position zero, is never changed."""
-        positions = rows.positions.to(activation.device)
-        tables = (table.to(activation.device) for table in self._tables)  # layers may live on several devices
-        for read, write, offset, slope, low, high in zip(*tables, strict=True):
-            inside: Bool[Tensor, "row pos"] = (positions >= low[:, None]) & (positions < high[:, None])
-            activation = rank_one(
-                activation, read[:, None], write[:, None], offset[:, None] * inside, slope[:, None] * inside
-            )
+        device = activation.device
+        if device not in self.memo:
+            self.memo[device] = self._steps(device)
+        positions = rows.positions.to(device)
+        for step in self.memo[device]:
+            activation = step(activation, positions)
         return activation
+
+    def _steps(self, device: torch.device) -> list["_Step"]:
+        found = []
+        for tables in zip(*(table.to(device) for table in self._tables), strict=True):
+            read, write, offset, slope, low, high = (table[:, None] for table in tables)
+            push = None if self.reads else offset[..., None] * write
+            found.append(_Step(read, write, offset, slope, push, low, high if self.ends else None))
+        return found
 
     @property
     def digest(self) -> str:
@@ -53,7 +67,8 @@ class ResidualEdit:
 
     def select(self, keep: Int[Tensor, " kept"]) -> "ResidualEdit":
         """The edit of some rows."""
-        return ResidualEdit(self.site, *(table.index_select(1, keep.to(table.device)) for table in self._tables))
+        tables = (table.index_select(1, keep.to(table.device)) for table in self._tables)
+        return ResidualEdit(self.site, *tables, reads=self.reads, ends=self.ends)
 
     def weakened(self, strength: Float[Tensor, " row"]) -> "ResidualEdit":
         """The edit at a share of its strength, of each row's own; 0 is none."""
@@ -66,7 +81,32 @@ class ResidualEdit:
 
     @property
     def _tables(self) -> list[Tensor]:
-        return [getattr(self, field.name) for field in fields(self) if field.name != "site"]
+        return [self.read, self.write, self.offset, self.slope, self.low, self.high]
+
+
+@dataclass(frozen=True, eq=False)
+class _Step:
+    """A step of each row, its tables as wide as the activation where that differs by position."""
+
+    read: Float[Tensor, "row 1 d_model"]
+    write: Float[Tensor, "row 1 d_model"]
+    offset: Float[Tensor, "row 1"]
+    slope: Float[Tensor, "row 1"]
+    push: Float[Tensor, "row 1 d_model"] | None
+    """What is added, where no slope is."""
+    low: Int[Tensor, "row 1"]
+    high: Int[Tensor, "row 1"] | None
+    """None where no step ends."""
+
+    def __call__(
+        self, activation: Float[Tensor, "row pos d_model"], positions: Int[Tensor, "row pos"]
+    ) -> Float[Tensor, "row pos d_model"]:
+        inside: Bool[Tensor, "row pos"] = positions >= self.low
+        if self.high is not None:
+            inside = inside & (positions < self.high)
+        if self.push is not None:
+            return activation + (self.push * inside[..., None]).to(activation.dtype)
+        return rank_one(activation, self.read, self.write, self.offset * inside, self.slope * inside)
 
 
 def residual_edits(
@@ -107,4 +147,7 @@ def _residual_edit(
             write[index, row] = step.direction if step.write is None else step.write
             offset[index, row], slope[index, row] = step.affine
             low[index, row], high[index, row] = step.bounds(length)
-    return ResidualEdit(site, *(table.to(device) for table in (read, write, offset, slope, low, high)))
+    acts = (offset != 0) | (slope != 0)
+    reads, ends = bool(slope.any()), bool((high < FOREVER)[acts].any())
+    tables = (table.to(device) for table in (read, write, offset, slope, low, high))
+    return ResidualEdit(site, *tables, reads=reads, ends=ends)

@@ -15,7 +15,7 @@ from transformers.cache_utils import DynamicCache
 import steerlens as sl
 from steerlens.errors import ModelError, SteerlensError
 from steerlens.models import choice, lean, static
-from steerlens.models.backends import SPARE, BridgeCache, hides_gaps
+from steerlens.models.backends import ROOMY, SPARE, BridgeCache, hides_gaps
 from steerlens.models.choice import BackendName, backend_used, use_backend
 from steerlens.models.facts import attn_scores, resid_post
 from steerlens.models.load import load_model
@@ -278,6 +278,12 @@ def test_a_hidden_column_is_nothing_only_where_none_are_counted(tmp_path: Path, 
 # --- the cache ------------------------------------------------------------------------------------------------------------
 
 
+@pytest.fixture
+def roomy(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Room is made for however few columns."""
+    monkeypatch.setattr("steerlens.models.backends.ROOMY", 0)
+
+
 def caches(n_rows: int = 3) -> tuple[BridgeCache, DynamicCache]:
     """The same columns in a cache with room, and in one without."""
     cache, plain = DynamicCache(), DynamicCache()
@@ -301,7 +307,9 @@ def assert_same(cache: BridgeCache, plain: DynamicCache) -> None:
         assert torch.equal(one.values, other.values)
 
 
-def test_a_cache_with_room_holds_what_one_without_holds() -> None:
+@pytest.mark.parametrize("roomy_from", [0, 40, 1000])
+def test_a_cache_with_room_holds_what_one_without_holds(roomy_from: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("steerlens.models.backends.ROOMY", roomy_from)
     cache, plain = caches()
     for turn in range(3 * SPARE):
         append(cache.cache, 1 + turn % 3, turn)
@@ -312,6 +320,18 @@ def test_a_cache_with_room_holds_what_one_without_holds() -> None:
             plain.batch_select_indices(torch.tensor([2, 0]))
 
 
+def test_few_columns_lie_side_by_side() -> None:
+    cache, _ = caches()
+    for turn in range(ROOMY - 5):
+        append(cache.cache, 1, turn)
+    (layer, _) = cache.cache.layers
+    assert layer.keys.shape[-2] == ROOMY
+    assert layer.keys.is_contiguous()
+    append(cache.cache, 1, 0)
+    assert not layer.keys.is_contiguous()
+
+
+@pytest.mark.usefixtures("roomy")
 def test_room_is_made_once_in_so_many_columns() -> None:
     cache, _ = caches()
     held = set()
@@ -338,6 +358,7 @@ def test_rows_are_taken_in_beside_those_that_are_held_and_leave_again() -> None:
         assert_same(cache, plain)
 
 
+@pytest.mark.usefixtures("roomy")
 def test_what_goes_on_in_two_ways_shares_no_column() -> None:
     cache, plain = caches()
     append(cache.cache, 1, 0)
