@@ -10,6 +10,7 @@ rounds of the ratio to Hugging Face unsteered, and in how many rows the steered 
 bfloat16 another order of rounding makes other texts; float32 is what to judge by.
 """
 
+import copy
 import json
 import statistics
 import tempfile
@@ -66,7 +67,8 @@ class Settings:
 def load(name: str, device: str) -> tuple[Any, Any]:
     """A bridge, and a Hugging Face model with the same weights that no token ends."""
     if name not in SHAPES:
-        hf = AutoModelForCausalLM.from_pretrained(BUNDLED / name, local_files_only=True).to(device).eval()
+        hf = AutoModelForCausalLM.from_pretrained(BUNDLED / name, local_files_only=True, dtype=torch.float32)
+        hf = hf.to(device).eval()
         model = sl.load_model(name, device=device, progress=False)
     else:
         config = LlamaConfig(**dict(zip(SIZES, SHAPES[name], strict=True)), bos_token_id=1, eos_token_id=2)
@@ -77,13 +79,15 @@ def load(name: str, device: str) -> tuple[Any, Any]:
             torch.manual_seed(0)
             with torch.device(device):
                 below = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).eval()
-                hf = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).eval()
+                # A bridge sets its model's configuration to eager attention, and a shared one would be the other's, too.
+                hf = AutoModelForCausalLM.from_config(copy.deepcopy(config), dtype=torch.bfloat16).eval()
             hf.load_state_dict(below.state_dict())
             tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
             model = TransformerBridge.boot_transformers(
                 folder, hf_model=below, tokenizer=tokenizer, dtype=torch.bfloat16, device=device
             ).eval()
     hf.generation_config.eos_token_id = None
+    assert hf.config._attn_implementation == "sdpa", hf.config._attn_implementation
     return model, hf
 
 
