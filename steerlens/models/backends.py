@@ -253,7 +253,7 @@ class BridgeCache:
         return self
 
     def with_room(self) -> "BridgeCache":
-        """The same cache, which from now on appends in place; see `RoomyLayer`."""
+        """The same cache, which from now on makes room where that pays; see `RoomyLayer`."""
         for layer in self.cache.layers:
             if type(layer) is DynamicLayer:
                 layer.__class__ = RoomyLayer
@@ -403,7 +403,7 @@ class HookedCache:
         return self.select(torch.tensor([*range(len(self.cache.previous_attention_mask)), *rows]))
 
     def copy(self) -> "HookedCache":
-        # Entries are replaced when they grow and never written into, so their tensors may be shared.
+        # Entries are replaced when they grow, and written into only after that, so their tensors may be shared.
         entries = [replace(entry) for entry in self.cache.entries]
         return HookedCache(replace(self.cache, entries=entries))
 

@@ -2,7 +2,7 @@
 
     WholeBatch    every row is run whole for every token
     CachedBatch   one token a step, with a key-value cache; see `cached`
-    GatedBatch    the same twice, steered and not; see `gated`
+    GatedBatch    the same, with trials beside it; see `gated`
 
 What a batch does at a step is to give each row's logits; choosing from them, and when a row stops, is the same for all.
 """

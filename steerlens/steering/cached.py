@@ -77,7 +77,7 @@ class CachedBatch(Batch):
 
     def _newest(self) -> Rows:
         """The newest token of each row, after what is cached."""
-        newest = torch.tensor([[(row.tokens or row.prompt)[-1]] for row in self.rows])
+        newest = torch.tensor([[(row.tokens or row.prompt)[-1]] for row in self.rows], device=self.live.device)
         if self.fed is not None and not self.free:
             return self.fed.then(newest)
         lengths = tuple(len(row.prompt) for row in self.rows)

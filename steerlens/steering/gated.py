@@ -68,8 +68,8 @@ class GatedBatch(Batch):
         )
         self.raw: list[_Unsteered | None] = [None] * len(rows)
         """Of each row whose trials are to be run, what it has unsteered."""
-        self.ahead: list[Tensor | None] = [None] * len(rows)
-        """Of each row whose newest token was run beside its trials, the unsteered logits after it."""
+        self.ahead: list[tuple[int, Tensor] | None] = [None] * len(rows)
+        """Of each row whose newest token was run beside its trials, that token and the unsteered logits after it."""
         self.ranked: dict[int, list[int]] = {}
         """By a row's index in the request: its layers, the most sensitive first."""
         self.strengths: dict[int, Float[Tensor, "trial layer"]] = {}
@@ -86,8 +86,7 @@ class GatedBatch(Batch):
 
     def next_logits(self) -> tuple[Sequence[int], Float[Tensor, "some d_vocab"]]:
         """The rows that get a token now, and the logits that it is chosen from: steered where that is plausible."""
-        n, found = len(self.rows), self._sure({place: it for place, it in enumerate(self.ahead) if it is not None})
-        self.ahead = [None] * n
+        n, found = len(self.rows), self._sure(self._run_ahead())
         while not found:
             trying = [place for place in range(n) if self.raw[place] is not None]
             self._rank(trying)
@@ -106,6 +105,16 @@ class GatedBatch(Batch):
                 self.columns.settle(without=[place for place in trying if self.ahead[place] is None])
         places = sorted(found)
         return places, torch.stack([found[place] for place in places])
+
+    def _run_ahead(self) -> dict[int, Float[Tensor, " d_vocab"]]:
+        """The unsteered logits of the rows whose newest token was run before it was known."""
+        ahead = {place: it for place, it in enumerate(self.ahead) if it is not None}
+        self.ahead = [None] * len(self.rows)
+        # Rounding may choose another token here than where it was run: then that one goes.
+        others = [place for place, (token, _) in ahead.items() if token != self.rows[place].tokens[-1]]
+        if others and self.columns is not None:
+            self.columns.settle(without=others)
+        return {place: logits for place, (_, logits) in ahead.items() if place not in others}
 
     def _sure(self, fresh: Mapping[int, Float[Tensor, " d_vocab"]]) -> dict[int, Tensor]:
         """Of these rows' unsteered logits, those where steering need not be tried; of the other rows, they are kept."""
@@ -175,7 +184,7 @@ class GatedBatch(Batch):
             found[place] = raw[number] if trial is None else steered[start + trial]
             self.raw[place] = None
             if trial is None or tokens[start + trial] == held[number].token:
-                self.ahead[place] = logits[place]
+                self.ahead[place] = (held[number].token, logits[place])
             start += len(some)
         return found
 
@@ -392,8 +401,11 @@ class _Columns:
         assert self.cache is not None
         if without:
             self._step_back(self.cache, self.mask, without, without)
-        # So a batch stays as wide as its longest row.
-        if n := n_hidden(self.mask):
+        self._trim()
+
+    def _trim(self) -> None:
+        """Cut off what is padding in every row: a batch without gaps stays as wide as its longest row."""
+        if self.cache is not None and (n := n_hidden(self.mask)):
             self.cache, self.mask = self.cache.without(n), self.mask[:, n:]
 
     def _step_back(
@@ -413,6 +425,8 @@ class _Columns:
         self.fallen = [None if it is None else it[keep.to(it.device)] for it in self.fallen]
         if self.cache is not None:
             self.cache = self.cache.select(keep)
+        if not self.gaps:
+            self._trim()
 
 
 class _Start:

@@ -39,14 +39,15 @@ class ResidualEdit:
     """Whether any slope is not 0, so that what is there already matters."""
     ends: bool = field(kw_only=True)
     """Whether any step leaves a position alone that a row may come to."""
-    memo: dict[torch.device, list["_Step"]] = field(default_factory=dict, init=False)
+    memo: dict[torch.device, list["_Step"]] = field(default_factory=dict, init=False, repr=False)
     """The tables of each step, ready for the pass; layers may live on several devices."""
 
     def __call__(self, activation: Float[Tensor, "row pos d_model"], rows: Rows) -> Float[Tensor, "row pos d_model"]:
         """The residual after every step of this layer; padding, below position zero, is never changed."""
         device = activation.device
         if device not in self.memo:
-            self.memo[device] = self._steps(device)
+            with torch.inference_mode(False):  # copies made in it could not be part of a later pass with gradients
+                self.memo[device] = self._steps(device)
         positions = rows.positions.to(device)
         for step in self.memo[device]:
             activation = step(activation, positions)

@@ -17,7 +17,7 @@ from steerlens.models.facts import stop_ids
 from steerlens.models.probe import Abilities
 from steerlens.models.prompts import encode
 from steerlens.steering.directer import sensitivities
-from steerlens.steering.gated import _Columns
+from steerlens.steering.gated import GatedBatch, _Columns
 from steerlens.steering.gates import Gate, GatedToken, gate_stats, plausible_tokens, worth_trying
 from steerlens.steering.generations import Generation
 from steerlens.steering.interventions import AttentionIntervention
@@ -281,6 +281,50 @@ def test_trials_leave_nothing_behind_whether_columns_are_hidden_or_taken_back(
     assert max(rows.mask.shape[1] for rows, _ in passes) <= longest
     monkeypatch.setattr("steerlens.steering.sampling.abilities", lambda *_: Abilities(cache=False, batch=False))
     assert found == through_hooks == generate(model, PROMPTS * 2, steering=plans, max_new_tokens=2 * N_NEW)
+
+
+def test_a_batch_without_gaps_is_never_wider_than_its_longest_row(
+    llama: Case, passes: Passes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("steerlens.steering.sampling.stop_ids", lambda _: ())
+    prompts = sorted(PROMPTS, key=lambda prompt: -len(llama.ids(prompt)))
+    # The longest row's trials never change a token, and so it leaves first; those of the others always do.
+    push = sl.SteeringVector({1: torch.ones(32)}).at(1, operator="add", coeff=50.0)
+    plans = [sl.plausible(sl.pasta(0.999, on=SPAN), beta=0.0), *[sl.plausible(push, beta=0.0)] * (len(prompts) - 1)]
+    use_backend(llama.model, "hooks")
+    try:
+        generate(llama.model, prompts, steering=plans, max_new_tokens=1)
+        passes.clear()
+        found = generate(llama.model, prompts, steering=plans, max_new_tokens=N_NEW)
+    finally:
+        use_backend(llama.model, "auto")
+    assert n_passes(found[0]) < min(map(n_passes, found[1:]))
+    longest = len(found[0].prompt_tokens) + N_NEW
+    assert len(found[0].prompt_tokens) > max(len(one.prompt_tokens) for one in found[1:])
+    assert max(rows.mask.shape[1] for rows, _ in passes) <= longest
+
+
+def test_a_token_that_was_run_and_is_not_the_one_chosen_leaves_nothing(
+    llama: Case, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan = sl.directer(2.0, beta=0.3, on=SPAN)
+    expected = generate(llama.model, PROMPTS, steering=plan, max_new_tokens=N_NEW)
+    tried, wrong = GatedBatch._tried, []
+
+    def mistaken(self: GatedBatch, *args: Any) -> Any:
+        found = tried(self, *args)
+        wrong.extend(it for it in self.ahead if it is not None)
+        self.ahead = [None if it is None else (it[0] + 1, it[1]) for it in self.ahead]
+        return found
+
+    monkeypatch.setattr(GatedBatch, "_tried", mistaken)
+    for backend in ("lean", "hooks"):
+        use_backend(llama.model, backend)
+        try:
+            assert generate(llama.model, PROMPTS, steering=plan, max_new_tokens=N_NEW) == expected
+        finally:
+            use_backend(llama.model, "auto")
+    assert wrong
 
 
 def test_tokens_that_no_step_is_meant_for_are_not_steered(llama: Case) -> None:
