@@ -304,6 +304,7 @@ def test_a_batch_without_gaps_is_never_wider_than_its_longest_row(
     assert max(rows.mask.shape[1] for rows, _ in passes) <= longest
 
 
+@pytest.mark.bridge
 def test_a_token_that_was_run_and_is_not_the_one_chosen_leaves_nothing(
     llama: Case, monkeypatch: pytest.MonkeyPatch
 ) -> None:
