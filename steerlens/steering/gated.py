@@ -233,16 +233,11 @@ class GatedBatch(Batch):
         edits = _edits(self.edits, self.tried, owners, strengths)
         rows = [self.rows[place] for place in owners]
         lengths = tuple(len(row.prompt) for row in rows)
-        guesses = [None if it is None else it.token for it in self.raw] + [None] * (len(owners) - len(self.raw))
+        guesses = [[] if it is None else [it.token] for it in self.raw] + [[]] * (len(owners) - len(self.raw))
         if self.columns is None:
-            ids = [
-                [*row.prompt, *row.tokens, *([] if guess is None else [guess])]
-                for row, guess in zip(rows, guesses, strict=True)
-            ]
+            ids = [[*row.prompt, *row.tokens, *guess] for row, guess in zip(rows, guesses, strict=True)]
             return torch.cat([result.logits for result in self._whole(self.runner, ids, lengths, edits)])
-        newest = [
-            (row.tokens or row.prompt)[-1] if guess is None else guess for row, guess in zip(rows, guesses, strict=True)
-        ]
+        newest = [(guess or row.tokens or row.prompt)[-1] for row, guess in zip(rows, guesses, strict=True)]
         return self.columns.run(self.runner, newest, owners, lengths, [*edits[0], *edits[1]])
 
     def _whole(
