@@ -54,7 +54,7 @@ class Sizes:
 
 FULL = {
     "tiny": Sizes(rounds=7),
-    "smollm2-135m": Sizes(new_tokens=24, rounds=3, pairs=32, memory=(64, 512), natural=(64, 96)),
+    "smollm2-135m": Sizes(new_tokens=24, rounds=3, pairs=32, memory=(64, 512), natural=(64, 160)),
 }
 QUICK = {
     "tiny": Sizes(batches=(1, 32), new_tokens=32, rounds=3, pairs=64, figures=("fixed", "capture")),
@@ -157,9 +157,10 @@ class Races:
 
     def natural(self) -> Iterator[Race]:
         n, limit = self.sizes.natural
-        # Held against those who say the same: unsteered texts are of other lengths, and so are their rates.
-        entries = self.steered([self.one(row, self.n_layers // 2) for row in range(n)], 32, limit, stop=True)
-        yield Race("natural", f"{n} prompts, batch 32", entries, self.few)
+        # Half the direction's length: at the whole of it texts go wrong, and never stop. Held against those who say the same:
+        # unsteered texts are of other lengths, and so are their rates.
+        entries = self.steered([self.one(row, self.n_layers // 2, 0.5) for row in range(n)], 32, limit, stop=True)
+        yield Race("natural", f"{n} prompts, batch 32, at most {limit} tokens", entries, self.sizes.rounds)
 
     def capturing(self, by: str, n: int) -> Work:
         pairs, texts = self.given.pairs[:n], self.given.prepared["texts"][:n]

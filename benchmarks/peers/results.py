@@ -159,6 +159,12 @@ def figure_table(figure: str, races: list[Record]) -> str:
     )
 
 
+def mean_length(race: Record) -> str:
+    """How long the texts of a race were that stop by themselves."""
+    said = race["entries"][OURS]
+    return f"A row of {OURS}' has {said['units'] / said['agreement']['rows']:.0f} new tokens on average.\n"
+
+
 def limit_cell(race: Record) -> str:
     ours = race["entries"].get(OURS, {})
     if not rates(ours):
@@ -199,7 +205,10 @@ def model_part(name: str, model: Record) -> str:
         agreement(races),
     ]
     for figure in dict.fromkeys(race["figure"] for race in races):
-        parts += [f"### {TITLES[figure]}\n", figure_table(figure, [race for race in races if race["figure"] == figure])]
+        shown = [race for race in races if race["figure"] == figure]
+        parts += [f"### {TITLES[figure]}\n", figure_table(figure, shown)]
+        if figure == "natural":
+            parts += [mean_length(race) for race in shown]
     absent = {
         (label, entry["absent"]) for race in races for label, entry in race["entries"].items() if "absent" in entry
     }

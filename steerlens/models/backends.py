@@ -451,9 +451,12 @@ class HookedTransformerBackend:
 
             fresh = TransformerLensKeyValueCache.init_cache(self.model.cfg, model_device(self.model), n_rows)
             cache = HookedCache(fresh)
-        # The cache remembers the mask of its columns. Without a mask, the model would guess one from the padding token.
+        # Without a mask, the model would guess one from the padding token. That of cached columns is in the cache, and some of
+        # them may be hidden since.
         mask = rows.mask[:, -n_columns:]
         past = None if cache is None else cache.cache
+        if past is not None:
+            past.previous_attention_mask = rows.mask[:, :-n_columns].to(past.previous_attention_mask)
         n_layers = int(self.model.cfg.n_layers)
         resid = self.model(rows.tokens, attention_mask=mask, past_kv_cache=past, stop_at_layer=n_layers)
         if logits == "last":  # a vocabulary is wide: the other columns go no further

@@ -9,7 +9,7 @@ each shared prefix is run once and its keys and values are handed on. What a hoo
 """
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, overload
 
@@ -348,10 +348,14 @@ def whole_last_resid(
 
 
 class _Trunk:
-    """What all prompts share is run once, then what each pair shares, then the two endings of each pair.
+    """What all prompts share is run once, and what the two prompts of a pair share once for both.
 
-    Each step is padded on the left, which leaves a hidden gap within a row. Where a model counts columns (ALiBi, a local window,
-    an attention chunk), a gap is not nothing: where that is not known, `agrees` finds it out on the pairs with the widest gaps.
+        trunk | padding | stem | the rest without the instruction              the trunk, then the first prompt of each pair
+        trunk | padding | stem | (hidden) ........................... | the rest with it             after it, of the second
+
+    To the second prompt the first one's own rest is a hidden gap, as padding is. Where a model counts columns (ALiBi, a local
+    window, an attention chunk), a gap is not nothing: where that is not known, `agrees` finds it out on the pairs with the
+    widest gaps.
     """
 
     def __init__(self, model: Any, sites: Sequence[str], prompts: Sequence[list[int]], able: Abilities) -> None:
@@ -364,33 +368,43 @@ class _Trunk:
         prefix = prompts[0][: common_prefix(prompts)]
         self.rows = pad([prefix]) if prefix else None
 
+    @property
+    def width(self) -> int:
+        return 0 if self.rows is None else int(self.rows.tokens.shape[1])
+
     @cached_property
     def cache(self) -> Cache | None:
         return None if self.rows is None else run_pass(self.model, self.rows, keep_cache=True).cache
 
     def pays(self, pairs: Sequence[Sides]) -> bool:
-        """Whether the tokens of these pairs that need not be run, once the trunk was, are worth the passes more."""
-        trunk = 0 if self.rows is None else int(self.rows.tokens.shape[1])
-        return pays(self.model, sum(common_prefix(pair) + trunk for pair in pairs), 2)
+        """Whether the tokens of these pairs that need not be run, once the trunk was, are worth the pass more."""
+        # Padding is run, too.
+        whole = 2 * max(len(side) for pair in pairs for side in pair)
+        shared = (
+            max(len(first) for first, _ in pairs)
+            - self.width
+            + max(len(pair[1]) - common_prefix(pair) for pair in pairs)
+        )
+        return pays(self.model, len(pairs) * (whole - shared))
 
     def agrees(self, pairs: Sequence[Sides]) -> bool:
         """Whether these pairs come out as they do whole, tried on those with the most padding.
 
         A gap is nothing to a model, or it is something once columns outgrow a window. So what came out right is right in every
-        batch that is not wider, and in one without a gap.
+        batch that is not wider.
         """
         stems = [common_prefix(pair) for pair in pairs]
-        tails = [max(map(len, pair)) - stem for pair, stem in zip(pairs, stems, strict=True)]
-        shortest = [min(map(len, pair)) for pair in pairs]
-        # All pairs share the trunk, so the longest stem and the longest tail make the width.
-        width = max(stems) + max(tails)
+        firsts = [len(first) for first, _ in pairs]
+        rests = [len(second) - stem for (_, second), stem in zip(pairs, stems, strict=True)]
+        # All pairs share the trunk, so the longest first prompt and the longest rest of a second make the width.
+        width = max(firsts) + max(rests)
         # Gaps count as columns, and a model may have no more columns than its context.
         if self.wrong or width > int(self.model.cfg.n_ctx):
             return False
-        if self.harmless or (self.checked and (width <= self.checked or min(shortest) == width)):
+        if self.harmless or width <= self.checked:
             return True
-        widest = {stems.index(max(stems)), tails.index(max(tails)), shortest.index(min(shortest))}
-        chosen = [pairs[index] for index in sorted(widest | {stems.index(min(stems)), tails.index(min(tails))})]
+        extremes = {of.index(most(of)) for of in (stems, firsts, rests) for most in (min, max)}
+        chosen = [pairs[index] for index in sorted(extremes)]
         whole = whole_last_resid(self.model, self.sites, chosen, self.able)
         try:
             shared = self.last_resid(chosen)
@@ -406,24 +420,23 @@ class _Trunk:
 
     def last_resid(self, pairs: Sequence[Sides]) -> Float[Tensor, "row layer d_model"]:
         """Residuals of the last token of both prompts of each pair, in rows of two."""
-        trunk = 0 if self.rows is None else int(self.rows.tokens.shape[1])
-        splits = [common_prefix(pair) for pair in pairs]
-        stems = [pair[0][trunk:split] for pair, split in zip(pairs, splits, strict=True)]
-        endings = [side[split:] for pair, split in zip(pairs, splits, strict=True) for side in pair]
-        # The trunk's one row is handed to every pair, and a pair's row to both of its sides.
-        every, twice = torch.zeros(len(pairs), dtype=torch.long), torch.arange(len(pairs)).repeat_interleave(2)
-        rows = None if self.rows is None else self.rows.select(every)
+        reads = [Read(site) for site in self.sites]
+        # The trunk's one row is handed to every pair.
+        every = torch.zeros(len(pairs), dtype=torch.long)
         cache = None if self.cache is None else self.cache.copy().select(every)
+        rows = pad([first[self.width :] for first, _ in pairs], pad_id=self.pad_id)
+        if self.rows is not None:
+            rows = self.rows.select(every).then(rows.tokens, rows.mask)
         with Runner(self.model, self.sites) as runner:
-            if any(stems):
-                new = pad(stems, pad_id=self.pad_id)
-                rows = new if rows is None else rows.then(new.tokens, new.mask)
-                cache = runner.run(rows, cache=cache, keep_cache=True).cache
-            new = pad(endings, pad_id=self.pad_id)
-            if rows is not None and cache is not None:
-                new, cache = rows.select(twice).then(new.tokens, new.mask), cache.select(twice)
-            reads = runner.run(new, cache=cache, reads=[Read(site) for site in self.sites]).reads
-        return torch.stack([reads[site] for site in self.sites], dim=1)
+            without = runner.run(rows, cache=cache, reads=reads, keep_cache=True)
+            stems, mask = [common_prefix(pair) for pair in pairs], rows.mask.clone()
+            for row, ((first, _), stem) in enumerate(zip(pairs, stems, strict=True)):
+                mask[row, stem - len(first) :] = 0
+            rest = pad([second[stem:] for (_, second), stem in zip(pairs, stems, strict=True)], pad_id=self.pad_id)
+            rows = replace(rows, mask=mask).then(rest.tokens, rest.mask)
+            with_ = runner.run(rows, cache=without.cache, reads=reads)
+        sides = [torch.stack([its.reads[site] for site in self.sites], dim=1) for its in (without, with_)]
+        return rearrange(sides, "side pair layer d_model -> (pair side) layer d_model")
 
 
 def _check_layers(model: Any, layers: Iterable[WholeNumber] | None) -> tuple[int, ...]:

@@ -221,8 +221,7 @@ def test_shared_beginnings_are_run_once(backend: BackendName, llama: Subject, pa
     trunk = shared_length([row for pair in pairs for row in pair])
 
     def cost(pair: list[list[int]]) -> int:
-        split = shared_length(pair)
-        return (split - trunk) + 2 * (max(map(len, pair)) - split)  # the shorter ending is padded
+        return sum(map(len, pair)) - shared_length(pair) - trunk
 
     longest = max(pairs, key=lambda pair: len(pair[1]))
     # Once shared and once whole, to see that a gap is nothing to the model; of plain modules that is known.
@@ -238,8 +237,11 @@ def test_prompts_are_run_whole_where_too_little_is_shared(
 ) -> None:
     pairs = [[encode(llama.model, pair.text(condition)) for condition in ("none", "text")] for pair in PAIRS]
     trunk = shared_length([row for pair in pairs for row in pair])
-    spared = sum(shared_length(pair) + trunk for pair in pairs)
-    for least, n_passes in ((spared // 2, 3), (spared, 1)):  # two passes more have to spare twice as many
+    firsts = max(len(first) - trunk for first, _ in pairs)
+    rests = max(len(pair[1]) - shared_length(pair) for pair in pairs)
+    longest = max(len(second) for _, second in pairs)
+    spared = len(pairs) * (2 * longest - firsts - rests)  # all rows of a pass are as wide as the longest
+    for least, n_passes in ((spared, 3), (spared + 1, 1)):
         monkeypatch.setattr(prefixes, "SPARED", {"cpu": least})
         passes.clear()
         record_activations(llama.model, PAIRS, batch_size=len(PAIRS))
