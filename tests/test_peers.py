@@ -269,11 +269,37 @@ def test_memory_that_grows_with_the_pairs_misses_its_goal():
     assert [goal.met for grown in ((4.0, 21.0), (400.0, 441.0)) for goal in goals("tiny", races(*grown))] == [False] * 2
 
 
+def told(record):
+    """The report of one race."""
+    machine = {"operations": 1e9, "bytes": 1e9}
+    model = {"races": [record], "machine": machine, "versions": {}, "parameters": 10, "embedding": 4}
+    return markdown({"date": "", "processor": "", "cores": 1, "threads": 1, "clock": "wall", "models": {"tiny": model}})
+
+
+@pytest.mark.parametrize(
+    ("ours", "expected"),
+    [
+        (
+            {"units": 60, "agreement": dict.fromkeys(("tokens", "near_ties", "different_rows"), 0) | {"rows": 4}}
+            | {"seconds": [1.0], "limit_seconds": 0.1},
+            "64 prompts: a row has 15 new tokens on average",
+        ),
+        ({"absent": "not here"}, "Absent: steerlens: not here"),
+    ],
+)
+def test_natural_lengths_are_told_of_who_ran_them(ours, expected):
+    record = {
+        "figure": "natural",
+        "setting": "64 prompts",
+        "unit": "tokens",
+        "load": 0.0,
+        "entries": {"steerlens": ours},
+    }
+    assert expected in told(record)
+
+
 def test_a_contestant_that_says_something_else_is_named():
     one = contest(**{"Hugging Face": [[5, 6, 2, 0]], "repeng": [[5, 7, 2, 0]]})
     race = Race("fixed", "batch 1", {by: work(by) for by in ("Hugging Face", "repeng")}, rounds=1)
     record = {"figure": "fixed", "setting": "batch 1", "unit": "tokens", "load": 0.0, "entries": one.race(race)}
-    machine = {"operations": 1e9, "bytes": 1e9}
-    model = {"races": [record], "machine": machine, "versions": {}, "parameters": 10, "embedding": 4}
-    text = markdown({"date": "", "processor": "", "cores": 1, "threads": 1, "clock": "wall", "models": {"tiny": model}})
-    assert "1 rows differ: repeng (fixed, batch 1): 1 of 1" in text
+    assert "1 rows differ: repeng (fixed, batch 1): 1 of 1" in told(record)

@@ -25,10 +25,12 @@ INTRODUCTION = f"""Contestants take turns in every round, with the same weights,
 is that of two rates in the same round, given as the median over rounds with the lowest and the highest. Each has an interpreter
 of its own where its packages ask for it. Steered means one vector at the middle layer, unless said otherwise. `{ORIGINAL}` and
 `{LOOP}` go one row at a time without a cache, the one through TransformerLens as its authors did, the other over the bare model;
-they are given one row, since their rate does not depend on how many follow. repeng fits by PCA, the others a mean difference. In
-a sweep all but steerlens make one call per configuration. The limit is what a contestant could reach that takes no more time
-than the weights take to read or the products to compute, whichever is longer, as fast as this machine was seen to do either;
-attention's own operations and the cache are not counted, and prefixes are shared in a fit only.
+they are given one row, since their rate does not depend on how many follow (at natural lengths, on how long that row is). repeng
+fits by PCA, the others a mean difference. At natural lengths the vector has half its length; at the whole of it `tiny` never ends.
+Unsteered rows of a batch share what their prompts begin with, rows with vectors of their own cannot: what that gives stands in
+their overhead, too. In a sweep all but steerlens make one call per configuration. The limit is what a contestant could reach that
+takes no more time than the weights take to read or the products to compute, whichever is longer, as fast as this machine was seen
+to do either; attention's own operations and the cache are not counted, and prefixes are shared in a fit only.
 """
 TITLES = {
     "fixed": "Sampling at a fixed length",
@@ -160,9 +162,12 @@ def figure_table(figure: str, races: list[Record]) -> str:
 
 
 def mean_length(race: Record) -> str:
-    """How long the texts of a race were that stop by themselves."""
-    said = race["entries"][OURS]
-    return f"A row of {OURS}' has {said['units'] / said['agreement']['rows']:.0f} new tokens on average.\n"
+    """How long rows are that may stop by themselves."""
+    said = race["entries"].get(OURS, {})
+    if not rates(said):
+        return ""
+    length = said["units"] / said["agreement"]["rows"]
+    return f"{race['setting']}: a row has {length:.0f} new tokens on average, what stops it included.\n"
 
 
 def limit_cell(race: Record) -> str:

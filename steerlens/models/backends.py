@@ -352,11 +352,6 @@ class LeanBackend:
         return out, BridgeCache(kept).with_room() if keep_cache and kept is not None else None
 
 
-def hides_gaps(backend: Backend) -> bool:
-    """Whether a hidden column within a row is known to be nothing to what comes after it."""
-    return isinstance(backend, LeanBackend) and backend.tree.gaps
-
-
 def _wanted_columns(module: Any, rows: Rows, logits: Columns, options: dict[str, Any]) -> Int[Tensor, " column"] | None:
     """Ask a Hugging Face model for no more columns' logits than are wanted; those, or None where it gives all."""
     if logits == "all" or not _keeps_logits(type(module).forward):
@@ -451,8 +446,8 @@ class HookedTransformerBackend:
 
             fresh = TransformerLensKeyValueCache.init_cache(self.model.cfg, model_device(self.model), n_rows)
             cache = HookedCache(fresh)
-        # Without a mask, the model would guess one from the padding token. That of cached columns is in the cache, and some of
-        # them may be hidden since.
+        # Without a mask, the model would guess one from the padding token. The cache remembers that of its columns, and some of
+        # these may have been hidden since.
         mask = rows.mask[:, -n_columns:]
         past = None if cache is None else cache.cache
         if past is not None:

@@ -7,8 +7,7 @@ again when parts of it were replaced.
 """
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
-from functools import partial
+from dataclasses import dataclass
 from typing import Any, Literal, get_args
 from weakref import WeakKeyDictionary
 
@@ -44,8 +43,6 @@ class _Known:
     """What the model consisted of then."""
     reasons: dict[Any, str]
     """By dtype, device and kind of sites: why the tree is not used, or nothing."""
-    gaps: dict[Any, bool] = field(default_factory=dict)
-    """By dtype and device: whether gaps are nothing to the tree."""
 
     def __reduce__(self) -> Any:  # a copy of the model finds out for itself
         return type(None), ()
@@ -127,10 +124,6 @@ def _chosen(model: Any, sites: Iterable[str]) -> tuple[Tree | None, str]:
             known.reasons[key] = _prove(model, known.tree, kind)
         if known.reasons[key]:
             return None, known.reasons[key]
-    where = (weights.dtype, weights.device)
-    if where not in known.gaps:
-        known.gaps[where] = _gaps_are_nothing(model, known.tree)
-    known.tree.gaps = known.gaps[where]
     return known.tree, ""
 
 
@@ -174,18 +167,6 @@ def _prove(model: Any, tree: Tree, kind: Kind) -> str:
             return ""
         reasons.append(reason)
     return reasons[-1]
-
-
-def _gaps_are_nothing(model: Any, tree: Tree) -> bool:
-    """Whether a tree gives with hidden columns within rows what the hook points give without: tokens one by one, and at once."""
-    if not tree.causal_alone:
-        return False
-    sites, lean = _sites(model, "blocks"), LeanBackend(model, tree)
-    its = _attempt(model, backend_of(model), _cached, sites)
-    ways = [partial(_cached, gap=True, at_once=at_once) for at_once in (False, True)]
-    return not isinstance(its, str) and not any(
-        _contrast(model, _attempt(model, lean, way, sites), its) for way in ways
-    )
 
 
 def _difference(model: Any, lean: Backend, wanted: Sequence[Any], sites: Sequence[str]) -> str:
@@ -246,21 +227,12 @@ def _whole(model: Any, backend: Backend) -> Tensor:
     return backend.forward(rows, None, keep_cache=False, logits="last")[0]
 
 
-GAP = 8
-"""Hidden columns in a row that show whether they count."""
-
-
-def _cached(model: Any, backend: Backend, *, gap: bool = False, at_once: bool = False) -> Tensor:
-    """Padded on the left; the last two tokens come one by one, or at once; hidden columns may stand before them."""
+def _cached(model: Any, backend: Backend) -> Tensor:
+    """Padded on the left; the last two tokens come one by one."""
     ids = random_rows(model, LENGTHS, seed=2)
     rows: Rows = pad([row[:-2] for row in ids], pad_id=pad_id(model)).to(model_device(model))
     _, cache = backend.forward(rows, None, keep_cache=True, logits="last")
-    for place in (slice(-2, None),) if at_once else (slice(-2, -1), slice(-1, None)):
-        new = torch.tensor([row[place] for row in ids], device=rows.tokens.device)
-        if gap and place.stop is None:
-            hidden = new[:, :1].repeat(1, GAP)
-            rows = rows.then(hidden, torch.zeros_like(hidden))
-            _, cache = backend.forward(rows, cache, keep_cache=True, logits="last")
-        rows = rows.then(new)
+    for place in (slice(-2, -1), slice(-1, None)):
+        rows = rows.then(torch.tensor([row[place] for row in ids], device=rows.tokens.device))
         logits, cache = backend.forward(rows, cache, keep_cache=True, logits="last")
     return logits

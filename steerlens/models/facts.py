@@ -4,6 +4,7 @@ import hashlib
 import importlib.metadata
 import importlib.util
 import json
+import math
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -121,6 +122,19 @@ def _is_centred(embedding: Float[Tensor, "token d_model"]) -> bool:
 def model_device(model: Any) -> torch.device:
     """The device that token ids go to."""
     return torch.device(model.cfg.device or "cpu")
+
+
+def attention_window(config: Mapping[str, Any]) -> float:
+    """In rows of how many columns every layer's mask is the causal one: fewer than infinitely many where there are local windows
+    or chunks, and none where a layer does not attend.
+
+    >>> attention_window({"layer_types": ["full_attention", "sliding_attention"], "sliding_window": 4096})
+    4096.0
+    """
+    if not {*(config.get("layer_types") or ())} <= {"full_attention", "sliding_attention", "chunked_attention"}:
+        return 0.0
+    sizes = map(config.get, ("sliding_window", "attention_chunk_size", "window_size"))
+    return float(min(filter(None, sizes), default=math.inf))
 
 
 def tolerance(model: Any) -> float:

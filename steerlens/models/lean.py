@@ -15,6 +15,7 @@ module with a forward of its own, an attention that computes something else.
 """
 
 import copy
+import math
 import operator
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -29,7 +30,7 @@ from transformers import AttentionInterface
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from steerlens.errors import ModelError
-from steerlens.models.facts import bit_sums, layer_of, resid_post
+from steerlens.models.facts import attention_window, bit_sums, layer_of, resid_post
 
 Hook = Callable[..., Tensor | None]
 """(activation, hook) -> the activation after it, or None to leave it."""
@@ -53,8 +54,6 @@ class Tree:
     configs: list[Any]
     causal_alone: bool
     """Whether every layer's mask is the causal one: no windows, no chunks."""
-    gaps: bool = False
-    """Whether a hidden column may stand within a row, and what comes after it is as without it."""
 
     def choose(self, attention: str) -> None:
         """Compute attention with another of transformers' functions."""
@@ -146,7 +145,9 @@ def plain_tree(model: Any) -> Tree:
         blocks.append(twins[id(_below(block))])
         wrapper = getattr(block, "attn", None)
         attention.append(twins.get(id(_below(wrapper))) if isinstance(wrapper, nn.Module) else None)
-    return Tree(root, blocks, attention, configs, _causal_alone(root.config))
+    config: Any = root.config
+    config = config.get_text_config() if hasattr(config, "get_text_config") else config
+    return Tree(root, blocks, attention, configs, causal_alone=attention_window(config.to_dict()) == math.inf)
 
 
 def _below(module: nn.Module) -> nn.Module:
@@ -193,13 +194,6 @@ def _own_configs(modules: Iterable[nn.Module]) -> list[Any]:
     for config in own.values():
         config.output_attentions = config.output_hidden_states = False
     return list(own.values())
-
-
-def _causal_alone(config: Any) -> bool:
-    config = config.get_text_config() if hasattr(config, "get_text_config") else config
-    kinds = set(getattr(config, "layer_types", None) or ())
-    windows = [getattr(config, name, None) for name in ("sliding_window", "attention_chunk_size", "window_size")]
-    return kinds <= {"full_attention"} and not any(windows)
 
 
 # --- whether it still stands for the bridge --------------------------------------------------------------------------

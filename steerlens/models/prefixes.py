@@ -22,9 +22,9 @@ SPARED_ELSEWHERE = 8192
 """A GPU runs thousands in that time."""
 
 
-def pays(model: Any, n_tokens: int, n_passes: int = 1) -> bool:
-    """Whether it is worth so many passes more to run so many tokens less."""
-    return n_tokens >= n_passes * SPARED.get(model_device(model).type, SPARED_ELSEWHERE)
+def pays(model: Any, n_tokens: int) -> bool:
+    """Whether it is worth one pass more to run so many tokens less."""
+    return n_tokens >= SPARED.get(model_device(model).type, SPARED_ELSEWHERE)
 
 
 def common_prefix(rows: Sequence[list[int]]) -> int:

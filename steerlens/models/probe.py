@@ -9,6 +9,7 @@ gives:
             the place of others
     batch   the rows whole, side by side, padded on the right: no real token sees padding
     prefix  what two rows begin with run once, and the rest of both after it
+    gaps    some tokens fed and then hidden, and the rest of each row after them
 
 A model that fails `cache` is run whole for every token, and one that fails `batch`, a row at a time: slow, and right. The rows
 are as long as those that are to be run, or longer: a model is probed when it is first used, and again where rows outgrow that.
@@ -23,7 +24,7 @@ probe, and one that counts columns (`resid[:, 0]`) sees padding there in a batch
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -32,7 +33,7 @@ from torch import Tensor
 
 from steerlens.errors import ModelError, SteerlensError
 from steerlens.models.backends import Cache, put
-from steerlens.models.facts import is_hooked_transformer, model_id, resid_post, tolerance
+from steerlens.models.facts import attention_window, is_hooked_transformer, model_id, resid_post, tolerance
 from steerlens.models.passes import PassResult, Read, Runner
 from steerlens.models.prefixes import after_prefix, common_prefix, holds_all
 from steerlens.models.rows import Rows, Side, length_sorted_batches, n_hidden, pad, pad_id, random_rows
@@ -53,6 +54,9 @@ class Abilities:
     """Whole rows may share a pass, padded on the right."""
     prefix: bool = False
     """What rows begin with may be run once, where a cache may be kept."""
+    gaps: int = 0
+    """In rows of up to how many columns hidden ones may stand: what comes after them is as without them, where a cache may be
+    kept."""
 
     @property
     def side(self) -> Side:
@@ -79,7 +83,7 @@ def abilities(model: Any, width: int) -> Abilities:
 
     Example:
         >>> abilities(model, 100)
-        Abilities(cache=True, batch=True, prefix=True)
+        Abilities(cache=True, batch=True, prefix=True, gaps=512)
     """
     limit = _rotary_limit(_config(model))
     if width > limit:
@@ -145,7 +149,7 @@ def _probe(model: Any, longest: int) -> Abilities:
             twin = [*rows[0][:-3], rows[2][-1]]
             begun = [alone[0], *_whole(runner, [twin])]
             prefix = cache and _holds(lambda: _after_prefix(runner, [rows[0], twin]), begun, tolerance(model))
-            return Abilities(cache, batch, prefix)
+            return Abilities(cache, batch, prefix, _widest_gapped(runner) if cache else 0)
     except (SteerlensError, torch.OutOfMemoryError, MemoryError):
         raise
     except Exception as error:  # whatever an architecture raises
@@ -202,6 +206,37 @@ def _after_prefix(runner: Runner, rows: Sequence[list[int]]) -> list[Fingerprint
     cache, rest = after_prefix(cache, [0] * len(rows), rows, width=width, prompt_lengths=[len(row) for row in rows])
     reads = [Read(site) for site in runner.sites]
     return _fingerprints(runner.run(rest, reads=reads, cache=cache, keep_cache=True))
+
+
+GAP = 64
+"""Hidden columns in a row that show whether they count: enough of them that rounding in half precision is not mistaken for it."""
+
+
+def _widest_gapped(runner: Runner) -> int:
+    """In rows of up to how many columns hidden ones are nothing: beyond its size a window or chunk counts columns."""
+    model = runner.model
+    config = _config(model)
+    widest = int(min(int(model.cfg.n_ctx), attention_window(config), _rotary_limit(config)))
+    lengths = (13, 6, 9)
+    if widest < max(lengths) + GAP:
+        return 0
+    rows = random_rows(model, lengths, seed=1)
+    alone = [_whole(runner, [row])[0] for row in rows]
+    return widest if _holds(lambda: _gapped(runner, rows), alone, tolerance(model)) else 0
+
+
+def _gapped(runner: Runner, rows: Sequence[list[int]]) -> list[Fingerprint]:
+    """Tokens that are seen, and hidden before the last three of each row: two of these come at once, then the last one."""
+    reads = [Read(site) for site in runner.sites]
+    start = pad([row[:-3] for row in rows], pad_id=pad_id(runner.model))
+    cache = _kept(runner.run(start, keep_cache=True))
+    fed = start.then(torch.tensor(random_rows(runner.model, [GAP] * len(rows), seed=2)))
+    cache = _kept(runner.run(fed, cache=cache, keep_cache=True))
+    hidden = replace(fed, mask=torch.nn.functional.pad(start.mask, (0, GAP)))
+    two = hidden.then(torch.tensor([row[-3:-1] for row in rows]))
+    cache = _kept(runner.run(two, cache=cache, keep_cache=True))
+    last = two.then(torch.tensor([row[-1:] for row in rows]))
+    return _fingerprints(runner.run(last, reads=reads, cache=cache, keep_cache=True))
 
 
 def _kept(result: PassResult) -> Cache:

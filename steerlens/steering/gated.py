@@ -25,7 +25,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from steerlens.models.attention import normed
-from steerlens.models.backends import Cache, hides_gaps
+from steerlens.models.backends import Cache, LeanBackend
 from steerlens.models.facts import attn_in, attn_out, layer_of
 from steerlens.models.passes import Edit, PassResult, Read, Runner
 from steerlens.models.rows import Rows, n_hidden, pad, pad_id
@@ -78,7 +78,10 @@ class GatedBatch(Batch):
         if cached and not pools(rows):
             begun = begin(job, rows)
             if begun.cache is None or begun.cache.forks:
-                self.columns = _Columns(begun.cache, begun.mask, gaps=hides_gaps(self.runner.backend))
+                able = self.job.able
+                gaps = able is not None and able.gaps >= int(self.model.cfg.n_ctx)
+                gaps = gaps and isinstance(self.runner.backend, LeanBackend)
+                self.columns = _Columns(begun.cache, begun.mask, gaps=gaps)
         ranks = any(gate.gives_way == "layers" for gate in self.gates)
         self.start = _Start(rows, self.edits, self.tried, self.columns if ranks else None)
 

@@ -24,9 +24,9 @@ from steerlens._typing import WholeNumber, several
 from steerlens.data.pairs import InstructionPair, PairSet
 from steerlens.data.splits import query_ids
 from steerlens.errors import DataError, SteerlensError
-from steerlens.models.backends import Cache, hides_gaps
-from steerlens.models.choice import backend_used, choose_backend
-from steerlens.models.facts import check_layer, coordinate_frame, model_id, resid_post, tolerance, versions_json
+from steerlens.models.backends import Cache
+from steerlens.models.choice import backend_used
+from steerlens.models.facts import check_layer, coordinate_frame, model_id, resid_post, versions_json
 from steerlens.models.passes import Read, Runner, run_pass
 from steerlens.models.prefixes import common_prefix, pays
 from steerlens.models.probe import Abilities, abilities
@@ -321,10 +321,12 @@ def _iter_part(
     able = abilities(model, max(map(len, without + with_), default=0))
     # A pair is two rows, so where rows must be alone, so must pairs, and their sides are run one after the other.
     batches = able.batches([len(row) for row in with_], batch_size)
-    trunk = _Trunk(model, sites, without + with_, able) if share_prefixes is not False and able.cache else None
+    sides = list(zip(without, with_, strict=True))
+    may_share = share_prefixes is not False and able.prefix
+    trunk = _Trunk(model, sites, sides, able, always=bool(share_prefixes)) if may_share else None
     for indices in batches:
-        batch = [(without[index], with_[index]) for index in indices]
-        if trunk is not None and (share_prefixes or trunk.pays(batch)) and trunk.agrees(batch):
+        batch = [sides[index] for index in indices]
+        if trunk is not None and trunk.fits(batch) and trunk.pays(batch):
             found = trunk.last_resid(batch)
         else:
             found = whole_last_resid(model, sites, batch, able)
@@ -350,23 +352,26 @@ def whole_last_resid(
 class _Trunk:
     """What all prompts share is run once, and what the two prompts of a pair share once for both.
 
-        trunk | padding | stem | the rest without the instruction              the trunk, then the first prompt of each pair
-        trunk | padding | stem | (hidden) ........................... | the rest with it             after it, of the second
+        trunk | padding | stem | rest of the first prompt                                 one pass
+        trunk | padding | stem | (hidden) ............. | padding | rest of the second    the next pass, on the same cache
 
     To the second prompt the first one's own rest is a hidden gap, as padding is. Where a model counts columns (ALiBi, a local
-    window, an attention chunk), a gap is not nothing: where that is not known, `agrees` finds it out on the pairs with the
-    widest gaps.
+    window, an attention chunk), a gap is not nothing, and pairs are run whole: see `Abilities.gaps`.
     """
 
-    def __init__(self, model: Any, sites: Sequence[str], prompts: Sequence[list[int]], able: Abilities) -> None:
-        self.model, self.sites, self.able, self.pad_id = model, sites, able, pad_id(model)
-        self.checked = 0
-        """Columns of the widest batch that came out right."""
-        self.wrong = False
-        """Whether one came out wrong."""
-        self.harmless = able.prefix and hides_gaps(choose_backend(model, sites)[0])
+    def __init__(
+        self, model: Any, sites: Sequence[str], pairs: Sequence[Sides], able: Abilities, *, always: bool
+    ) -> None:
+        """
+        Args:
+            always: Share whether it pays or not.
+        """
+        self.model, self.sites, self.able, self.pad_id, self.always = model, sites, able, pad_id(model), always
+        prompts = [side for pair in pairs for side in pair]
         prefix = prompts[0][: common_prefix(prompts)]
-        self.rows = pad([prefix]) if prefix else None
+        # What the two prompts of a pair share is run once anyway.
+        worth = always or pays(model, len(prefix) * (len(pairs) - 1))
+        self.rows = pad([prefix]) if prefix and worth else None
 
     @property
     def width(self) -> int:
@@ -380,43 +385,15 @@ class _Trunk:
         """Whether the tokens of these pairs that need not be run, once the trunk was, are worth the pass more."""
         # Padding is run, too.
         whole = 2 * max(len(side) for pair in pairs for side in pair)
-        shared = (
-            max(len(first) for first, _ in pairs)
-            - self.width
-            + max(len(pair[1]) - common_prefix(pair) for pair in pairs)
-        )
-        return pays(self.model, len(pairs) * (whole - shared))
+        return self.always or pays(self.model, len(pairs) * (whole - (self.columns(pairs) - self.width)))
 
-    def agrees(self, pairs: Sequence[Sides]) -> bool:
-        """Whether these pairs come out as they do whole, tried on those with the most padding.
+    def fits(self, pairs: Sequence[Sides]) -> bool:
+        """Whether hidden columns are nothing in rows of as many columns as these pairs make."""
+        return self.columns(pairs) <= self.able.gaps
 
-        A gap is nothing to a model, or it is something once columns outgrow a window. So what came out right is right in every
-        batch that is not wider.
-        """
-        stems = [common_prefix(pair) for pair in pairs]
-        firsts = [len(first) for first, _ in pairs]
-        rests = [len(second) - stem for (_, second), stem in zip(pairs, stems, strict=True)]
-        # All pairs share the trunk, so the longest first prompt and the longest rest of a second make the width.
-        width = max(firsts) + max(rests)
-        # Gaps count as columns, and a model may have no more columns than its context.
-        if self.wrong or width > int(self.model.cfg.n_ctx):
-            return False
-        if self.harmless or width <= self.checked:
-            return True
-        extremes = {of.index(most(of)) for of in (stems, firsts, rests) for most in (min, max)}
-        chosen = [pairs[index] for index in sorted(extremes)]
-        whole = whole_last_resid(self.model, self.sites, chosen, self.able)
-        try:
-            shared = self.last_resid(chosen)
-        except (torch.OutOfMemoryError, MemoryError):
-            raise
-        except Exception:  # an architecture may take single tokens after its cache, and no more
-            self.wrong = True
-            return False
-        self.wrong = not ((shared - whole).norm(dim=-1) <= tolerance(self.model) * whole.norm(dim=-1)).all()
-        if not self.wrong:
-            self.checked = width
-        return not self.wrong
+    def columns(self, pairs: Sequence[Sides]) -> int:
+        """How many columns a batch of these pairs has in the end, the trunk's included."""
+        return max(len(first) for first, _ in pairs) + max(len(pair[1]) - common_prefix(pair) for pair in pairs)
 
     def last_resid(self, pairs: Sequence[Sides]) -> Float[Tensor, "row layer d_model"]:
         """Residuals of the last token of both prompts of each pair, in rows of two."""

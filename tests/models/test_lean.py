@@ -15,7 +15,7 @@ from transformers.cache_utils import DynamicCache
 import steerlens as sl
 from steerlens.errors import ModelError, SteerlensError
 from steerlens.models import choice, lean, static
-from steerlens.models.backends import ROOMY, SPARE, BridgeCache, hides_gaps
+from steerlens.models.backends import ROOMY, SPARE, BridgeCache
 from steerlens.models.choice import BackendName, backend_used, use_backend
 from steerlens.models.facts import attn_scores, resid_post
 from steerlens.models.load import load_model
@@ -266,13 +266,6 @@ def test_windows_are_kept_beyond_their_width(tmp_path: Path, name: str) -> None:
     found = sl.generate(model, prompts, max_new_tokens=16)
     use_backend(model, "hooks")
     assert [row.tokens for row in found] == [row.tokens for row in sl.generate(model, prompts, max_new_tokens=16)]
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("name", ["gpt2", "mistral", "gemma3", "mpt", "bloom"])
-def test_a_hidden_column_is_nothing_only_where_none_are_counted(tmp_path: Path, name: str, dtype: torch.dtype) -> None:
-    model = load_model(save_animal(name, tmp_path / name), dtype=dtype, progress=False)
-    assert hides_gaps(choice.choose_backend(model, [])[0]) == (name == "gpt2")
 
 
 # --- the cache ------------------------------------------------------------------------------------------------------------

@@ -13,9 +13,10 @@ from steerlens.models.load import load_model
 from steerlens.models.probe import Abilities, abilities
 from steerlens.steering.sampling import generate
 from tests.conftest import Subject, hooks_on
-from tests.zoo import save_animal
+from tests.tiny_models import N_CTX
+from tests.zoo import LONGEST, save_animal
 
-ALL = Abilities(cache=True, batch=True, prefix=True)
+ALL = Abilities(cache=True, batch=True, prefix=True, gaps=N_CTX)
 
 
 def animal(name: str, folder: Path) -> Any:
@@ -44,8 +45,29 @@ def test_a_model_is_probed_once_and_again_where_rows_outgrow_the_probe(tiny: Sub
 
 def test_a_probe_is_no_longer_than_the_context(tmp_path: Path, probed: list[int]) -> None:
     model = load_model(save_animal("gpt2", tmp_path, n_positions=8), progress=False)
-    assert abilities(model, 8) == ALL
+    assert abilities(model, 8) == replace(ALL, gaps=0)  # there is no room for one
     assert probed == [8]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("name", "settings", "gaps"),
+    [
+        ("gpt2", {}, LONGEST),
+        ("llama", {}, LONGEST),
+        ("mistral", {"sliding_window": 100}, 100),
+        ("mistral", {"sliding_window": 40}, 0),  # too few columns to try it in
+        ("gemma3", {"sliding_window": 100}, 100),
+        ("llama4-chunked", {"attention_chunk_size": 100}, 100),
+        ("mpt", {}, 0),
+        ("bloom", {}, 2048),  # Hugging Face's counts tokens
+    ],
+)
+def test_a_hidden_column_is_nothing_only_where_none_are_counted(
+    tmp_path: Path, name: str, settings: dict[str, int], gaps: int, dtype: torch.dtype
+) -> None:
+    model = load_model(save_animal(name, tmp_path, **settings), dtype=dtype, progress=False)
+    assert abilities(model, 13).gaps == gaps
 
 
 def test_a_model_in_another_dtype_is_probed_anew(tiny: Subject, probed: list[int]) -> None:
@@ -58,7 +80,7 @@ def test_a_model_in_another_dtype_is_probed_anew(tiny: Subject, probed: list[int
 
 def test_attention_to_the_largest_so_many_keys_is_found_out_once_rows_have_more(tmp_path: Path) -> None:
     model = animal("glm-dsa", tmp_path)  # 24 keys
-    assert abilities(model, 13) == replace(ALL, prefix=False)
+    assert abilities(model, 13) == Abilities(cache=True, batch=True)
     assert abilities(model, 40) == Abilities(cache=False, batch=False)
 
 
@@ -72,7 +94,7 @@ def test_rotary_scaling_of_one_kind_of_layer_counts(tmp_path: Path) -> None:
     }
     scaling = {"sliding_attention": plain, "full_attention": long}
     model = load_model(save_animal("gemma3", tmp_path, rope_parameters=scaling), progress=False)
-    assert abilities(model, 24) == replace(ALL, prefix=False)  # its windows of 8 hold no prefix
+    assert abilities(model, 24) == Abilities(cache=True, batch=True)  # its windows of 8 hold no prefix
     assert abilities(model, 25) == Abilities(cache=False, batch=False)
 
 
@@ -101,7 +123,7 @@ def test_a_state_that_cannot_be_kept_as_a_cache_is_run_whole(tmp_path: Path, cap
 
 def test_rotary_scaling_that_depends_on_the_width_runs_rows_alone_past_its_length(tmp_path: Path) -> None:
     model = animal("phi3-longrope", tmp_path)  # its frequencies change after 24 tokens
-    assert abilities(model, 24) == ALL
+    assert abilities(model, 24) == Abilities(cache=True, batch=True, prefix=True)
     alone = abilities(model, 25)
     assert alone == Abilities(cache=False, batch=False)
     assert alone.batches([3, 5, 4], 2) == [[1], [2], [0]]
