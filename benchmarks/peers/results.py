@@ -26,7 +26,7 @@ is that of two rates in the same round, given as the median over rounds with the
 of its own where its packages ask for it. Steered means one vector at the middle layer, unless said otherwise. `{ORIGINAL}` and
 `{LOOP}` go one row at a time without a cache, the one through TransformerLens as its authors did, the other over the bare model;
 they are given one row, since their rate does not depend on how many follow (at natural lengths, on how long that row is). repeng
-fits by PCA, the others a mean difference. At natural lengths the vector has half its length; at the whole of it `tiny` never ends.
+fits by PCA, the others a mean difference. At natural lengths the vector has half its length: at all of it `tiny` never stops.
 Unsteered rows of a batch share what their prompts begin with, rows with vectors of their own cannot: what that gives stands in
 their overhead, too. In a sweep all but steerlens make one call per configuration. The limit is what a contestant could reach that
 takes no more time than the weights take to read or the products to compute, whichever is longer, as fast as this machine was seen
