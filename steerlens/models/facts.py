@@ -124,17 +124,33 @@ def model_device(model: Any) -> torch.device:
     return torch.device(model.cfg.device or "cpu")
 
 
+def text_config(model: Any) -> dict[str, Any]:
+    """The settings that a model was made with, by the names of its library.
+
+    Example:
+        >>> text_config(model)["num_hidden_layers"]
+        8
+    """
+    if is_hooked_transformer(model):
+        return dict(model.cfg.to_dict())
+    config: Any = getattr(getattr(model, "original_model", None), "config", None)
+    # Of a model that reads pictures, too, the text model's settings lie within.
+    config = config.get_text_config() if hasattr(config, "get_text_config") else config
+    return config.to_dict() if config is not None else {}
+
+
 def attention_window(config: Mapping[str, Any]) -> float:
     """In rows of how many columns every layer's mask is the causal one: fewer than infinitely many where there are local windows
-    or chunks, and none where a layer does not attend.
+    or chunks, and none where a layer does not attend, or the size of its window is not known.
 
     >>> attention_window({"layer_types": ["full_attention", "sliding_attention"], "sliding_window": 4096})
     4096.0
     """
-    if not {*(config.get("layer_types") or ())} <= {"full_attention", "sliding_attention", "chunked_attention"}:
+    kinds = {*(config.get("layer_types") or ()), "full_attention"}
+    sizes = [size for name in ("sliding_window", "attention_chunk_size", "window_size") if (size := config.get(name))]
+    if not kinds <= {"full_attention", "sliding_attention", "chunked_attention"} or (len(kinds) > 1 and not sizes):
         return 0.0
-    sizes = map(config.get, ("sliding_window", "attention_chunk_size", "window_size"))
-    return float(min(filter(None, sizes), default=math.inf))
+    return float(min(sizes, default=math.inf))
 
 
 def tolerance(model: Any) -> float:

@@ -30,7 +30,7 @@ from transformers import AttentionInterface
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from steerlens.errors import ModelError
-from steerlens.models.facts import attention_window, bit_sums, layer_of, resid_post
+from steerlens.models.facts import attention_window, bit_sums, layer_of, resid_post, text_config
 
 Hook = Callable[..., Tensor | None]
 """(activation, hook) -> the activation after it, or None to leave it."""
@@ -145,9 +145,7 @@ def plain_tree(model: Any) -> Tree:
         blocks.append(twins[id(_below(block))])
         wrapper = getattr(block, "attn", None)
         attention.append(twins.get(id(_below(wrapper))) if isinstance(wrapper, nn.Module) else None)
-    config: Any = root.config
-    config = config.get_text_config() if hasattr(config, "get_text_config") else config
-    return Tree(root, blocks, attention, configs, causal_alone=attention_window(config.to_dict()) == math.inf)
+    return Tree(root, blocks, attention, configs, causal_alone=attention_window(text_config(model)) == math.inf)
 
 
 def _below(module: nn.Module) -> nn.Module:

@@ -33,7 +33,7 @@ from torch import Tensor
 
 from steerlens.errors import ModelError, SteerlensError
 from steerlens.models.backends import Cache, put
-from steerlens.models.facts import attention_window, is_hooked_transformer, model_id, resid_post, tolerance
+from steerlens.models.facts import attention_window, model_id, resid_post, text_config, tolerance
 from steerlens.models.passes import PassResult, Read, Runner
 from steerlens.models.prefixes import after_prefix, common_prefix, holds_all
 from steerlens.models.rows import Rows, Side, length_sorted_batches, n_hidden, pad, pad_id, random_rows
@@ -85,7 +85,7 @@ def abilities(model: Any, width: int) -> Abilities:
         >>> abilities(model, 100)
         Abilities(cache=True, batch=True, prefix=True, gaps=512)
     """
-    limit = _rotary_limit(_config(model))
+    limit = _rotary_limit(text_config(model))
     if width > limit:
         return Abilities(cache=False, batch=False)
     longest = SHORTEST
@@ -103,15 +103,6 @@ def abilities(model: Any, width: int) -> Abilities:
                 "%s runs whole rows for every new token, %s: with a cache it gives something else", model_id(model), way
             )
     return known[key]
-
-
-def _config(model: Any) -> dict[str, Any]:
-    if is_hooked_transformer(model):
-        return dict(model.cfg.to_dict())
-    config: Any = getattr(getattr(model, "original_model", None), "config", None)
-    # Of a model that reads pictures, too, the text model's settings lie within.
-    config = config.get_text_config() if hasattr(config, "get_text_config") else config
-    return config.to_dict() if config is not None else {}
 
 
 def _rotary_limit(config: Mapping[str, Any]) -> float:
@@ -214,8 +205,7 @@ GAP = 64
 
 def _widest_gapped(runner: Runner) -> int:
     """In rows of up to how many columns hidden ones are nothing: beyond its size a window or chunk counts columns."""
-    model = runner.model
-    config = _config(model)
+    model, config = runner.model, text_config(runner.model)
     widest = int(min(int(model.cfg.n_ctx), attention_window(config), _rotary_limit(config)))
     lengths = (13, 6, 9)
     if widest < max(lengths) + GAP:

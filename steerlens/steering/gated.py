@@ -78,9 +78,10 @@ class GatedBatch(Batch):
         if cached and not pools(rows):
             begun = begin(job, rows)
             if begun.cache is None or begun.cache.forks:
-                able = self.job.able
-                gaps = able is not None and able.gaps >= int(self.model.cfg.n_ctx)
-                gaps = gaps and isinstance(self.runner.backend, LeanBackend)
+                # Hidden columns add up, so that any window would be outgrown.
+                backend, able = self.runner.backend, job.able
+                no_window = isinstance(backend, LeanBackend) and backend.tree.causal_alone
+                gaps = no_window and able is not None and able.gaps > 0
                 self.columns = _Columns(begun.cache, begun.mask, gaps=gaps)
         ranks = any(gate.gives_way == "layers" for gate in self.gates)
         self.start = _Start(rows, self.edits, self.tried, self.columns if ranks else None)

@@ -1,5 +1,6 @@
 """What a model can do is found out on the model: once, unseen by the caller's hooks, and again past a window."""
 
+import math
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ import torch
 
 from steerlens.errors import ModelError
 from steerlens.models import probe
+from steerlens.models.facts import attention_window
 from steerlens.models.load import load_model
 from steerlens.models.probe import Abilities, abilities
 from steerlens.steering.sampling import generate
@@ -68,6 +70,20 @@ def test_a_hidden_column_is_nothing_only_where_none_are_counted(
 ) -> None:
     model = load_model(save_animal(name, tmp_path, **settings), dtype=dtype, progress=False)
     assert abilities(model, 13).gaps == gaps
+
+
+@pytest.mark.parametrize(
+    ("config", "window"),
+    [
+        ({}, math.inf),
+        ({"layer_types": ["full_attention"], "sliding_window": None}, math.inf),
+        ({"sliding_window": 16, "attention_chunk_size": 8}, 8),
+        ({"layer_types": ["sliding_attention", "full_attention"]}, 0),  # of what size is not known
+        ({"layer_types": ["linear_attention", "full_attention"], "sliding_window": 16}, 0),
+    ],
+)
+def test_windows_are_as_wide_as_the_configuration_says(config: dict[str, Any], window: float) -> None:
+    assert attention_window(config) == window
 
 
 def test_a_model_in_another_dtype_is_probed_anew(tiny: Subject, probed: list[int]) -> None:
