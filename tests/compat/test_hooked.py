@@ -52,7 +52,7 @@ from tests.hooked import hooked_transformer
 from tests.near_ties import assert_same_text
 from tests.reference.plain_loop import plain_greedy
 from tests.steps import as_plan, step, unit
-from tests.tiny_models import byte_tokenizer, save_llama
+from tests.tiny_models import N_CTX, byte_tokenizer, save_llama
 from tests.zoo import save_animal
 
 pytestmark = pytest.mark.skipif(
@@ -252,7 +252,7 @@ def test_a_model_without_a_tokenizer_is_one_clear_sentence(tiny_folders: dict[st
 
 
 def test_a_model_is_padded_and_cached_where_that_gives_what_a_row_alone_gives(hooked: Any) -> None:
-    assert abilities(hooked, 40) == Abilities(cache=True, batch=True, prefix=True)
+    assert abilities(hooked, 40) == Abilities(cache=True, batch=True, prefix=True, gaps=N_CTX)
 
 
 def test_rotary_scaling_that_depends_on_the_width_runs_rows_alone_past_its_length(
