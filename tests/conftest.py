@@ -103,7 +103,9 @@ def hooks_on(model: Any) -> list[str]:
     tree = known.tree if known is not None else None
     modules = [] if tree is None else list(tree.root.named_modules())
     return points + [
-        name for name, module in modules if module._forward_hooks or module.__dict__.get("steerlens_hooks")
+        name
+        for name, module in modules
+        if module._forward_hooks or module._forward_pre_hooks or module.__dict__.get("steerlens_hooks")
     ]
 
 

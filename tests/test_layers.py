@@ -17,7 +17,7 @@ ROOMS = {
     "attention gates methods page summary samples sections report",
     "checks": "arguments catalogue text ifeval registry",
     "data": "cells conditions readers pairs splits load families starter",
-    "models": "facts load prompts stops rows lean backends prefixes static choice passes probe attention",
+    "models": "facts load prompts stops rows lean parting backends prefixes static choice passes probe attention",
     "steering": "operators positions interventions gates plan residual scores edits attention directer candidates settings "
     "generations batches prefill cached gated sampling",
     "vectors": "formats vector activations estimators transfer",

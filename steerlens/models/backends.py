@@ -26,6 +26,7 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 from steerlens.errors import ModelError
 from steerlens.models.facts import is_hooked_transformer, model_device
 from steerlens.models.lean import Hook, Tree
+from steerlens.models.parting import Stage, parting, stage_of
 from steerlens.models.rows import Rows
 
 Columns = Literal["last", "all"]
@@ -232,10 +233,17 @@ class BridgeCache:
             self.cache.batch_select_indices(keep.cpu())  # each layer may be on another device
             return self
         for layer in self._filled:
-            chosen = keep.to(layer.keys.device)
-            # Twice as fast as indexing, which batch_select_indices does.
-            layer.keys, layer.values = layer.keys.index_select(0, chosen), layer.values.index_select(0, chosen)
-            layer.__dict__.pop("room", None)
+            _select(layer, keep)
+        return self
+
+    def select_by_layer(self, keep: Sequence[Int[Tensor, " _"]]) -> "BridgeCache":
+        """The cache of some rows, of others at each layer; this one is used up."""
+        if not self.forks or len(self._filled) != len(keep):
+            raise ModelError(
+                "rows that part need keys and values at every layer, and this model's cache holds something else"
+            )
+        for layer, its in zip(self.cache.layers, keep, strict=True):
+            _select(layer, its)
         return self
 
     @property
@@ -295,6 +303,13 @@ class BridgeCache:
         return [Table(table, -2) for layer in self._filled for table in (layer.keys, layer.values)]
 
 
+def _select(layer: Any, keep: Int[Tensor, " kept"]) -> None:
+    chosen = keep.to(layer.keys.device)
+    # Twice as fast as indexing, which batch_select_indices does.
+    layer.keys, layer.values = layer.keys.index_select(0, chosen), layer.values.index_select(0, chosen)
+    layer.__dict__.pop("room", None)
+
+
 @dataclass(frozen=True, eq=False)
 class BridgeBackend:
     """TransformerLens' bridge over a Hugging Face model."""
@@ -334,6 +349,30 @@ class LeanBackend:
     def forward(
         self, rows: Rows, cache: BridgeCache | None, *, keep_cache: bool, logits: Columns
     ) -> tuple[Tensor, BridgeCache | None]:
+        out, columns, kept = self._run(rows, cache, keep_cache=keep_cache, logits=logits)
+        return _chosen_columns(out, rows, logits, columns), kept
+
+    def forward_parting(
+        self, rows: Rows, cache: BridgeCache | None, stages: Sequence[Stage], *, keep_cache: bool, logits: Columns
+    ) -> tuple[Tensor, BridgeCache | None]:
+        """The same of rows that part on the way; see `parting`.
+
+        Raises:
+            ModelError: where a cache is not made of keys and values of every layer.
+        """
+        last, by_layer = stages[-1], [stage_of(stages, layer) for layer in range(len(self.tree.blocks))]
+        if cache is not None:
+            cache = cache.select_by_layer([stage.rows for stage in by_layer])
+        with parting(self.tree.blocks, stages):
+            first = rows.select(stages[0].rows)
+            out, columns, kept = self._run(first, cache, keep_cache=keep_cache, logits=logits)
+        out = _chosen_columns(out, rows.select(last.rows), logits, columns)[last.share.to(out.device)]
+        return out, kept and kept.select_by_layer([stage.share for stage in by_layer])
+
+    def _run(
+        self, rows: Rows, cache: BridgeCache | None, *, keep_cache: bool, logits: Columns
+    ) -> tuple[Tensor, Int[Tensor, " column"] | None, BridgeCache | None]:
+        """The model's logits, of which columns they are (None: all), and the cache."""
         options: dict[str, Any] = {"use_cache": keep_cache}
         n_columns = rows.tokens.shape[1]
         if rows.padding == "left":
@@ -348,8 +387,7 @@ class LeanBackend:
         columns = _wanted_columns(self.tree.root, rows, logits, options)
         result = self.tree.root(rows.tokens, **options)
         kept = getattr(result, "past_key_values", None)
-        out = _chosen_columns(result.logits, rows, logits, columns)
-        return out, BridgeCache(kept).with_room() if keep_cache and kept is not None else None
+        return result.logits, columns, BridgeCache(kept).with_room() if keep_cache and kept is not None else None
 
 
 def _wanted_columns(module: Any, rows: Rows, logits: Columns, options: dict[str, Any]) -> Int[Tensor, " column"] | None:

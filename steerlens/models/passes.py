@@ -33,7 +33,8 @@ from steerlens.models.backends import (
     per_head,
 )
 from steerlens.models.choice import choose_backend
-from steerlens.models.facts import is_hooked_transformer, model_device, model_id
+from steerlens.models.facts import is_hooked_transformer, layer_of, model_device, model_id, resid_post
+from steerlens.models.parting import Stage, stage_of
 from steerlens.models.rows import Rows
 from steerlens.models.static import StaticCache, StaticSteps, may_be_static
 
@@ -150,7 +151,9 @@ class Runner:
         self.backend: Backend = backend_of(model)
         self._stack = ExitStack()
         self._rows: Rows | None = None
-        self._edits: Mapping[str, list[Edit]] = {}
+        self._here: dict[str, tuple[Rows, Stage]] = {}
+        """Of rows that part, those that are there at each site."""
+        self._edits: dict[str, list[Edit]] = {}
         self._reads: Mapping[str, Read] = {}
         self._found: dict[str, Tensor] = {}
         self._fired: set[str] = set()
@@ -184,11 +187,17 @@ class Runner:
         keep_cache: bool = False,
         logits: Columns = "last",
         steady: bool = False,
+        stages: Sequence[Stage] = (),
     ) -> PassResult:
         """One pass; see `run_pass`.
 
         Args:
             steady: The pass is a step of one token a row, and the next one is likely to have the same rows and edits.
+            stages: How the rows part, where some are alike up to a layer; its sites are outputs of blocks then. What an edit
+                does is the same for rows that have not parted.
+
+        Raises:
+            ModelError: also, where rows are to part in a model that is not run by its plain modules.
         """
         rows = rows.to(model_device(self.model))
         if logits not in ("last", "all"):
@@ -203,10 +212,14 @@ class Runner:
             raise SteerlensError(f"a pass has one read for each site, got {asked}; read all columns there")
         self._edits = {site: [edit for edit in edits if edit.site == site] for site in self.sites}
         self._reads = {read.site: read for read in reads}
-        self._rows, self._found, self._fired = rows, {}, set()
+        self._rows, self._found, self._fired, self._here = rows, {}, set(), {}
         try:
             with torch.inference_mode():
-                if steady and rows.tokens.shape[1] == 1 and not reads and may_be_static(backend := self.backend, cache):
+                if stages:
+                    out, cache = self._parting(rows, cache, stages, keep_cache=keep_cache, logits=logits)
+                elif (
+                    steady and rows.tokens.shape[1] == 1 and not reads and may_be_static(backend := self.backend, cache)
+                ):
                     out, cache = self._static_step(backend, rows, cache, edits)
                     wanted = set()  # a recorded step fires nothing
                 else:
@@ -222,6 +235,21 @@ class Runner:
         check_finite(self.model, out, rows)
         return PassResult(out, self._found, cache if keep_cache else None)
 
+    def _parting(
+        self, rows: Rows, cache: Any, stages: Sequence[Stage], *, keep_cache: bool, logits: Columns
+    ) -> tuple[Tensor, Cache | None]:
+        if not isinstance(self.backend, LeanBackend):  # as `parts` says
+            raise ModelError(
+                f"rows part in a model's plain modules alone, and {model_id(self.model)} is run by its hook points"
+            )
+        there = {stage.after: rows.select(stage.rows) for stage in stages}
+        for site in self.sites:
+            stage = stage_of(stages, layer_of(site), output=site == resid_post(layer_of(site)))
+            self._here[site] = there[stage.after], stage
+            self._edits[site] = [edit.select(stage.rows) for edit in self._edits[site]]
+        cache = cache.plain() if isinstance(cache, StaticCache) else cache
+        return self.backend.forward_parting(rows, cache, stages, keep_cache=keep_cache, logits=logits)
+
     def _static_step(self, backend: LeanBackend, rows: Rows, cache: Any, edits: Sequence[Edit]) -> tuple[Tensor, Cache]:
         if self._steps is None or not self._steps.goes_on(cache, edits):
             before = cache.plain() if isinstance(cache, StaticCache) else cache
@@ -230,6 +258,11 @@ class Runner:
 
     def _enter(self, rows: Rows) -> None:
         self._rows = rows
+
+    @property
+    def parts(self) -> bool:
+        """Whether rows may part in its passes, once it is entered."""
+        return isinstance(self.backend, LeanBackend)
 
     def idle(self, site: str) -> bool:
         """Whether the pass does nothing at a site."""
@@ -241,6 +274,7 @@ class Runner:
         rows = self._rows
         if rows is None:
             return None
+        rows, stage = self._here.get(site, (rows, None))
         if not _fits(activation.shape, rows):
             raise ModelError(
                 f"activations at {site} must be [row, pos, ...] for {list(rows.tokens.shape)} tokens, got "
@@ -256,7 +290,8 @@ class Runner:
                     "does it lack a return?"
                 )
         if site in self._reads:
-            self._found[site] = self._reads[site](activation, rows)
+            found = self._reads[site](activation, rows)
+            self._found[site] = found if stage is None else found[stage.share]
         return activation if edits else None
 
 

@@ -10,6 +10,7 @@ gives:
     batch   the rows whole, side by side, padded on the right: no real token sees padding
     prefix  what two rows begin with run once, and the rest of both after it
     gaps    some tokens fed and then hidden, and the rest of each row after them
+    parts   rows that are alike up to some layer, run as one up to it
 
 A model that fails `cache` is run whole for every token, and one that fails `batch`, a row at a time: slow, and right. The rows
 are as long as those that are to be run, or longer: a model is probed when it is first used, and again where rows outgrow that.
@@ -34,6 +35,7 @@ from torch import Tensor
 from steerlens.errors import ModelError, SteerlensError
 from steerlens.models.backends import Cache, put
 from steerlens.models.facts import attention_window, model_id, resid_post, text_config, tolerance
+from steerlens.models.parting import stages
 from steerlens.models.passes import PassResult, Read, Runner
 from steerlens.models.prefixes import after_prefix, common_prefix, holds_all
 from steerlens.models.rows import Rows, Side, length_sorted_batches, n_hidden, pad, pad_id, random_rows
@@ -57,6 +59,8 @@ class Abilities:
     gaps: int = 0
     """In rows of up to how many columns hidden ones may stand: what comes after them is as without them, where a cache may be
     kept."""
+    parts: bool = False
+    """Rows that are alike up to a layer may be run as one up to it; see `parting`."""
 
     @property
     def side(self) -> Side:
@@ -83,7 +87,7 @@ def abilities(model: Any, width: int) -> Abilities:
 
     Example:
         >>> abilities(model, 100)
-        Abilities(cache=True, batch=True, prefix=True, gaps=512)
+        Abilities(cache=True, batch=True, prefix=True, gaps=512, parts=True)
     """
     limit = _rotary_limit(text_config(model))
     if width > limit:
@@ -140,7 +144,9 @@ def _probe(model: Any, longest: int) -> Abilities:
             twin = [*rows[0][:-3], rows[2][-1]]
             begun = [alone[0], *_whole(runner, [twin])]
             prefix = cache and _holds(lambda: _after_prefix(runner, [rows[0], twin]), begun, tolerance(model))
-            return Abilities(cache, batch, prefix, _widest_gapped(runner) if cache else 0)
+            parted = [alone[place] for place in PARTED] * 2
+            parts = cache and _holds(lambda: _parted(runner, rows), parted, tolerance(model))
+            return Abilities(cache, batch, prefix, _widest_gapped(runner) if cache else 0, parts)
     except (SteerlensError, torch.OutOfMemoryError, MemoryError):
         raise
     except Exception as error:  # whatever an architecture raises
@@ -197,6 +203,26 @@ def _after_prefix(runner: Runner, rows: Sequence[list[int]]) -> list[Fingerprint
     cache, rest = after_prefix(cache, [0] * len(rows), rows, width=width, prompt_lengths=[len(row) for row in rows])
     reads = [Read(site) for site in runner.sites]
     return _fingerprints(runner.run(rest, reads=reads, cache=cache, keep_cache=True))
+
+
+PARTED = (0, 2, 0, 1, 2)
+"""Which of the rows are run, so that some are alike."""
+
+
+def _parted(runner: Runner, rows: Sequence[list[int]]) -> list[Fingerprint]:
+    """Rows that part after different layers: whole, and in two parts before their last tokens, which come to rows apart."""
+    n_layers, n = len(runner.sites), min(4, min(map(len, rows)) - 1)
+    here = [rows[place] for place in PARTED]
+    found = stages(PARTED, [{}, {}, {n_layers // 3: "a"}, {}, {n_layers // 2: "b"}])
+    reads = [Read(site) for site in runner.sites]
+    whole = runner.run(pad(here, pad_id=pad_id(runner.model)), reads=reads, stages=found)
+    start = pad([row[:-n] for row in here], pad_id=pad_id(runner.model))
+    cache = _kept(runner.run(start, keep_cache=True, stages=found))
+    more = start.then(torch.tensor([row[-n:-1] for row in here]))
+    cache = _kept(runner.run(more, cache=cache, keep_cache=True, stages=found))
+    last = more.then(torch.tensor([row[-1:] for row in here]))
+    apart = runner.run(last, reads=reads, cache=cache, keep_cache=True)
+    return [*_fingerprints(whole), *_fingerprints(apart)]
 
 
 GAP = 64

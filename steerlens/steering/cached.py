@@ -19,9 +19,10 @@ from torch import Tensor
 
 from steerlens.models.backends import Cache, put
 from steerlens.models.facts import model_device
+from steerlens.models.parting import Stage
 from steerlens.models.rows import Rows, n_hidden
 from steerlens.steering.batches import Batch, Job, Row, edits_of
-from steerlens.steering.prefill import Beginner, begin, feed, splits, stems
+from steerlens.steering.prefill import Beginner, begin, feed, parting_of, splits, stems
 
 REFILL = 8
 """Places are filled again once one in so many is free: a pass over prompts costs about as much as a step of all rows."""
@@ -46,6 +47,8 @@ class CachedBatch(Batch):
         self.cache: Cache | None = None
         self.rest: Rows | None = None
         """The prompts, or what comes after the prefix that all begin with, until that was run."""
+        self.parts: Sequence[Stage] = ()
+        """How rows part there."""
         self.fed: Rows | None = None
         """What was run last, while its columns are the cache's."""
         self.beginner = Beginner(job, self.waiting)
@@ -56,8 +59,10 @@ class CachedBatch(Batch):
             if self.cache is not None and self.cache.forks:
                 self.beginner.keep(keys[-1], begun)
         else:
-            self.cache, rest = feed(job, rows, [row.prompt for row in rows])
+            ids = [row.prompt for row in rows]
+            self.cache, rest = feed(job, rows, ids)
             self.rest = rest.to(self.live.device)
+            self.parts = parting_of(job, rows, ids, n_columns=rest.tokens.shape[1])
 
     @property
     def n_left(self) -> int:
@@ -66,9 +71,9 @@ class CachedBatch(Batch):
     def next_logits(self) -> tuple[Sequence[int], Float[Tensor, "some d_vocab"]]:
         if self.free:
             self._settle()
-        rows = self.rest or self._newest()
+        rows, parts = (self.rest, self.parts) if self.rest else (self._newest(), ())
         steady = self.job.hear is None
-        result = self.runner.run(rows, edits=self.edits, cache=self.cache, keep_cache=True, steady=steady)
+        result = self.runner.run(rows, edits=self.edits, cache=self.cache, keep_cache=True, steady=steady, stages=parts)
         self.cache, self.mask, self.rest, self.fed = result.cache, rows.mask, None, rows
         if not self.free:
             return range(len(self.rows)), result.logits

@@ -5,10 +5,11 @@
 
 Rows of one stem have the same keys and values there: trials, or strengths that steer only the last token or the generated ones.
 They are run up to it, to go on with beside other rows. Rows of several stems may still begin alike: all that are not steered
-there, and all that one vector steers.
+there, and all that one vector steers. And rows of one prompt, or one prefix, are alike up to the lowest layer at which they are
+steered differently (see `models.parting`).
 """
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,10 +18,15 @@ from jaxtyping import Int
 from torch import Tensor
 
 from steerlens.models.backends import Cache
+from steerlens.models.parting import Stage, numbered, spared, stages
 from steerlens.models.prefixes import after_prefix, common_prefix, held_prefixes, holds_all, pays
 from steerlens.models.rows import Rows, n_hidden, pad, pad_id
 from steerlens.steering.batches import Job, Row, edits_of
+from steerlens.steering.interventions import Intervention
 from steerlens.steering.plan import Plan
+
+PASS_OVER_PARTING = 8
+"""How many times more beginning a pass costs than letting its rows part."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -43,20 +49,21 @@ class Begun:
 
 def begin(job: Job, rows: Sequence[Row]) -> Begun:
     """Run rows' prompts up to their last tokens, once per stem."""
-    keys = stems(job, rows)
-    first = {key: place for place, key in reversed(list(enumerate(keys)))}
-    once = sorted(first.values())
+    share = numbered(stems(job, rows))
+    once = [share.index(number) for number in range(max(share) + 1)]
     chosen = [rows[place] for place in once]
-    cache, fed = feed(job, chosen, [row.prompt[:-1] for row in chosen])
+    ids = [row.prompt[:-1] for row in chosen]
+    cache, fed = feed(job, chosen, ids)
     begun = Begun(None, fed.mask)
     if fed.tokens.shape[1]:
-        result = job.runner.run(fed, edits=edits_of(job, chosen), cache=cache, keep_cache=True)
+        edits, parts = edits_of(job, chosen), parting_of(job, chosen, ids, n_columns=fed.tokens.shape[1])
+        result = job.runner.run(fed, edits=edits, cache=cache, keep_cache=True, stages=parts)
         begun = Begun(result.cache, fed.mask)
     if len(once) == len(rows):
         return begun
-    share = torch.tensor([once.index(first[key]) for key in keys])
+    again = torch.tensor(share)
     # Not every cache can be forked, and this one is wanted no more.
-    return Begun(None if begun.cache is None else begun.cache.select(share), begun.mask[share])
+    return Begun(None if begun.cache is None else begun.cache.select(again), begun.mask[again])
 
 
 def feed(job: Job, rows: Sequence[Row], ids: Sequence[list[int]]) -> tuple[Cache | None, Rows]:
@@ -72,27 +79,53 @@ def feed(job: Job, rows: Sequence[Row], ids: Sequence[list[int]]) -> tuple[Cache
     width = common_prefix(ids) if len(ids) > 1 and splits(job, rows) else 0
     if width < 1 or job.able is None or not job.able.prefix:
         return None, whole
-    held, keys = held_prefixes(ids, width), [_prefix(row, width) for row in rows]
-    first = [keys.index(key) for key in dict.fromkeys(keys)]
+    held, steered = held_prefixes(ids, width), [_steered(row, width) for row in rows]
+    share = numbered([(frozenset(residual.items()), attention) for residual, attention in steered])
+    first = [share.index(number) for number in range(max(share) + 1)]
     if min(held) < 1 or not pays(job.model, sum(held) - len(first) * width):
         return None, whole
     chosen = [rows[place] for place in first]
-    prefixes = pad([ids[place][:width] for place in first], prompt_lengths=[prompt_lengths[place] for place in first])
-    cache = job.runner.run(prefixes, edits=edits_of(job, chosen), keep_cache=True).cache
+    begins = [ids[place][:width] for place in first]
+    prefixes = pad(begins, prompt_lengths=[prompt_lengths[place] for place in first])
+    parts = parting_of(job, chosen, begins, n_columns=width)
+    cache = job.runner.run(prefixes, edits=edits_of(job, chosen), keep_cache=True, stages=parts).cache
     if cache is None or not holds_all(cache, width):
         return None, whole
-    share = [first.index(keys.index(key)) for key in keys]
     return after_prefix(cache, share, ids, width=width, prompt_lengths=prompt_lengths)
 
 
-def _prefix(row: Row, width: int) -> Any:
-    """What tells how the first tokens of a row are steered."""
-    steps = []
+def parting_of(job: Job, rows: Sequence[Row], ids: Sequence[list[int]], *, n_columns: int) -> list[Stage]:
+    """How rows part in a pass, where that spares enough of it.
+
+    Args:
+        ids: Of each row all its tokens up to the end of the pass.
+        n_columns: Those of the pass.
+    """
+    if job.able is None or not job.able.parts or not job.runner.parts or not splits(job, rows):
+        return []
+    steered = [_steered(row, len(its)) for row, its in zip(rows, ids, strict=True)]
+    # Attention is steered within a layer, and rows part after one: such a row is run by itself.
+    starts = [
+        row.index if attention else tuple(its) for row, its, (_, attention) in zip(rows, ids, steered, strict=True)
+    ]
+    found = stages(starts, [residual for residual, _ in steered])
+    n_spared = spared(found, int(job.model.cfg.n_layers)) * len(rows) * n_columns
+    return found if pays(job.model, int(PASS_OVER_PARTING * n_spared)) else []
+
+
+def _steered(row: Row, end: int) -> tuple[dict[int, Hashable], tuple[Hashable, ...]]:
+    """What tells how the first tokens of a row are steered: after each layer, and in attention."""
+    residual: dict[int, Hashable] = {}
+    attention: list[Hashable] = []
     for step in row.plan.active.interventions:
         low, high = step.bounds(len(row.prompt))
-        if low < width and high > low:
-            steps.append((Plan((step,)).digest, max(low, 0), min(high, width)))
-    return tuple(steps)
+        if low < end and high > low:
+            what = (Plan((step,)).digest, max(low, 0), min(high, end))
+            if isinstance(step, Intervention):
+                residual[step.layer] = (residual.get(step.layer), what)
+            else:
+                attention.append(what)
+    return residual, tuple(attention)
 
 
 class Beginner:

@@ -7,6 +7,7 @@ from dataclasses import replace
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 
@@ -14,8 +15,9 @@ import steerlens as sl
 from steerlens.data.pairs import InstructionPair, PairSet
 from steerlens.errors import ModelError
 from steerlens.models.attention import attention_abilities, softcap
+from steerlens.models.backends import LeanBackend
 from steerlens.models.load import load_model
-from steerlens.models.probe import Abilities
+from steerlens.models.probe import Abilities, abilities
 from steerlens.models.prompts import encode
 from steerlens.steering.sampling import generate
 from steerlens.vectors.activations import record_activations
@@ -81,6 +83,29 @@ def text(subject: Subject, *, steps: tuple[Step, ...] = (), trials: int = 1) -> 
     assert_same_text([up_to(stop_id, one) for one in plain] * trials, [generation.tokens for generation in got])
 
 
+def parting(subject: Subject) -> None:
+    """Greedy text of prompts with several plans each is Hugging Face's own of each alone; what they share is run once."""
+    prompts, plans = PROMPTS[2:], [(), *([step("add", "all", layer=layer, seed=layer)] for layer in range(DEPTH))]
+    rows = [(prompt, plan) for prompt in prompts for plan in plans]
+    plain = [
+        plain_greedy(subject.hf, encode(subject.model, prompt), plan, max_new_tokens=NEW_TOKENS, stop_ids=[EOS_ID])
+        for prompt, plan in rows
+    ]
+    with mock.patch.object(
+        LeanBackend, "forward_parting", autospec=True, side_effect=LeanBackend.forward_parting
+    ) as parted:
+        got = generate(
+            subject.model,
+            [prompt for prompt, _ in rows],
+            steering=[as_plan(plan) for _, plan in rows],
+            max_new_tokens=NEW_TOKENS,
+            batch_size=8,
+        )
+    assert_same_text(plain, [generation.tokens for generation in got])
+    longest = max(len(generation.prompt_tokens) for generation in got) + NEW_TOKENS
+    assert parted.called == abilities(subject.model, longest).parts
+
+
 def up_to(stop_id: int, plain: PlainText) -> PlainText:
     """The text up to a token that ends it."""
     end = plain.tokens.index(stop_id) + 1 if stop_id in plain.tokens else len(plain.tokens)
@@ -101,6 +126,7 @@ CHECKS: dict[str, Callable[[Subject], None]] = {
     "text": text,
     "steered text": partial(text, steps=(STEP,)),
     "steered trials": partial(text, steps=(STEP,), trials=2),
+    "steered at several layers": parting,
     "activations": activations,
 }
 

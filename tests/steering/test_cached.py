@@ -10,14 +10,15 @@ import torch
 
 import steerlens as sl
 from steerlens.models import prefixes
-from steerlens.models.backends import BridgeCache, HookedCache, Table, put
+from steerlens.models.backends import BridgeCache, HookedCache, LeanBackend, Table, put
 from steerlens.models.load import load_model
+from steerlens.models.parting import stage_of
 from steerlens.models.passes import run_pass
 from steerlens.models.prefixes import common_prefix, held_prefixes
 from steerlens.models.probe import abilities
 from steerlens.models.prompts import encode
 from steerlens.models.rows import n_hidden, pad
-from steerlens.steering import cached
+from steerlens.steering import cached, prefill
 from steerlens.steering.generations import Generation, Token
 from steerlens.steering.plan import Plan
 from steerlens.steering.sampling import generate, stream, stream_tokens
@@ -179,6 +180,47 @@ def test_rows_that_begin_alike_say_the_same_in_any_architecture(
     assert able.prefix == (name in ("bloom", "falcon", "gpt-neo", "gptj", "llama"))
     if able.cache:
         assert sum(rows.tokens.shape[1] > 1 for rows, _ in passes) == 1 + able.prefix
+
+
+@pytest.mark.parametrize("gated", [False, True])
+def test_rows_of_a_sweep_are_run_once_up_to_the_layer_that_tells_them_apart(
+    tiny: Subject, gated: bool, passes: Passes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With and without a prefix of their own, whether or not they go on under a gate."""
+    some = [
+        as_plan([step("add", "all", layer=layer, strength=16.0 + n, seed=layer)]) for layer in (1, 3) for n in range(3)
+    ]
+    plans = [*some, as_plan([]), as_plan([step("add", "all", layer=2), step("ablate", "last", layer=3)])]
+    if gated:
+        vector = sl.SteeringVector({1: torch.ones(32)})
+        plans = [plan + sl.plausible(vector.at(1, operator="add", coeff=5.0), beta=0.1) for plan in plans]
+    prompts = [HEAD + prompt for prompt in PROMPTS[:3] for _ in plans]
+    options: dict[str, Any] = {"steering": plans * 3, "max_new_tokens": 10, "stop_ids": STOP, "batch_size": 24}
+    alone = generate(tiny.model, prompts, **options | {"batch_size": 1})
+    seen: list[list[int]] = []
+    real = LeanBackend.forward_parting
+
+    def spy(self: Any, rows: Any, cache: Any, stages: Any, **its: Any) -> Any:
+        seen.append([len(stage_of(stages, layer).rows) for layer in range(tiny.model.cfg.n_layers)])
+        return real(self, rows, cache, stages, **its)
+
+    monkeypatch.setattr(LeanBackend, "forward_parting", spy)
+    for least in (10**6, 1):  # in one pass, and what all begin with by itself
+        monkeypatch.setattr(prefixes, "SPARED", {"cpu": least})
+        monkeypatch.setattr(prefill, "PASS_OVER_PARTING", 10**6)
+        assert generate(tiny.model, prompts, **options) == alone
+    # Of a plan that steers the last token by itself, a stem has no part under a gate, where that token comes later.
+    whole = [[3, 3, 12, 15], [1, 1, 4, 5], [3, 3, 12, 15]]
+    assert seen == whole
+
+
+def test_rows_whose_attention_is_steered_are_run_by_themselves(tiny: Subject, monkeypatch: pytest.MonkeyPatch) -> None:
+    vector = step("add", "all", layer=2)
+    plans = [as_plan([vector]), as_plan([]), *(sl.pasta(alpha, on="about").part("attention") for alpha in (0.1, 0.5))]
+    prompts = ["Tell me all about tea, and about iron."] * 4
+    alone = generate(tiny.model, prompts, steering=plans, max_new_tokens=10, batch_size=1)
+    monkeypatch.setattr(prefixes, "SPARED", {"cpu": 1})
+    assert generate(tiny.model, prompts, steering=plans, max_new_tokens=10, batch_size=4) == alone
 
 
 # --- what it takes -------------------------------------------------------------------------------------------------
