@@ -101,7 +101,7 @@ def parting_of(job: Job, rows: Sequence[Row], ids: Sequence[list[int]], *, n_col
         ids: Of each row all its tokens up to the end of the pass.
         n_columns: Those of the pass.
     """
-    if job.able is None or not job.able.parts or not job.runner.parts or not splits(job, rows):
+    if len(rows) < 2 or job.able is None or not job.able.parts or not job.runner.parts or not splits(job, rows):
         return []
     steered = [_steered(row, len(its)) for row, its in zip(rows, ids, strict=True)]
     # Attention is steered within a layer, and rows part after one: such a row is run by itself.
