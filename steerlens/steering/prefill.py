@@ -82,12 +82,12 @@ def feed(job: Job, rows: Sequence[Row], ids: Sequence[list[int]]) -> tuple[Cache
     held, steered = held_prefixes(ids, width), [_steered(row, width) for row in rows]
     share = numbered([(frozenset(residual.items()), attention) for residual, attention in steered])
     first = [share.index(number) for number in range(max(share) + 1)]
-    if min(held) < 1 or not pays(job.model, sum(held) - len(first) * width):
-        return None, whole
-    chosen = [rows[place] for place in first]
-    begins = [ids[place][:width] for place in first]
-    prefixes = pad(begins, prompt_lengths=[prompt_lengths[place] for place in first])
+    chosen, begins = [rows[place] for place in first], [ids[place][:width] for place in first]
     parts = parting_of(job, chosen, begins, n_columns=width)
+    n_run = len(first) * width * (1 - _spared(job, parts))
+    if min(held) < 1 or not pays(job.model, int(sum(held) - n_run)):
+        return None, whole
+    prefixes = pad(begins, prompt_lengths=[prompt_lengths[place] for place in first])
     cache = job.runner.run(prefixes, edits=edits_of(job, chosen), keep_cache=True, stages=parts).cache
     if cache is None or not holds_all(cache, width):
         return None, whole
@@ -109,8 +109,13 @@ def parting_of(job: Job, rows: Sequence[Row], ids: Sequence[list[int]], *, n_col
         row.index if attention else tuple(its) for row, its, (_, attention) in zip(rows, ids, steered, strict=True)
     ]
     found = stages(starts, [residual for residual, _ in steered])
-    n_spared = spared(found, int(job.model.cfg.n_layers)) * len(rows) * n_columns
+    n_spared = _spared(job, found) * len(rows) * n_columns
     return found if pays(job.model, int(PASS_OVER_PARTING * n_spared)) else []
+
+
+def _spared(job: Job, parts: Sequence[Stage]) -> float:
+    """The share of a pass that need not be run."""
+    return spared(parts, int(job.model.cfg.n_layers)) if parts else 0.0
 
 
 def _steered(row: Row, end: int) -> tuple[dict[int, Hashable], tuple[Hashable, ...]]:

@@ -2,7 +2,8 @@
 
 One row is one prompt with its plan. Rows are sorted by length, padded on the left, prefilled once and then decoded a token at
 a time; rows that wait take the places of those that stop (see `cached`). Rows of one prompt whose plans agree before its last
-token (trials; strengths that steer only the last token or the generated ones) share their prefill.
+token (trials; strengths that steer only the last token or the generated ones) share their prefill; others of one prompt share it
+up to the layer that tells them apart (see `prefill`).
 
 A steered position is steered when it is computed, and its keys and values are cached
 in that state, which is the same as re-running the whole steered prefix for every token (tests/reference/ does that).

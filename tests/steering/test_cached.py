@@ -149,12 +149,21 @@ def test_a_prefix_is_run_by_itself_only_where_that_pays(
     prompts, plans = prefixed()
     ids = [encode(llama.model, prompt) for prompt in prompts]
     width = common_prefix(ids)
-    spared = sum(held_prefixes(ids, width)) - 3 * width
+    # Steered in three ways, after layers 1 and 2: 1, 1, 2 and 3 rows go through the four blocks.
+    spared = int(sum(held_prefixes(ids, width)) - 7 / 4 * width)
     for least, n in ((spared, 2), (spared + 1, 1)):
         monkeypatch.setattr(prefixes, "SPARED", {"cpu": least})
         passes.clear()
         generate(llama.model, prompts, steering=plans, max_new_tokens=3, batch_size=10)
         assert sum(rows.tokens.shape[1] > 1 for rows, _ in passes) == n
+    # Steered at the last layer, each differently, they share all blocks up to it.
+    apart = [as_plan([step("add", "all", layer=3, seed=row)]) for row in range(10)]
+    for least, n in ((sum(held_prefixes(ids, width)) - width, 2), (sum(held_prefixes(ids, width)) - width + 1, 1)):
+        monkeypatch.setattr(prefixes, "SPARED", {"cpu": least})
+        passes.clear()
+        found = generate(llama.model, prompts, steering=apart, max_new_tokens=3, batch_size=10)
+        assert sum(rows.tokens.shape[1] > 1 for rows, _ in passes) == n
+        assert found == generate(llama.model, prompts, steering=apart, max_new_tokens=3, batch_size=1)
     # A row that is shorter than others by more than the prefix would begin with padding alone.
     monkeypatch.setattr(prefixes, "SPARED", {"cpu": 1})
     passes.clear()
