@@ -12,7 +12,7 @@ from benchmarks.peers.bench import Contest, Settings, compared, cut, distinct, l
 from benchmarks.peers.contestants import CONTESTANTS
 from benchmarks.peers.pool import AbsentError, Pool, Worker, model_folder
 from benchmarks.peers.races import FULL, Material, Race, Races, Sizes, material
-from benchmarks.peers.results import figure, goals, markdown, ratio
+from benchmarks.peers.results import figure, goals, markdown, memory_cell, ratio
 from steerlens.models.load import BUNDLED
 
 ECHO = """
@@ -261,12 +261,40 @@ def test_what_was_measured_is_not_measured_again_until_a_setting_changes(tmp_pat
 
 def test_memory_that_grows_with_the_pairs_misses_its_goal():
     def races(*grown):
-        return [{"figure": "memory", "setting": "", "entries": {"steerlens": {"grown_mib": [mib]}}} for mib in grown]
+        return [{"figure": "memory", "setting": "", "entries": {"steerlens": {"grown_mib": mib}}} for mib in grown]
 
-    assert [
-        goal.met for grown in ((100.0, 90.0), (4.0, 19.0), (400.0, 439.0)) for goal in goals("tiny", races(*grown))
-    ] == [True] * 3
-    assert [goal.met for grown in ((4.0, 21.0), (400.0, 441.0)) for goal in goals("tiny", races(*grown))] == [False] * 2
+    def met(*grown):
+        (goal,) = goals("tiny", races(*grown))
+        return goal.met
+
+    # One process may hold more than another does, whatever it is asked: the median counts.
+    assert all(met(*grown) for grown in (([100], [90]), ([4], [19]), ([400], [439]), ([6, 30, 28], [64, 26, 31])))
+    assert not any(met(*grown) for grown in (([4], [21]), ([400], [441]), ([30, 6, 28], [26, 64, 70])))
+    race = {"entries": {"a": {"grown_mib": [6, 30, 28], "units": 4, "seconds": [1, 2, 4]}}}
+    assert memory_cell(race, "a") == "28 [6, 30] MiB at 2.0 pairs/s"
+
+
+def test_memory_is_of_processes_of_their_own_for_steerlens_as_many_as_there_are_rounds(monkeypatch):
+    made = []
+
+    class Process(Scripted):
+        def __enter__(self):
+            made.append(self)
+            return self
+
+        def __exit__(self, *_):
+            pass
+
+    monkeypatch.setattr(bench, "Pool", lambda *_: Process({"repeng": [], "steerlens": []}))
+    one = contest()
+    one.pool.folder = one.pool.threads = one.pool.home = None
+    work = {"do": "capture", "pairs": [0] * 20, "texts": [0] * 20}
+    works = {by: work | {"by": by} for by in ("repeng", "steerlens", "nnsight")}
+    entries = one.race_apart(Race("memory", "20 pairs", works, 3, "pairs", apart=True))
+    assert [process.order for process in made] == [["repeng"] * 2, *[["steerlens"] * 2] * 3, ["nnsight"] * 2]
+    assert entries["steerlens"]["grown_mib"] == [2.5] * 3
+    assert entries["steerlens"]["units"] == 20
+    assert entries["nnsight"]["absent"] == "not here"
 
 
 def told(record):

@@ -26,7 +26,7 @@ from tqdm import tqdm
 from benchmarks.contest import take_turns
 from benchmarks.peers.contestants import CONTESTANTS
 from benchmarks.peers.pool import HERE, HOME, ROOT, AbsentError, Pool, model_folder
-from benchmarks.peers.races import FULL, HOOK, LOOP, ORIGINAL, QUICK, Material, Race, Races, Sizes, Work, material
+from benchmarks.peers.races import FULL, HOOK, LOOP, ORIGINAL, OURS, QUICK, Material, Race, Races, Sizes, Work, material
 from benchmarks.peers.results import write_results
 from steerlens.files import content_key, write_atomically
 from steerlens.models.load import BUNDLED, cache_folder, load_model
@@ -128,13 +128,15 @@ class Contest:
         return with_differences(entries)
 
     def race_apart(self, race: Race) -> dict[str, Any]:
-        """Everybody in a process of its own, which has done a little of the work before."""
+        """Everybody in a process of its own, which has done a little of the work before; steerlens in one for each round."""
         entries = {}
         for label, work in race.entries.items():
-            with Pool(self.pool.folder, self.pool.threads, self.pool.home) as pool:
-                little = work | {"pairs": work["pairs"][:8], "texts": work["texts"][:8]}
-                answers = [self.ask(label, part, pool) for part in (little, work)]
-            entries[label] = {"units": len(work["texts"]), **timed(answers[1:])}
+            answers = []
+            for _ in range(race.rounds if label == OURS else 1):
+                with Pool(self.pool.folder, self.pool.threads, self.pool.home) as pool:
+                    little = work | {"pairs": work["pairs"][:8], "texts": work["texts"][:8]}
+                    answers.append([self.ask(label, part, pool) for part in (little, work)][1])
+            entries[label] = {"units": len(work["texts"]), **timed(answers)}
         return entries
 
 

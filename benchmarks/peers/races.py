@@ -176,7 +176,7 @@ class Races:
         for n in self.sizes.memory:
             labels = SIDE_BY_SIDE | ({ORIGINAL: ORIGINAL} if n < 100 else {})
             entries = {label: self.capturing(by, n) for label, by in labels.items()}
-            yield Race("memory", f"{n} pairs", entries, 1, "pairs", apart=True)
+            yield Race("memory", f"{n} pairs", entries, 3, "pairs", apart=True)
 
     def sweep(self) -> Iterator[Race]:
         n_layers, n_coeffs, n_prompts = self.sizes.sweep

@@ -110,11 +110,12 @@ def goals(model: str, races: list[Record]) -> Iterator[Goal]:
                 yield faster("fit", race, base, least)
         if figure == "sweep":
             yield from (faster("sweep", race, base, 8) for base in (HOOK, *PEERS, ORIGINAL))
-    grown = [race["entries"][OURS].get("grown_mib", [None])[0] for race in races if race["figure"] == "memory"]
-    if len(grown) > 1 and None not in grown:
+    grown = [race["entries"][OURS].get("grown_mib", [None]) for race in races if race["figure"] == "memory"]
+    if len(grown) > 1 and all(None not in its for its in grown):
         # Flat: a tenth more, or what a garbage collector may leave lying about.
-        what, flat = "memory of a fit, most pairs over fewest, in MiB", max(16, grown[0] / 10)
-        yield Goal(what, [grown[-1] - grown[0]], flat, at_most=True, form="{:.0f}")
+        what, flat = "memory of a fit, most pairs over fewest, in MiB", max(16, median(grown[0]) / 10)
+        more = [most - fewest for fewest, most in zip(grown[0], grown[-1], strict=True)]
+        yield Goal(what, more, flat, at_most=True, form="{:.0f}")
 
 
 def table(head: list[str], rows: list[list[str]]) -> str:
@@ -135,8 +136,9 @@ def first_cell(race: Record, label: str) -> str:
 
 
 def memory_cell(race: Record, label: str) -> str:
-    (grown,), rate = race["entries"][label]["grown_mib"], rates(race["entries"][label])
-    return f"{'unknown' if grown is None else f'{grown:,.0f} MiB'} at {median(rate):,.1f} pairs/s"
+    grown, rate = race["entries"][label]["grown_mib"], rates(race["entries"][label])
+    memory = "unknown" if None in grown else spread(grown, "{:,.0f}") + " MiB"
+    return f"{memory} at {median(rate):,.1f} pairs/s"
 
 
 CELLS: dict[str, Callable[[Record, str], str]] = {"first": first_cell, "memory": memory_cell}
