@@ -6,7 +6,7 @@ import os
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -116,7 +116,7 @@ Passes = list[tuple[Rows, torch.Tensor]]
 def passes(monkeypatch: pytest.MonkeyPatch) -> Passes:
     """The rows and the logits of every pass from here on, but for those that find out what a model can do."""
     seen: Passes = []
-    run, probe = Runner.run, probing._probe
+    run = Runner.run
     probes = 0
 
     def spy(self: Runner, rows: Rows, **options: Any) -> PassResult:
@@ -125,16 +125,20 @@ def passes(monkeypatch: pytest.MonkeyPatch) -> Passes:
             seen.append((rows, result.logits.clone()))
         return result
 
-    def unseen(*args: Any) -> Any:
-        nonlocal probes
-        probes += 1
-        try:
-            return probe(*args)
-        finally:
-            probes -= 1
+    def unseen(probe: Callable[..., Any]) -> Callable[..., Any]:
+        def run_unseen(*args: Any) -> Any:
+            nonlocal probes
+            probes += 1
+            try:
+                return probe(*args)
+            finally:
+                probes -= 1
+
+        return run_unseen
 
     monkeypatch.setattr(Runner, "run", spy)
-    monkeypatch.setattr(probing, "_probe", unseen)
+    for name in ("_probe", "_try_parting"):
+        monkeypatch.setattr(probing, name, unseen(getattr(probing, name)))
     return seen
 
 

@@ -8,7 +8,16 @@ import sys
 import pytest
 
 from benchmarks.peers import bench, pool, worker
-from benchmarks.peers.bench import Contest, Settings, compared, cut, distinct, limit_seconds, run_model
+from benchmarks.peers.bench import (
+    Contest,
+    Settings,
+    compared,
+    cut,
+    distinct,
+    distinct_steered,
+    limit_seconds,
+    run_model,
+)
 from benchmarks.peers.contestants import CONTESTANTS
 from benchmarks.peers.pool import AbsentError, Pool, Worker, model_folder
 from benchmarks.peers.races import FULL, Material, Race, Races, Sizes, material
@@ -141,14 +150,23 @@ def test_a_row_is_cut_after_its_stop_only_where_stops_count():
 
 def test_the_limit_is_of_distinct_prefixes_and_of_whichever_takes_longer_bytes_or_operations():
     assert distinct([[[1, 2], [1, 2, 3]], [[1, 2], [1, 9]]]) == 4
-    prepared = {"parameters": 10, "embedding": 4, "pair_ids": [[[1, 2], [1, 2, 3]]]}
+    prepared = {"parameters": 10, "embedding": 4, "lengths": [1.0] * 2, "pair_ids": [[[1, 2], [1, 2, 3]]]}
     machine = {"operations": 20.0, "bytes": 4.0}
     assert limit_seconds({"do": "capture", "texts": [0]}, 1, prepared, machine) == pytest.approx(3 * 2 * 6 / 20)
     asked = work("steerlens")
     few = limit_seconds(asked, 3, prepared, machine)  # two prompt tokens; then two steps that read all weights
     assert few == pytest.approx(2 * 2 * 6 / 20 + 2 * 10 + 2 * 4 / 20)
     many = asked | {"rows": [[0, []]] * 64, "batch": 64}  # a step of 64 rows computes longer than it reads
-    assert limit_seconds(many, 128, prepared, machine) == pytest.approx(64 * (2 * 2 * 6 + 2 * 4) / 20 + 64)
+    assert limit_seconds(many, 128, prepared, machine) == pytest.approx((2 * 2 * 6 + 64 * 2 * 4) / 20 + 64)
+
+
+def test_the_limit_runs_blocks_once_over_what_prompts_begin_with_up_to_where_they_are_steered():
+    ids = [[1, 2, 3], [1, 2, 4, 5]]
+    assert distinct_steered([[0, []], [1, []], [0, []]], ids, 4) == 5
+    # A step after layer 1 is seen by layers 2 and 3, in tokens of its own there.
+    after_1, after_3 = [[1, 7, 0.5]], [[3, 7, 0.5]]
+    assert distinct_steered([[0, []], [0, after_1], [1, after_1], [1, after_3]], ids, 4) == (5 * 2 + 2 * 5 * 2) / 4
+    assert distinct_steered([[0, [[0, row, 0.5], [2, row, 0.5]]] for row in range(3)], ids, 4) == 3 * (1 + 3 * 3) / 4
 
 
 def prepared(n_layers, n_queries):
@@ -269,7 +287,9 @@ def test_memory_that_grows_with_the_pairs_misses_its_goal():
 
     # One process may hold more than another does, whatever it is asked: the median counts.
     assert all(met(*grown) for grown in (([100], [90]), ([4], [19]), ([400], [439]), ([6, 30, 28], [64, 26, 31])))
-    assert not any(met(*grown) for grown in (([4], [21]), ([400], [441]), ([30, 6, 28], [26, 64, 70])))
+    assert not any(
+        met(*grown) for grown in (([4], [21]), ([400], [441]), ([30, 6, 28], [26, 64, 70]), ([6, 30, 28], [64, 47, 26]))
+    )
     race = {"entries": {"a": {"grown_mib": [6, 30, 28], "units": 4, "seconds": [1, 2, 4]}}}
     assert memory_cell(race, "a") == "28 [6, 30] MiB at 2.0 pairs/s"
 

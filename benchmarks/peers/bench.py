@@ -26,7 +26,21 @@ from tqdm import tqdm
 from benchmarks.contest import take_turns
 from benchmarks.peers.contestants import CONTESTANTS
 from benchmarks.peers.pool import HERE, HOME, ROOT, AbsentError, Pool, model_folder
-from benchmarks.peers.races import FULL, HOOK, LOOP, ORIGINAL, OURS, QUICK, Material, Race, Races, Sizes, Work, material
+from benchmarks.peers.races import (
+    FULL,
+    HOOK,
+    LOOP,
+    ORIGINAL,
+    OURS,
+    QUICK,
+    Material,
+    Race,
+    Races,
+    Rows,
+    Sizes,
+    Work,
+    material,
+)
 from benchmarks.peers.results import write_results
 from steerlens.files import content_key, write_atomically
 from steerlens.models.load import BUNDLED, cache_folder, load_model
@@ -72,6 +86,11 @@ def compared(expected: list[Said], got: list[list[int]]) -> dict[str, int]:
     return counts
 
 
+def turns(race: Race, label: str) -> int:
+    """How often a contestant does its work: once without being timed, then in every round; or in processes of its own."""
+    return race.rounds + 1 if not race.apart else race.rounds if label == OURS else 1
+
+
 def cost(work: Work) -> float:
     """About how long a work takes, for the time that is left."""
     alone = 3 if work["by"] in (LOOP, ORIGINAL) else 1
@@ -79,6 +98,10 @@ def cost(work: Work) -> float:
         return float(3 * alone * len(work["texts"]))
     n_rows = len(work["rows"])
     return work["new_tokens"] * alone * (n_rows / work["batch"] + n_rows / 16)
+
+
+def cost_of(race: Race) -> float:
+    return sum(turns(race, label) * cost(work) for label, work in race.entries.items())
 
 
 class Contest:
@@ -132,10 +155,12 @@ class Contest:
         entries = {}
         for label, work in race.entries.items():
             answers = []
-            for _ in range(race.rounds if label == OURS else 1):
+            for _ in range(turns(race, label)):
                 with Pool(self.pool.folder, self.pool.threads, self.pool.home) as pool:
                     little = work | {"pairs": work["pairs"][:8], "texts": work["texts"][:8]}
-                    answers.append([self.ask(label, part, pool) for part in (little, work)][1])
+                    self.ask(label, little, pool)
+                    self.bar.update(-cost(little))
+                    answers.append(self.ask(label, work, pool))
             entries[label] = {"units": len(work["texts"]), **timed(answers)}
         return entries
 
@@ -161,13 +186,14 @@ def with_differences(entries: dict[str, Any]) -> dict[str, Any]:
 def limit_seconds(work: Work, units: int, prepared: dict[str, Any], machine: dict[str, float]) -> float:
     """The least a work can take: operations over their measured peak or, for a step of few rows, bytes over their measured rate.
 
-    Attention's own operations and the cache's bytes are left out. A capture runs each distinct prefix once; sampling shares none.
+    Attention's own operations and the cache's bytes are left out. What texts begin with is run once, however many do, and however
+    they are steered from some layer on: once up to that.
     """
     body = 2 * (prepared["parameters"] - prepared["embedding"]) / machine["operations"]
     if work["do"] == "capture":
         return body * distinct(prepared["pair_ids"][: len(work["texts"])])
     n_rows = len(work["rows"])
-    batch, prompts = min(work["batch"], n_rows), sum(len(work["ids"][prompt]) for prompt, _ in work["rows"])
+    batch, prompts = min(work["batch"], n_rows), distinct_steered(work["rows"], work["ids"], len(prepared["lengths"]))
     step = max(
         4 * prepared["parameters"] / machine["bytes"], 2 * batch * prepared["parameters"] / machine["operations"]
     )
@@ -178,6 +204,19 @@ def limit_seconds(work: Work, units: int, prepared: dict[str, Any], machine: dic
 def distinct(pairs: list[list[list[int]]]) -> int:
     """How many tokens are left when every shared prefix is run once."""
     return len({hash(tuple(side[: end + 1])) for pair in pairs for side in pair for end in range(len(side))})
+
+
+def distinct_steered(rows: Rows, ids: list[list[int]], n_layers: int) -> float:
+    """How many tokens are left of rows' prompts when a block is run once over each prefix and whatever was done to it below."""
+    nodes: dict[tuple[int, int], int] = {}
+    seen = set()
+    for prompt, steps in rows:
+        below = [tuple(sorted(step for step in map(tuple, steps) if step[0] < layer)) for layer in range(n_layers)]
+        node = 0
+        for token in ids[prompt]:
+            node = nodes.setdefault((node, token), len(nodes) + 1)
+            seen.update((node, layer, what) for layer, what in enumerate(below))
+    return len(seen) / n_layers
 
 
 def folder_of(name: str) -> Path:
@@ -205,7 +244,7 @@ def run_model(name: str, settings: Settings, sizes: Sizes, kept: Path) -> dict[s
         common = [[file.read_text(encoding="utf-8") for file in sorted(files)], versions, settings.threads, name]
         common_key = content_key(common)
         races, records = list(Races(sizes, given)), []
-        total = sum((race.rounds + 1) * cost(work) for race in races for work in race.entries.values())
+        total = sum(map(cost_of, races))
         with tqdm(total=total, bar_format=BAR) as bar:
             contest = Contest(pool, given, bar)
             for race in races:
@@ -220,7 +259,7 @@ def run_model(name: str, settings: Settings, sizes: Sizes, kept: Path) -> dict[s
                     path.parent.mkdir(parents=True, exist_ok=True)
                     write_atomically(path, json.dumps(record))
                 else:
-                    bar.update((race.rounds + 1) * sum(map(cost, race.entries.values())))
+                    bar.update(cost_of(race))
                 for label, entry in record["entries"].items():
                     if "seconds" in entry:
                         entry["seconds"] = entry["seconds" if settings.clock == "wall" else "processor"]

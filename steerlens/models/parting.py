@@ -8,12 +8,15 @@
 What a step changes after a layer is seen by the layers above it alone. So a prompt that is run with several strengths, at several
 layers, is run once up to the lowest of them: its residual is then copied, and each copy goes on by itself. The cache comes out as
 if every row had been run: at each layer, rows that were one there get the same keys and values.
+
+It needs blocks that are given nothing of each row but the residual and what `PER_ROW` names, and that keep keys and values, each
+its own: whether a model's are so is tried on the model itself (`probe.can_part`).
 """
 
 from collections.abc import Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from inspect import signature
 from typing import Any
 
@@ -33,7 +36,7 @@ class Stage:
     after: int
     """The layer that they come out of; -1 for those that a pass begins with."""
     parents: Int[Tensor, " here"]
-    """Of each the one it was in the stage before; in the first, itself."""
+    """Of each the one it was in the stage before; in the first stage, itself."""
     rows: Int[Tensor, " here"]
     """Of each a row of the pass that it stands for, the first one."""
     share: Int[Tensor, " row"]
@@ -59,8 +62,8 @@ def stages(starts: Sequence[Hashable], steps: Sequence[Mapping[int, Hashable]]) 
         before = classes
         classes = numbered([(one, its.get(layer)) for one, its in zip(classes, steps, strict=True)])
         if not found or max(classes) > max(before):
-            rows = [classes.index(number) for number in range(max(classes) + 1)]
-            parents = [before[row] for row in rows] if found else rows
+            rows = firsts(classes)
+            parents = [before[row] for row in rows] if found else range(len(rows))
             found.append(Stage(layer, *map(torch.tensor, (parents, rows, classes))))
     return found
 
@@ -73,6 +76,16 @@ def numbered(keys: Sequence[Hashable]) -> list[int]:
     """
     number = {key: place for place, key in enumerate(dict.fromkeys(keys))}
     return [number[key] for key in keys]
+
+
+def firsts(numbers: Sequence[int]) -> list[int]:
+    """Where each of them comes first, in order.
+
+    >>> firsts([0, 1, 0, 2])
+    [0, 1, 3]
+    """
+    place = {number: place for place, number in reversed(list(enumerate(numbers)))}
+    return [place[number] for number in sorted(place)]
 
 
 def spared(found: Sequence[Stage], n_layers: int) -> float:
@@ -90,39 +103,38 @@ def stage_of(found: Sequence[Stage], layer: int, *, output: bool = False) -> Sta
 @contextmanager
 def parting(blocks: Sequence[nn.Module], found: Sequence[Stage]) -> Iterator[None]:
     """Inside the block, rows that a pass over these modules begins with part as they should; hooks are gone after it."""
+    here = _Here(found[0])
     handles = []
     try:
         for stage in found[1:]:
             # Before any other hook: what is done after this layer is done to rows that have parted.
-            handles.append(blocks[stage.after].register_forward_hook(_part(stage.parents), prepend=True))
-            until = next((later.after for later in found if later.after > stage.after), len(blocks) - 1)
-            widen = _Widened(found[0], stage)
-            for block in blocks[stage.after + 1 : until + 1]:
-                handles.append(block.register_forward_pre_hook(widen, with_kwargs=True))
+            handles.append(blocks[stage.after].register_forward_hook(partial(here.part, stage), prepend=True))
+        for block in blocks[found[1].after + 1 :] if len(found) > 1 else []:
+            handles.append(block.register_forward_pre_hook(here.widen, with_kwargs=True))
         yield
     finally:
         for handle in handles:
             handle.remove()
 
 
-def _part(parents: Int[Tensor, " here"]) -> Any:
-    def hook(module: nn.Module, args: Any, output: Any) -> Any:
-        if isinstance(output, Tensor):
-            return output.index_select(0, parents.to(output.device))
-        return (output[0].index_select(0, parents.to(output[0].device)), *output[1:])
+class _Here:
+    """The rows that there are in a pass, as far as it has come."""
 
-    return hook
-
-
-class _Widened:
-    """What blocks are given beside the residual, for the rows of a stage instead of those that the pass began with."""
-
-    def __init__(self, first: Stage, stage: Stage) -> None:
-        self.n_rows, self.origin = len(first.rows), first.share[stage.rows]
+    def __init__(self, first: Stage) -> None:
+        self.first = self.stage = first
         self.known: dict[int, tuple[Tensor, Tensor]] = {}
-        """By what was given: that, which keeps its number, and what it became; layers are given the same tensors."""
+        """What the first rows' tensors became for these rows, by number, with the first rows' own, so that the number stays its:
+        blocks are given the same ones."""
 
-    def __call__(self, module: nn.Module, args: Any, kwargs: Any) -> Any:
+    def part(self, stage: Stage, module: nn.Module, args: Any, output: Any) -> Any:
+        """A block's output, of more rows from now on."""
+        self.stage, self.known = stage, {}
+        if isinstance(output, Tensor):
+            return output.index_select(0, stage.parents.to(output.device))
+        return (output[0].index_select(0, stage.parents.to(output[0].device)), *output[1:])
+
+    def widen(self, module: nn.Module, args: Any, kwargs: Any) -> Any:
+        """What a block is given beside the residual, of these rows instead of those that the pass began with."""
         names = _argument_names(type(module).forward)
         args = [self._of_rows(name, value) for name, value in zip(names, args, strict=False)] + list(args[len(names) :])
         return tuple(args), {name: self._of_rows(name, value) for name, value in kwargs.items()}
@@ -132,15 +144,13 @@ class _Widened:
             return value
         if isinstance(value, tuple):
             return tuple(self._of_rows(name, one) for one in value)
-        if (
-            not isinstance(value, Tensor)
-            or value.ndim not in PER_ROW[name]
-            or len(value) != self.n_rows
-            or len(value) == 1
-        ):
+        if not isinstance(value, Tensor) or value.ndim not in PER_ROW[name]:
+            return value
+        if len(value) != len(self.first.rows) or len(value) == 1:
             return value  # the same for all rows, which an axis of one or none says
         if id(value) not in self.known:
-            self.known[id(value)] = value, value.index_select(0, self.origin.to(value.device))
+            origin = self.first.share[self.stage.rows]
+            self.known[id(value)] = value, value.index_select(0, origin.to(value.device))
         return self.known[id(value)][1]
 
 

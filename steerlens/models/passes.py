@@ -193,11 +193,11 @@ class Runner:
 
         Args:
             steady: The pass is a step of one token a row, and the next one is likely to have the same rows and edits.
-            stages: How the rows part, where some are alike up to a layer; its sites are outputs of blocks then. What an edit
-                does is the same for rows that have not parted.
+            stages: How the rows part, where some are alike up to a layer (see `parting`): what the edits do is the same for rows
+                that have not parted. What is read then is of the last token or of all columns.
 
         Raises:
-            ModelError: also, where rows are to part in a model that is not run by its plain modules.
+            ModelError: also, where rows are to part and the model is not run by its plain modules.
         """
         rows = rows.to(model_device(self.model))
         if logits not in ("last", "all"):
@@ -207,6 +207,10 @@ class Runner:
         if unknown := wanted - {*self.sites}:
             raise SteerlensError(
                 f"a runner must be made with the sites of its edits and reads, got {sorted(unknown)} besides {self.sites}"
+            )
+        if stages and any(isinstance(read.at, Tensor) for read in reads):
+            raise SteerlensError(
+                'rows that part may be read at "last" or "all", got positions; run them without stages'
             )
         if len(asked) > len(set(asked)):
             raise SteerlensError(f"a pass has one read for each site, got {asked}; read all columns there")
@@ -238,7 +242,7 @@ class Runner:
     def _parting(
         self, rows: Rows, cache: Any, stages: Sequence[Stage], *, keep_cache: bool, logits: Columns
     ) -> tuple[Tensor, Cache | None]:
-        if not isinstance(self.backend, LeanBackend):  # as `parts` says
+        if not isinstance(self.backend, LeanBackend):
             raise ModelError(
                 f"rows part in a model's plain modules alone, and {model_id(self.model)} is run by its hook points"
             )
@@ -260,8 +264,8 @@ class Runner:
         self._rows = rows
 
     @property
-    def parts(self) -> bool:
-        """Whether rows may part in its passes, once it is entered."""
+    def plain_modules(self) -> bool:
+        """Whether they run its passes, once it is entered: rows may part in these alone."""
         return isinstance(self.backend, LeanBackend)
 
     def idle(self, site: str) -> bool:

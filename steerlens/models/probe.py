@@ -10,10 +10,10 @@ gives:
     batch   the rows whole, side by side, padded on the right: no real token sees padding
     prefix  what two rows begin with run once, and the rest of both after it
     gaps    some tokens fed and then hidden, and the rest of each row after them
-    parts   rows that are alike up to some layer, run as one up to it
 
 A model that fails `cache` is run whole for every token, and one that fails `batch`, a row at a time: slow, and right. The rows
 are as long as those that are to be run, or longer: a model is probed when it is first used, and again where rows outgrow that.
+Whether rows that are alike up to a layer may be run as one up to it is tried by itself, once some are (`can_part`).
 
     width-dependent rotary scaling (longrope, dynamic) changes a row's own keys once it passes a length, so beyond it every
     row is run whole and alone, as Hugging Face does when it recomputes its cache
@@ -59,8 +59,6 @@ class Abilities:
     gaps: int = 0
     """In rows of up to how many columns hidden ones may stand: what comes after them is as without them, where a cache may be
     kept."""
-    parts: bool = False
-    """Rows that are alike up to a layer may be run as one up to it; see `parting`."""
 
     @property
     def side(self) -> Side:
@@ -87,7 +85,7 @@ def abilities(model: Any, width: int) -> Abilities:
 
     Example:
         >>> abilities(model, 100)
-        Abilities(cache=True, batch=True, prefix=True, gaps=512, parts=True)
+        Abilities(cache=True, batch=True, prefix=True, gaps=512)
     """
     limit = _rotary_limit(text_config(model))
     if width > limit:
@@ -144,9 +142,7 @@ def _probe(model: Any, longest: int) -> Abilities:
             twin = [*rows[0][:-3], rows[2][-1]]
             begun = [alone[0], *_whole(runner, [twin])]
             prefix = cache and _holds(lambda: _after_prefix(runner, [rows[0], twin]), begun, tolerance(model))
-            parted = [alone[place] for place in PARTED] * 2
-            parts = cache and _holds(lambda: _parted(runner, rows), parted, tolerance(model))
-            return Abilities(cache, batch, prefix, _widest_gapped(runner) if cache else 0, parts)
+            return Abilities(cache, batch, prefix, _widest_gapped(runner) if cache else 0)
     except (SteerlensError, torch.OutOfMemoryError, MemoryError):
         raise
     except Exception as error:  # whatever an architecture raises
@@ -205,22 +201,47 @@ def _after_prefix(runner: Runner, rows: Sequence[list[int]]) -> list[Fingerprint
     return _fingerprints(runner.run(rest, reads=reads, cache=cache, keep_cache=True))
 
 
-PARTED = (0, 2, 0, 1, 2)
-"""Which of the rows are run, so that some are alike."""
+_CAN_PART: "WeakKeyDictionary[Any, dict[Any, bool]]" = WeakKeyDictionary()
+"""Model -> (dtype, device) -> whether its rows may part."""
 
 
-def _parted(runner: Runner, rows: Sequence[list[int]]) -> list[Fingerprint]:
-    """Rows that part after different layers: whole, and in two parts before their last tokens, which come to rows apart."""
-    n_layers, n = len(runner.sites), min(4, min(map(len, rows)) - 1)
-    here = [rows[place] for place in PARTED]
-    found = stages(PARTED, [{}, {}, {n_layers // 3: "a"}, {}, {n_layers // 2: "b"}])
-    reads = [Read(site) for site in runner.sites]
-    whole = runner.run(pad(here, pad_id=pad_id(runner.model)), reads=reads, stages=found)
-    start = pad([row[:-n] for row in here], pad_id=pad_id(runner.model))
+def can_part(model: Any) -> bool:
+    """Whether rows that are alike up to a layer may be run as one up to it, where a cache may be kept; see `parting`.
+
+    Example:
+        >>> can_part(model)
+        True
+    """
+    weights = next(model.parameters())
+    known, key = _CAN_PART.setdefault(model, {}), (weights.dtype, weights.device)
+    if key not in known:
+        known[key] = _try_parting(model)
+    return known[key]
+
+
+def _try_parting(model: Any) -> bool:
+    rows = random_rows(model, (7, 4, 5), seed=3)
+    sites = [resid_post(layer) for layer in range(int(model.cfg.n_layers))]
+    here = [place % len(rows) for place in range(len(rows) + len(sites))]
+    with without_callers_hooks(model), Runner(model, sites) as runner:
+        alone = [_whole(runner, [row])[0] for row in rows]
+        return _holds(lambda: _parted(runner, rows, here), [alone[place] for place in here] * 2, tolerance(model))
+
+
+def _parted(runner: Runner, rows: Sequence[list[int]], here: Sequence[int]) -> list[Fingerprint]:
+    """Rows, of which after each layer one parts from another: whole, and in pieces, the last of which is a pass of rows apart.
+
+    Args:
+        here: Which of the rows are run; from the fourth on, they are alike some that come before.
+    """
+    found = stages(here, [{}] * len(rows) + [{layer: "apart"} for layer in range(len(runner.sites))])
+    ids, reads = [rows[place] for place in here], [Read(site) for site in runner.sites]
+    whole = runner.run(pad(ids, pad_id=pad_id(runner.model)), reads=reads, stages=found)
+    start = pad([row[:-3] for row in ids], pad_id=pad_id(runner.model))
     cache = _kept(runner.run(start, keep_cache=True, stages=found))
-    more = start.then(torch.tensor([row[-n:-1] for row in here]))
+    more = start.then(torch.tensor([row[-3:-1] for row in ids]))
     cache = _kept(runner.run(more, cache=cache, keep_cache=True, stages=found))
-    last = more.then(torch.tensor([row[-1:] for row in here]))
+    last = more.then(torch.tensor([row[-1:] for row in ids]))
     apart = runner.run(last, reads=reads, cache=cache, keep_cache=True)
     return [*_fingerprints(whole), *_fingerprints(apart)]
 

@@ -8,6 +8,7 @@ What a batch does at a step is to give each row's logits; choosing from them, an
 """
 
 from collections.abc import Callable, Sequence, Set
+from functools import cached_property
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -21,7 +22,7 @@ from steerlens.models.stops import before_stop, decode
 from steerlens.steering.edits import plan_edits
 from steerlens.steering.gates import GatedToken
 from steerlens.steering.generations import FinishReason, Generation
-from steerlens.steering.plan import Plan
+from steerlens.steering.plan import Plan, Step
 from steerlens.steering.settings import SamplingConfig
 
 
@@ -47,6 +48,11 @@ class Row:
         self.tokens: list[int] = []
         self.gated: list[GatedToken] = []
         self.uniforms = _uniforms(seed, sampling.max_new_tokens) if sampling.temperature > 0 else None
+
+    @cached_property
+    def always(self) -> list[tuple[Step, str, int, int]]:
+        """What always acts on it: the step, its digest, and from which position on and up to which one it acts."""
+        return [(step, Plan((step,)).digest, *step.bounds(len(self.prompt))) for step in self.plan.active.interventions]
 
     def finished(self, tokenizer: Any, sampling: SamplingConfig, stops: tuple[int, ...]) -> Generation | None:
         """The finished row, or None while it goes on."""

@@ -22,7 +22,7 @@ from steerlens.models.facts import model_device
 from steerlens.models.parting import Stage
 from steerlens.models.rows import Rows, n_hidden
 from steerlens.steering.batches import Batch, Job, Row, edits_of
-from steerlens.steering.prefill import Beginner, begin, feed, parting_of, splits, stems
+from steerlens.steering.prefill import Beginner, begin, feed, splits, stems
 
 REFILL = 8
 """Places are filled again once one in so many is free: a pass over prompts costs about as much as a step of all rows."""
@@ -47,7 +47,7 @@ class CachedBatch(Batch):
         self.cache: Cache | None = None
         self.rest: Rows | None = None
         """The prompts, or what comes after the prefix that all begin with, until that was run."""
-        self.parts: Sequence[Stage] = ()
+        self.stages: Sequence[Stage] = ()
         """How rows part there."""
         self.fed: Rows | None = None
         """What was run last, while its columns are the cache's."""
@@ -59,10 +59,8 @@ class CachedBatch(Batch):
             if self.cache is not None and self.cache.forks:
                 self.beginner.keep(keys[-1], begun)
         else:
-            ids = [row.prompt for row in rows]
-            self.cache, rest = feed(job, rows, ids)
-            self.rest = rest.to(self.live.device)
-            self.parts = parting_of(job, rows, ids, n_columns=rest.tokens.shape[1])
+            fed = feed(job, rows, [row.prompt for row in rows])
+            self.cache, self.rest, self.stages = fed.cache, fed.rows.to(self.live.device), fed.stages
 
     @property
     def n_left(self) -> int:
@@ -71,9 +69,11 @@ class CachedBatch(Batch):
     def next_logits(self) -> tuple[Sequence[int], Float[Tensor, "some d_vocab"]]:
         if self.free:
             self._settle()
-        rows, parts = (self.rest, self.parts) if self.rest else (self._newest(), ())
+        rows, stages = (self.rest, self.stages) if self.rest else (self._newest(), ())
         steady = self.job.hear is None
-        result = self.runner.run(rows, edits=self.edits, cache=self.cache, keep_cache=True, steady=steady, stages=parts)
+        result = self.runner.run(
+            rows, edits=self.edits, cache=self.cache, keep_cache=True, steady=steady, stages=stages
+        )
         self.cache, self.mask, self.rest, self.fed = result.cache, rows.mask, None, rows
         if not self.free:
             return range(len(self.rows)), result.logits

@@ -18,15 +18,17 @@ from jaxtyping import Int
 from torch import Tensor
 
 from steerlens.models.backends import Cache
-from steerlens.models.parting import Stage, numbered, spared, stages
+from steerlens.models.parting import Stage, firsts, numbered, spared, stages
 from steerlens.models.prefixes import after_prefix, common_prefix, held_prefixes, holds_all, pays
+from steerlens.models.probe import can_part
 from steerlens.models.rows import Rows, n_hidden, pad, pad_id
 from steerlens.steering.batches import Job, Row, edits_of
 from steerlens.steering.interventions import Intervention
 from steerlens.steering.plan import Plan
 
 PASS_OVER_PARTING = 8
-"""How many times more beginning a pass costs than letting its rows part."""
+"""How many times more beginning a pass costs than letting its rows part: on a processor, `tiny` breaks even where 4 to 14 tokens
+are spared. On a GPU it is a guess."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -50,15 +52,14 @@ class Begun:
 def begin(job: Job, rows: Sequence[Row]) -> Begun:
     """Run rows' prompts up to their last tokens, once per stem."""
     share = numbered(stems(job, rows))
-    once = [share.index(number) for number in range(max(share) + 1)]
+    once = firsts(share)
     chosen = [rows[place] for place in once]
-    ids = [row.prompt[:-1] for row in chosen]
-    cache, fed = feed(job, chosen, ids)
-    begun = Begun(None, fed.mask)
-    if fed.tokens.shape[1]:
-        edits, parts = edits_of(job, chosen), parting_of(job, chosen, ids, n_columns=fed.tokens.shape[1])
-        result = job.runner.run(fed, edits=edits, cache=cache, keep_cache=True, stages=parts)
-        begun = Begun(result.cache, fed.mask)
+    fed = feed(job, chosen, [row.prompt[:-1] for row in chosen])
+    begun = Begun(None, fed.rows.mask)
+    if fed.rows.tokens.shape[1]:
+        edits = edits_of(job, chosen)
+        result = job.runner.run(fed.rows, edits=edits, cache=fed.cache, keep_cache=True, stages=fed.stages)
+        begun = Begun(result.cache, fed.rows.mask)
     if len(once) == len(rows):
         return begun
     again = torch.tensor(share)
@@ -66,9 +67,20 @@ def begin(job: Job, rows: Sequence[Row]) -> Begun:
     return Begun(None if begun.cache is None else begun.cache.select(again), begun.mask[again])
 
 
-def feed(job: Job, rows: Sequence[Row], ids: Sequence[list[int]]) -> tuple[Cache | None, Rows]:
+@dataclass(frozen=True, eq=False)
+class Fed:
+    """A pass to be run."""
+
+    cache: Cache | None
+    """Of what its rows begin with, if that was run by itself."""
+    rows: Rows
+    stages: list[Stage]
+    """How these part; none where that spares too little."""
+
+
+def feed(job: Job, rows: Sequence[Row], ids: Sequence[list[int]]) -> Fed:
     """The first tokens of some rows, to be run; what all begin with is run here, if that pays, once for each way in which it is
-    steered, and comes as a cache.
+    steered.
 
     Args:
         ids: Of each row its prompt, or that without its last token.
@@ -76,32 +88,34 @@ def feed(job: Job, rows: Sequence[Row], ids: Sequence[list[int]]) -> tuple[Cache
     # Windows count from the whole prompt's end, though its last token may come later.
     prompt_lengths = [len(row.prompt) for row in rows]
     whole = pad(ids, pad_id=pad_id(job.model), prompt_lengths=prompt_lengths)
+    parting = _stages(job, rows, ids, n_columns=whole.tokens.shape[1])
+    at_once = Fed(None, whole, parting)
     width = common_prefix(ids) if len(ids) > 1 and splits(job, rows) else 0
     if width < 1 or job.able is None or not job.able.prefix:
-        return None, whole
+        return at_once
     held, steered = held_prefixes(ids, width), [_steered(row, width) for row in rows]
     share = numbered([(frozenset(residual.items()), attention) for residual, attention in steered])
-    first = [share.index(number) for number in range(max(share) + 1)]
-    chosen, begins = [rows[place] for place in first], [ids[place][:width] for place in first]
-    parts = parting_of(job, chosen, begins, n_columns=width)
-    n_run = len(first) * width * (1 - _spared(job, parts))
-    if min(held) < 1 or not pays(job.model, int(sum(held) - n_run)):
-        return None, whole
-    prefixes = pad(begins, prompt_lengths=[prompt_lengths[place] for place in first])
-    cache = job.runner.run(prefixes, edits=edits_of(job, chosen), keep_cache=True, stages=parts).cache
+    chosen, begins = [rows[place] for place in firsts(share)], [ids[place][:width] for place in firsts(share)]
+    parting_first = _stages(job, chosen, begins, n_columns=width)
+    n_within = sum(held) * (1 - _spared(job, parting))
+    n_apart = len(chosen) * width * (1 - _spared(job, parting_first))
+    if min(held) < 1 or not pays(job.model, int(n_within - n_apart)):
+        return at_once
+    prefixes = pad(begins, prompt_lengths=[len(row.prompt) for row in chosen])
+    cache = job.runner.run(prefixes, edits=edits_of(job, chosen), keep_cache=True, stages=parting_first).cache
     if cache is None or not holds_all(cache, width):
-        return None, whole
-    return after_prefix(cache, share, ids, width=width, prompt_lengths=prompt_lengths)
+        return at_once
+    return Fed(*after_prefix(cache, share, ids, width=width, prompt_lengths=prompt_lengths), parting)
 
 
-def parting_of(job: Job, rows: Sequence[Row], ids: Sequence[list[int]], *, n_columns: int) -> list[Stage]:
+def _stages(job: Job, rows: Sequence[Row], ids: Sequence[list[int]], *, n_columns: int) -> list[Stage]:
     """How rows part in a pass, where that spares enough of it.
 
     Args:
         ids: Of each row all its tokens up to the end of the pass.
         n_columns: Those of the pass.
     """
-    if len(rows) < 2 or job.able is None or not job.able.parts or not job.runner.parts or not splits(job, rows):
+    if len(rows) < 2 or not job.runner.plain_modules or not splits(job, rows):
         return []
     steered = [_steered(row, len(its)) for row, its in zip(rows, ids, strict=True)]
     # Attention is steered within a layer, and rows part after one: such a row is run by itself.
@@ -110,22 +124,21 @@ def parting_of(job: Job, rows: Sequence[Row], ids: Sequence[list[int]], *, n_col
     ]
     found = stages(starts, [residual for residual, _ in steered])
     n_spared = _spared(job, found) * len(rows) * n_columns
-    return found if pays(job.model, int(PASS_OVER_PARTING * n_spared)) else []
+    return found if pays(job.model, int(PASS_OVER_PARTING * n_spared)) and can_part(job.model) else []
 
 
-def _spared(job: Job, parts: Sequence[Stage]) -> float:
+def _spared(job: Job, found: Sequence[Stage]) -> float:
     """The share of a pass that need not be run."""
-    return spared(parts, int(job.model.cfg.n_layers)) if parts else 0.0
+    return spared(found, int(job.model.cfg.n_layers)) if found else 0.0
 
 
 def _steered(row: Row, end: int) -> tuple[dict[int, Hashable], tuple[Hashable, ...]]:
     """What tells how the first tokens of a row are steered: after each layer, and in attention."""
     residual: dict[int, Hashable] = {}
     attention: list[Hashable] = []
-    for step in row.plan.active.interventions:
-        low, high = step.bounds(len(row.prompt))
+    for step, digest, low, high in row.always:
         if low < end and high > low:
-            what = (Plan((step,)).digest, max(low, 0), min(high, end))
+            what = (digest, max(low, 0), min(high, end))
             if isinstance(step, Intervention):
                 residual[step.layer] = (residual.get(step.layer), what)
             else:

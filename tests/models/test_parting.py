@@ -9,21 +9,22 @@ from typing import Any
 import pytest
 import torch
 
-from steerlens.errors import ModelError
+from steerlens.errors import ModelError, SteerlensError
 from steerlens.models import choice, parting
 from steerlens.models.choice import use_backend
 from steerlens.models.facts import resid_post
 from steerlens.models.load import load_model
 from steerlens.models.parting import Stage, spared, stage_of, stages
 from steerlens.models.passes import PassResult, Read, Runner
-from steerlens.models.probe import Abilities, abilities
+from steerlens.models.probe import can_part
 from steerlens.models.rows import Rows, pad
 from steerlens.steering.edits import plan_edits
 from tests.conftest import Subject, hooks_on
 from tests.reference.plain_loop import Step
 from tests.steps import as_plan, step
-from tests.tiny_models import N_CTX
 from tests.zoo import save_animal
+
+pytestmark = pytest.mark.bridge
 
 N_LAYERS = 4
 SITES = [resid_post(layer) for layer in range(N_LAYERS)]
@@ -122,13 +123,12 @@ def test_a_pass_gives_each_row_what_it_gives_alone(tiny: Subject, cut: int, side
     assert_same(run(tiny.model, FOUND, cut=cut, side=side), run(tiny.model, [], cut=cut, side=side))
 
 
-@pytest.mark.bridge
 @pytest.mark.parametrize(
     "name", ["gpt2", "pythia", "gpt-neo", "opt", "gemma2", "gemma3", "mistral", "qwen3-moe", "llama4-chunked"]
 )
 def test_rows_part_in_any_architecture(name: str, tmp_path: Path) -> None:
     model = load_model(save_animal(name, tmp_path), progress=False)
-    assert abilities(model, 13).parts
+    assert can_part(model)
     for cut in (0, 1):
         assert_same(run(model, FOUND, cut=cut), run(model, [], cut=cut))
 
@@ -163,17 +163,23 @@ def test_blocks_run_no_row_twice(tiny: Subject) -> None:
     assert seen == [3, 3, 4, 5]  # rows part after layers 1, 2 and 3
 
 
+def test_positions_of_rows_that_part_are_not_read(tiny: Subject) -> None:
+    rows, at = pad([[5, 6, 7]] * 2), torch.tensor([[0], [1]])
+    with Runner(tiny.model, SITES) as runner, pytest.raises(SteerlensError, match="run them without stages"):
+        runner.run(rows, reads=[Read(SITES[0], at)], stages=stages("pp", [{2: "a"}, {}]))
+
+
 # --- whether it may be -----------------------------------------------------------------------------------------------
 
 
 def test_a_model_that_gives_blocks_more_of_each_row_than_is_known_does_not_part(
     tiny: Subject, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert abilities(load_model(tiny.folder, progress=False), 13).parts
+    assert can_part(load_model(tiny.folder, progress=False))
     for name in ("attention_mask", "position_embeddings")[: 1 if tiny.name == "gpt2" else 2]:
         with monkeypatch.context() as patch:
             patch.delitem(parting.PER_ROW, name)
-            assert not abilities(load_model(tiny.folder, progress=False), 13).parts
+            assert not can_part(load_model(tiny.folder, progress=False))
 
 
 def test_a_cache_that_gets_the_rows_of_another_layer_is_found_out(
@@ -181,14 +187,14 @@ def test_a_cache_that_gets_the_rows_of_another_layer_is_found_out(
 ) -> None:
     real = stage_of
     monkeypatch.setattr("steerlens.models.backends.stage_of", lambda found, layer: real(found, max(0, layer - 1)))
-    assert abilities(load_model(tiny.folder, progress=False), 13) == Abilities(True, True, True, gaps=N_CTX)
+    assert not can_part(load_model(tiny.folder, progress=False))
 
 
 def test_a_model_that_is_run_by_its_hook_points_refuses_rows_that_part(tiny: Subject) -> None:
     use_backend(tiny.model, "hooks")
     try:
         with Runner(tiny.model, SITES) as runner:
-            assert not runner.parts
+            assert not runner.plain_modules
             with pytest.raises(ModelError, match="is run by its hook points"):
                 runner.run(pad(IDS), stages=FOUND)
     finally:

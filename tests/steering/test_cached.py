@@ -146,29 +146,39 @@ def test_what_rows_begin_with_is_run_once_for_each_way_of_steering_it(
 def test_a_prefix_is_run_by_itself_only_where_that_pays(
     llama: Subject, passes: Passes, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    prompts, plans = prefixed()
+    prompts, _ = prefixed()
     ids = [encode(llama.model, prompt) for prompt in prompts]
     width = common_prefix(ids)
-    # Steered in three ways, after layers 1 and 2: 1, 1, 2 and 3 rows go through the four blocks.
-    spared = int(sum(held_prefixes(ids, width)) - 7 / 4 * width)
+    spared = sum(held_prefixes(ids, width)) - width
     for least, n in ((spared, 2), (spared + 1, 1)):
         monkeypatch.setattr(prefixes, "SPARED", {"cpu": least})
         passes.clear()
-        generate(llama.model, prompts, steering=plans, max_new_tokens=3, batch_size=10)
+        generate(llama.model, prompts, max_new_tokens=3, batch_size=10)
         assert sum(rows.tokens.shape[1] > 1 for rows, _ in passes) == n
-    # Steered at the last layer, each differently, they share all blocks up to it.
-    apart = [as_plan([step("add", "all", layer=3, seed=row)]) for row in range(10)]
-    for least, n in ((sum(held_prefixes(ids, width)) - width, 2), (sum(held_prefixes(ids, width)) - width + 1, 1)):
-        monkeypatch.setattr(prefixes, "SPARED", {"cpu": least})
-        passes.clear()
-        found = generate(llama.model, prompts, steering=apart, max_new_tokens=3, batch_size=10)
-        assert sum(rows.tokens.shape[1] > 1 for rows, _ in passes) == n
-        assert found == generate(llama.model, prompts, steering=apart, max_new_tokens=3, batch_size=1)
     # A row that is shorter than others by more than the prefix would begin with padding alone.
     monkeypatch.setattr(prefixes, "SPARED", {"cpu": 1})
     passes.clear()
     generate(llama.model, ["Tell me.", f"Tell {'x' * 40}", f"Tell {'y' * 40}"], max_new_tokens=3)
     assert sum(rows.tokens.shape[1] > 1 for rows, _ in passes) == 1
+
+
+@pytest.mark.bridge
+def test_what_rows_share_below_a_layer_counts_where_a_prefix_may_be_run_by_itself(
+    llama: Subject, passes: Passes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prompts, _ = prefixed()
+    plans = [as_plan([step("add", "all", layer=3, seed=row)]) for row in range(10)]
+    ids = [encode(llama.model, prompt) for prompt in prompts]
+    width = common_prefix(ids)
+    # Steered after the last block, each in its own way, the beginnings are one row in all blocks.
+    spared = sum(held_prefixes(ids, width)) - width
+    # A pass over one prompt is one row there in any case, its beginning as well as its end.
+    for asked, least, n in ((prompts, spared, 2), (prompts, spared + 1, 1), (prompts[:1] * 10, 1, 1)):
+        monkeypatch.setattr(prefixes, "SPARED", {"cpu": least})
+        passes.clear()
+        found = generate(llama.model, asked, steering=plans, max_new_tokens=3, batch_size=10)
+        assert sum(rows.tokens.shape[1] > 1 for rows, _ in passes) == n
+        assert found == generate(llama.model, asked, steering=plans, max_new_tokens=3, batch_size=1)
 
 
 @pytest.mark.bridge
@@ -191,6 +201,20 @@ def test_rows_that_begin_alike_say_the_same_in_any_architecture(
         assert sum(rows.tokens.shape[1] > 1 for rows, _ in passes) == 1 + able.prefix
 
 
+def parted(monkeypatch: pytest.MonkeyPatch) -> list[list[int]]:
+    """How many rows go through each block of a pass whose rows part, from here on."""
+    seen: list[list[int]] = []
+    real = LeanBackend.forward_parting
+
+    def spy(self: Any, rows: Any, cache: Any, stages: Any, **its: Any) -> Any:
+        seen.append([len(stage_of(stages, layer).rows) for layer in range(len(self.tree.blocks))])
+        return real(self, rows, cache, stages, **its)
+
+    monkeypatch.setattr(LeanBackend, "forward_parting", spy)
+    return seen
+
+
+@pytest.mark.bridge
 @pytest.mark.parametrize("gated", [False, True])
 def test_rows_of_a_sweep_are_run_once_up_to_the_layer_that_tells_them_apart(
     tiny: Subject, gated: bool, passes: Passes, monkeypatch: pytest.MonkeyPatch
@@ -208,14 +232,7 @@ def test_rows_of_a_sweep_are_run_once_up_to_the_layer_that_tells_them_apart(
     prompts = [HEAD + prompt for prompt in PROMPTS[:3] for _ in plans]
     options: dict[str, Any] = {"steering": plans * 3, "max_new_tokens": 10, "stop_ids": STOP, "batch_size": 30}
     alone = generate(tiny.model, prompts, **options | {"batch_size": 1})
-    seen: list[list[int]] = []
-    real = LeanBackend.forward_parting
-
-    def spy(self: Any, rows: Any, cache: Any, stages: Any, **its: Any) -> Any:
-        seen.append([len(stage_of(stages, layer).rows) for layer in range(tiny.model.cfg.n_layers)])
-        return real(self, rows, cache, stages, **its)
-
-    monkeypatch.setattr(LeanBackend, "forward_parting", spy)
+    seen = parted(monkeypatch)
     for least in (10**6, 1):  # in one pass, and what all begin with by itself
         monkeypatch.setattr(prefixes, "SPARED", {"cpu": least})
         monkeypatch.setattr(prefill, "PASS_OVER_PARTING", 10**6)
@@ -223,13 +240,18 @@ def test_rows_of_a_sweep_are_run_once_up_to_the_layer_that_tells_them_apart(
     assert seen == [[3, 3, 18, 21], [1, 1, 6, 7], [3, 3, 18, 21]]
 
 
+@pytest.mark.bridge
 def test_rows_whose_attention_is_steered_are_run_by_themselves(tiny: Subject, monkeypatch: pytest.MonkeyPatch) -> None:
-    vector = step("add", "all", layer=2)
-    plans = [as_plan([vector]), as_plan([]), *(sl.pasta(alpha, on="about").part("attention") for alpha in (0.1, 0.5))]
+    plans = [
+        as_plan([step("add", "all", layer=2)]),
+        as_plan([]),
+        *(sl.pasta(alpha, on="about") for alpha in (0.1, 0.5)),
+    ]
     prompts = ["Tell me all about tea, and about iron."] * 4
     alone = generate(tiny.model, prompts, steering=plans, max_new_tokens=10, batch_size=1)
-    monkeypatch.setattr(prefixes, "SPARED", {"cpu": 1})
+    seen = parted(monkeypatch)
     assert generate(tiny.model, prompts, steering=plans, max_new_tokens=10, batch_size=4) == alone
+    assert seen == [[3, 3, 3, 4]]
 
 
 # --- what it takes -------------------------------------------------------------------------------------------------
