@@ -28,8 +28,8 @@ of its own where its packages ask for it. Steered means one vector at the middle
 they are given one row, since their rate does not depend on how many follow (at natural lengths, on how long that row is). repeng
 fits by PCA, the others a mean difference. At natural lengths the vector has half its length: at all of it `tiny` never stops.
 Unsteered rows of a batch share what their prompts begin with, rows with vectors of their own only below the lowest layer that
-they steer: what that gives stands in their overhead, too. In a sweep all but steerlens make one call per configuration. Memory is of
-one process each, of steerlens' in several: the same work may hold 20 MiB more in one than in the next. The limit is what a
+they steer: what that gives stands in their overhead, too. In a sweep all but steerlens make one call per configuration. Memory is
+of one process each, of steerlens' in several: the same work may hold 20 MiB more in one than in the next. The limit is what a
 contestant could reach that takes no more time than the weights take to read or the products to compute, whichever is longer, as
 fast as this machine was seen to do either; attention's own operations and the cache are not counted, and what prompts share is
 run once, as if all were begun together.
