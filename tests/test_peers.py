@@ -269,7 +269,7 @@ def test_what_was_measured_is_not_measured_again_until_a_setting_changes(tmp_pat
     text = markdown(whole)
     assert "Absent: repeng: not here" in text
     assert "0 rows differ" in text
-    assert len(figure(whole).data) == 1
+    assert len(figure(whole).data) == 2  # marks, and their numbers
     assert [goal.met for goal in goals("tiny", found["races"]) if goal.found] == [
         False,
         True,

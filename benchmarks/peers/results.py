@@ -275,16 +275,23 @@ def figure(found: Record) -> go.Figure:
                 x=middle,
                 y=list(found_here),
                 error_x={**arms, "thickness": 1, "width": 3, "color": MUTED},
-                mode="markers+text",
-                text=[f"{value:.2f}" for value in middle],
-                textposition="top center",
-                textfont={"size": 10, "color": MUTED},
+                mode="markers",
                 marker={"size": 9, "color": colors},
                 showlegend=False,
                 **place,
             )
+            fig.add_scatter(  # on the right, where no mark and no line is
+                x=[25] * len(middle),
+                y=list(found_here),
+                mode="text",
+                text=[f"{value:.2f}" for value in middle],
+                textposition="middle left",
+                textfont={"size": 11, "color": colors},
+                showlegend=False,
+                **place,
+            )
             fig.add_vline(x=1, line={"color": INK, "width": 1, "dash": "dot"}, **place)
-            ticks = {"tickvals": [0.03, 0.1, 0.3, 1, 3, 10], "range": [-1.8, 1.1]}
+            ticks = {"tickvals": [0.03, 0.1, 0.3, 1, 3, 10], "range": [-1.8, 1.4]}
             fig.update_xaxes(type="log", title=f"times {base}", **ticks, **place)
     fig.update_yaxes(categoryorder="array", categoryarray=order)
     fig.update_annotations(font_size=12)

@@ -31,7 +31,7 @@ from steerlens.models.passes import Read, Runner, run_pass
 from steerlens.models.prefixes import common_prefix, pays
 from steerlens.models.probe import Abilities, abilities
 from steerlens.models.prompts import PromptFormat, encode_all, frame, pinned, template_digest
-from steerlens.models.rows import pad, pad_id
+from steerlens.models.rows import length_sorted_batches, pad, pad_id
 
 SIDES = ("without", "with")
 """The order of the `side` axis."""
@@ -319,11 +319,13 @@ def _iter_part(
     without = encode_all(model, [pair.text("none") for pair in pairs], prompt_format)
     with_ = encode_all(model, [pair.text("text") for pair in pairs], prompt_format)
     able = abilities(model, max(map(len, without + with_), default=0))
-    # A pair is two rows, so where rows must be alone, so must pairs, and their sides are run one after the other.
-    batches = able.batches([len(row) for row in with_], batch_size)
     sides = list(zip(without, with_, strict=True))
     may_share = share_prefixes is not False and able.prefix
     trunk = _Trunk(model, sites, sides, able, always=bool(share_prefixes)) if may_share else None
+    # A pair is two rows, so where rows must be alone, so must pairs, and their sides are run one after the other.
+    batches = (
+        able.batches([len(row) for row in with_], batch_size) if trunk is None else trunk.batches(sides, batch_size)
+    )
     for indices in batches:
         batch = [sides[index] for index in indices]
         if trunk is not None and trunk.fits(batch) and trunk.pays(batch):
@@ -380,6 +382,25 @@ class _Trunk:
     @cached_property
     def cache(self) -> Cache | None:
         return None if self.rows is None else run_pass(self.model, self.rows, keep_cache=True).cache
+
+    def batches(self, pairs: Sequence[Sides], batch_size: int) -> list[list[int]]:
+        """Indices of pairs that share a pass, the widest first (an out-of-memory shows at once).
+
+        Both prompts' own tokens are padded, and their lengths have little to do with each other: pairs are sorted by the one and
+        then the other, in the order of the two that pads less.
+        """
+        own = [(len(first), len(second) - common_prefix((first, second))) for first, second in pairs]
+        most = 1 + max(max(lengths) for lengths in own)
+        found = [
+            length_sorted_batches([most * lengths[major] + lengths[1 - major] for lengths in own], batch_size)
+            for major in (0, 1)
+        ]
+
+        def width(batch: list[int]) -> int:
+            return max(own[index][0] for index in batch) + max(own[index][1] for index in batch)
+
+        least = min(found, key=lambda batches: sum(len(batch) * width(batch) for batch in batches))
+        return sorted(least, key=width, reverse=True)
 
     def pays(self, pairs: Sequence[Sides]) -> bool:
         """Whether the tokens of these pairs that need not be run, once the trunk was, are worth the pass more."""

@@ -248,6 +248,25 @@ def test_prompts_are_run_whole_where_too_little_is_shared(
         assert len(passes) == n_passes
 
 
+@pytest.mark.bridge
+def test_pairs_share_a_pass_where_both_prompts_own_tokens_are_as_many(tiny: Subject, passes: Passes) -> None:
+    """Prompts of all four lengths come twice: a pass of two is never padded, and the widest two come first."""
+    pairs = PairSet(
+        InstructionPair(letter * query, "Use " + "z" * instruction, "change_case:english_capital")
+        for letter in "xy"
+        for query, instruction in ((4, 20), (20, 4), (4, 4), (20, 20))
+    )
+    plain = PromptFormat(style="plain")
+    found = record_activations(tiny.model, pairs, batch_size=2, share_prefixes=True, prompt_format=plain)
+    pairwise = [rows for rows, _ in passes if rows.tokens.shape[0] == 2]
+    assert len(pairwise) == 8
+    assert all(bool(rows.mask[:, -rows.tokens.shape[1] :].all()) for rows in pairwise)
+    widths = [rows.mask.shape[1] for rows in pairwise[1::2]]
+    assert widths == sorted(widths, reverse=True)
+    assert widths[0] > widths[1] == widths[2] > widths[3]
+    assert relative_error(found.resid, by_hand(tiny, pairs, plain)) < 1e-4
+
+
 def shared_length(rows: list[list[int]]) -> int:
     """How many first tokens all rows share, one at a time."""
     length = 0
