@@ -15,6 +15,7 @@ and output runs the plain modules below the bridge, without its hook points, whe
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal, Protocol, runtime_checkable
 from weakref import WeakSet
 
@@ -217,21 +218,17 @@ class Runner:
         self._edits = {site: [edit for edit in edits if edit.site == site] for site in self.sites}
         self._reads = {read.site: read for read in reads}
         self._rows, self._found, self._fired, self._here = rows, {}, set(), {}
+        one_each = steady and rows.tokens.shape[1] == 1 and not reads
         try:
             with torch.inference_mode():
-                if stages:
-                    out, cache = self._parting(rows, cache, stages, keep_cache=keep_cache, logits=logits)
-                elif (
-                    steady and rows.tokens.shape[1] == 1 and not reads and may_be_static(backend := self.backend, cache)
-                ):
+                if one_each and may_be_static(backend := self.backend, cache):
                     out, cache = self._static_step(backend, rows, cache, edits)
                     wanted = set()  # a recorded step fires nothing
                 else:
                     cache = cache.plain() if isinstance(cache, StaticCache) else cache
+                    forward = partial(self._forward_parting, stages) if stages else self.backend.forward
                     # A cache that is given is used, kept or not: TransformerLens 4.3 sees to that itself, 3.9 does not.
-                    out, cache = self.backend.forward(
-                        rows, cache, keep_cache=keep_cache or cache is not None, logits=logits
-                    )
+                    out, cache = forward(rows, cache, keep_cache=keep_cache or cache is not None, logits=logits)
         finally:
             self._rows = None
         if silent := sorted(wanted - self._fired):
@@ -239,8 +236,8 @@ class Runner:
         check_finite(self.model, out, rows)
         return PassResult(out, self._found, cache if keep_cache else None)
 
-    def _parting(
-        self, rows: Rows, cache: Any, stages: Sequence[Stage], *, keep_cache: bool, logits: Columns
+    def _forward_parting(
+        self, stages: Sequence[Stage], rows: Rows, cache: Any, *, keep_cache: bool, logits: Columns
     ) -> tuple[Tensor, Cache | None]:
         if not isinstance(self.backend, LeanBackend):
             raise ModelError(
@@ -251,7 +248,6 @@ class Runner:
             stage = stage_of(stages, layer_of(site), output=site == resid_post(layer_of(site)))
             self._here[site] = there[stage.after], stage
             self._edits[site] = [edit.select(stage.rows) for edit in self._edits[site]]
-        cache = cache.plain() if isinstance(cache, StaticCache) else cache
         return self.backend.forward_parting(rows, cache, stages, keep_cache=keep_cache, logits=logits)
 
     def _static_step(self, backend: LeanBackend, rows: Rows, cache: Any, edits: Sequence[Edit]) -> tuple[Tensor, Cache]:

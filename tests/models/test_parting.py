@@ -133,6 +133,18 @@ def test_rows_part_in_any_architecture(name: str, tmp_path: Path) -> None:
         assert_same(run(model, FOUND, cut=cut), run(model, [], cut=cut))
 
 
+def test_a_cache_is_used_where_none_is_kept(tiny: Subject) -> None:
+    edits = edits_of(tiny.model)
+    start = pad([its[:-1] for its in IDS], pad_id=2, prompt_lengths=[len(its) for its in IDS])
+    last = start.then(torch.tensor([its[-1:] for its in IDS]))
+    with Runner(tiny.model, SITES) as runner:
+        expected = runner.run(pad(IDS, pad_id=2), edits=edits).logits
+        cache = runner.run(start, edits=edits, keep_cache=True, stages=FOUND).cache
+        found = runner.run(last, edits=edits, cache=cache, stages=FOUND)
+    torch.testing.assert_close(found.logits, expected, rtol=1e-4, atol=1e-4)
+    assert found.cache is None
+
+
 def test_rows_that_are_the_same_to_the_end_come_out_as_many_times(tiny: Subject) -> None:
     rows = pad([[5, 6, 7]] * 3)
     with Runner(tiny.model, SITES) as runner:
