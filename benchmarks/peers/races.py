@@ -57,8 +57,8 @@ FULL = {
     "smollm2-135m": Sizes(new_tokens=24, rounds=3, pairs=32, memory=(64, 512), natural=(64, 160)),
 }
 QUICK = {
-    "tiny": Sizes(batches=(1, 32), new_tokens=32, rounds=3, pairs=64, figures=("fixed", "capture")),
-    "smollm2-135m": Sizes(batches=(1, 8), new_tokens=8, rounds=3, figures=("fixed",)),
+    "tiny": Sizes(batches=(1, 32), new_tokens=32, rounds=3, pairs=32, figures=("fixed", "capture")),
+    "smollm2-135m": Sizes(batches=(1, 8), new_tokens=8, rounds=2, figures=("fixed",)),
 }
 LONG = (4, 16)
 """In queries, of the longer prompts that show growth."""
