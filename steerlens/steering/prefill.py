@@ -24,7 +24,6 @@ from steerlens.models.probe import can_part
 from steerlens.models.rows import Rows, n_hidden, pad, pad_id
 from steerlens.steering.batches import Job, Row, edits_of
 from steerlens.steering.interventions import Intervention
-from steerlens.steering.plan import Plan
 
 PASS_OVER_PARTING = 8
 """How many times more beginning a pass costs than letting its rows part: on a processor, `tiny` breaks even where 4 to 14 tokens
@@ -93,9 +92,9 @@ def feed(job: Job, rows: Sequence[Row], ids: Sequence[list[int]]) -> Fed:
     width = common_prefix(ids) if len(ids) > 1 and splits(job, rows) else 0
     if width < 1 or job.able is None or not job.able.prefix:
         return at_once
-    held, steered = held_prefixes(ids, width), [_steered(row, width) for row in rows]
-    share = numbered([(frozenset(residual.items()), attention) for residual, attention in steered])
-    chosen, begins = [rows[place] for place in firsts(share)], [ids[place][:width] for place in firsts(share)]
+    held, share = held_prefixes(ids, width), numbered([_way(row, width) for row in rows])
+    once = firsts(share)
+    chosen, begins = [rows[place] for place in once], [ids[place][:width] for place in once]
     parting_first = _stages(job, chosen, begins, n_columns=width)
     n_within = sum(held) * (1 - _spared(job, parting))
     n_apart = len(chosen) * width * (1 - _spared(job, parting_first))
@@ -146,6 +145,12 @@ def _steered(row: Row, end: int) -> tuple[dict[int, Hashable], tuple[Hashable, .
     return residual, tuple(attention)
 
 
+def _way(row: Row, end: int) -> Hashable:
+    """The same as one key."""
+    residual, attention = _steered(row, end)
+    return frozenset(residual.items()), attention
+
+
 class Beginner:
     """Begins rows a few at a time, and runs a stem once, however many of its rows still wait.
 
@@ -181,14 +186,11 @@ class Beginner:
 
 def stems(job: Job, rows: Sequence[Row]) -> list[Any]:
     """What tells each row's stem from others; a row that shares nothing has its own."""
-    return [_stem(row) if splits(job, [row]) and len(row.prompt) > 1 else row.index for row in rows]
-
-
-def _stem(row: Row) -> Any:
-    end = len(row.prompt) - 1
     # Only what acts before the last token: rows that differ at it, or after it, still have the same keys and values here.
-    early = Plan(tuple(step for step in row.plan.active.interventions if step.bounds(end + 1)[0] < end))
-    return tuple(row.prompt), early.digest
+    return [
+        (tuple(row.prompt), _way(row, len(row.prompt) - 1)) if splits(job, [row]) and len(row.prompt) > 1 else row.index
+        for row in rows
+    ]
 
 
 def splits(job: Job, rows: Sequence[Row]) -> bool:
