@@ -323,15 +323,12 @@ def _iter_part(
     may_share = share_prefixes is not False and able.prefix
     trunk = _Trunk(model, sites, sides, able, always=bool(share_prefixes)) if may_share else None
     # A pair is two rows, so where rows must be alone, so must pairs, and their sides are run one after the other.
-    batches = (
-        able.batches([len(row) for row in with_], batch_size) if trunk is None else trunk.batches(sides, batch_size)
-    )
+    batches = able.batches([len(row) for row in with_], batch_size) if trunk is None else trunk.batches(batch_size)
     for indices in batches:
-        batch = [sides[index] for index in indices]
-        if trunk is not None and trunk.fits(batch) and trunk.pays(batch):
-            found = trunk.last_resid(batch)
+        if trunk is not None and trunk.fits(indices) and trunk.pays(indices):
+            found = trunk.last_resid(indices)
         else:
-            found = whole_last_resid(model, sites, batch, able)
+            found = whole_last_resid(model, sites, [sides[index] for index in indices], able)
         yield ActivationBatch(indices, rearrange(found, "(pair side) layer d_model -> pair side layer d_model", side=2))
 
 
@@ -366,9 +363,11 @@ class _Trunk:
     ) -> None:
         """
         Args:
+            pairs: All of them; a batch is of some, by their places here.
             always: Share whether it pays or not.
         """
         self.model, self.sites, self.able, self.pad_id, self.always = model, sites, able, pad_id(model), always
+        self.pairs, self.stems = pairs, [common_prefix(pair) for pair in pairs]
         prompts = [side for pair in pairs for side in pair]
         prefix = prompts[0][: common_prefix(prompts)]
         # What the two prompts of a pair share is run once anyway.
@@ -383,41 +382,39 @@ class _Trunk:
     def cache(self) -> Cache | None:
         return None if self.rows is None else run_pass(self.model, self.rows, keep_cache=True).cache
 
-    def batches(self, pairs: Sequence[Sides], batch_size: int) -> list[list[int]]:
-        """Indices of pairs that share a pass, the widest first (an out-of-memory shows at once).
+    def batches(self, batch_size: int) -> list[list[int]]:
+        """Pairs that share a pass, the widest first (an out-of-memory shows at once).
 
         Both prompts' own tokens are padded, and their lengths have little to do with each other: pairs are sorted by the one and
         then the other, in the order of the two that pads less.
         """
-        own = [(len(first), len(second) - common_prefix((first, second))) for first, second in pairs]
+        own = [(len(first), len(second) - stem) for (first, second), stem in zip(self.pairs, self.stems, strict=True)]
         most = 1 + max(max(lengths) for lengths in own)
         found = [
             length_sorted_batches([most * lengths[major] + lengths[1 - major] for lengths in own], batch_size)
             for major in (0, 1)
         ]
+        least = min(found, key=lambda batches: sum(len(batch) * self.columns(batch) for batch in batches))
+        return sorted(least, key=self.columns, reverse=True)
 
-        def width(batch: list[int]) -> int:
-            return max(own[index][0] for index in batch) + max(own[index][1] for index in batch)
-
-        least = min(found, key=lambda batches: sum(len(batch) * width(batch) for batch in batches))
-        return sorted(least, key=width, reverse=True)
-
-    def pays(self, pairs: Sequence[Sides]) -> bool:
+    def pays(self, batch: Sequence[int]) -> bool:
         """Whether the tokens of these pairs that need not be run, once the trunk was, are worth the pass more."""
         # Padding is run, too.
-        whole = 2 * max(len(side) for pair in pairs for side in pair)
-        return self.always or pays(self.model, len(pairs) * (whole - (self.columns(pairs) - self.width)))
+        whole = 2 * max(len(side) for index in batch for side in self.pairs[index])
+        return self.always or pays(self.model, len(batch) * (whole - (self.columns(batch) - self.width)))
 
-    def fits(self, pairs: Sequence[Sides]) -> bool:
+    def fits(self, batch: Sequence[int]) -> bool:
         """Whether hidden columns are nothing in rows of as many columns as these pairs make."""
-        return self.columns(pairs) <= self.able.gaps
+        return self.columns(batch) <= self.able.gaps
 
-    def columns(self, pairs: Sequence[Sides]) -> int:
+    def columns(self, batch: Sequence[int]) -> int:
         """How many columns a batch of these pairs has in the end, the trunk's included."""
-        return max(len(first) for first, _ in pairs) + max(len(pair[1]) - common_prefix(pair) for pair in pairs)
+        rests = [len(self.pairs[index][1]) - self.stems[index] for index in batch]
+        return max(len(self.pairs[index][0]) for index in batch) + max(rests)
 
-    def last_resid(self, pairs: Sequence[Sides]) -> Float[Tensor, "row layer d_model"]:
+    def last_resid(self, batch: Sequence[int]) -> Float[Tensor, "row layer d_model"]:
         """Residuals of the last token of both prompts of each pair, in rows of two."""
+        pairs, stems = [self.pairs[index] for index in batch], [self.stems[index] for index in batch]
         reads = [Read(site) for site in self.sites]
         # The trunk's one row is handed to every pair.
         every = torch.zeros(len(pairs), dtype=torch.long)
@@ -427,7 +424,7 @@ class _Trunk:
             rows = self.rows.select(every).then(rows.tokens, rows.mask)
         with Runner(self.model, self.sites) as runner:
             without = runner.run(rows, cache=cache, reads=reads, keep_cache=True)
-            stems, mask = [common_prefix(pair) for pair in pairs], rows.mask.clone()
+            mask = rows.mask.clone()
             for row, ((first, _), stem) in enumerate(zip(pairs, stems, strict=True)):
                 mask[row, stem - len(first) :] = 0
             rest = pad([second[stem:] for (_, second), stem in zip(pairs, stems, strict=True)], pad_id=self.pad_id)
