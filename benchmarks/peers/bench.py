@@ -86,9 +86,11 @@ def compared(expected: list[Said], got: list[list[int]]) -> dict[str, int]:
     return counts
 
 
-def turns(race: Race, label: str) -> int:
+def times(race: Race, label: str) -> int:
     """How often a contestant does its work: once without being timed, then in every round; or in processes of its own."""
-    return race.rounds + 1 if not race.apart else race.rounds if label == OURS else 1
+    if not race.apart:
+        return race.rounds + 1
+    return race.rounds if label == OURS else 1
 
 
 def cost(work: Work) -> float:
@@ -101,7 +103,8 @@ def cost(work: Work) -> float:
 
 
 def cost_of(race: Race) -> float:
-    return sum(turns(race, label) * cost(work) for label, work in race.entries.items())
+    """The same for all that a race asks for."""
+    return sum(times(race, label) * cost(work) for label, work in race.entries.items())
 
 
 class Contest:
@@ -155,11 +158,11 @@ class Contest:
         entries = {}
         for label, work in race.entries.items():
             answers = []
-            for _ in range(turns(race, label)):
+            little = work | {"pairs": work["pairs"][:8], "texts": work["texts"][:8]}
+            for _ in range(times(race, label)):
                 with Pool(self.pool.folder, self.pool.threads, self.pool.home) as pool:
-                    little = work | {"pairs": work["pairs"][:8], "texts": work["texts"][:8]}
-                    self.ask(label, little, pool)
-                    self.bar.update(-cost(little))
+                    with contextlib.suppress(AbsentError):  # which is told once the work itself is asked for
+                        pool.ask(CONTESTANTS[work["by"]][0], little)
                     answers.append(self.ask(label, work, pool))
             entries[label] = {"units": len(work["texts"]), **timed(answers)}
         return entries
@@ -203,7 +206,8 @@ def limit_seconds(work: Work, units: int, prepared: dict[str, Any], machine: dic
 
 def distinct(pairs: list[list[list[int]]]) -> int:
     """How many tokens are left when every shared prefix is run once."""
-    return len({hash(tuple(side[: end + 1])) for pair in pairs for side in pair for end in range(len(side))})
+    sides = [side for pair in pairs for side in pair]
+    return round(distinct_steered([(place, []) for place in range(len(sides))], sides, 1))
 
 
 def distinct_steered(rows: Rows, ids: list[list[int]], n_layers: int) -> float:
